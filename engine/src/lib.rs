@@ -1,0 +1,1 @@
+//! A small Llama, Mistral and Qwen2 engine on the kvwarp kernels.
