@@ -1,1 +1,13 @@
 //! Kernels for compressed KV caches: CUDA sources behind a plain C ABI, and a fast CPU path for each.
+//!
+//! A cache is made of *slabs* ([`slab`]): 64 tokens of one kv head, K and V together, in f16, 4 or 2 bits, found
+//! through a page table whose entries carry the format ([`pages`]). One module a kernel family; each has the
+//! f64 `oracle` that gives its meaning and, where an engine needs it without a GPU, a `cpu` path.
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+#![warn(missing_docs)]
+
+mod error;
+pub mod pages;
+pub mod slab;
+
+pub use error::{Error, Result};

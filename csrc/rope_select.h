@@ -1,0 +1,29 @@
+/* rope_select.h - rotary position embedding of queries or keys; every pair selected is plain RoPE. */
+#ifndef KVWARP_ROPE_SELECT_H
+#define KVWARP_ROPE_SELECT_H
+#include "kvwarp.h"
+
+#define KVW_ROPE_INTERLEAVED 0 /* pair i = channels (2i, 2i + 1): GGUF's llama tensors */
+#define KVW_ROPE_HALF 1        /* pair i = channels (i, i + D / 2): Hugging Face, GGUF's qwen2 tensors */
+
+typedef struct kvw_rope_select_params {
+    uint32_t struct_size;     /* sizeof(kvw_rope_select_params) */
+    int32_t pairing;          /* KVW_ROPE_* */
+    const void *x;            /* [T, heads, D] f16 */
+    void *out;                /* [T, heads, D] f16, may be x */
+    const int32_t *positions; /* [T] */
+    const float *inv_freq;    /* [D / 2] radians a position, scaling applied */
+    int64_t x_stride;         /* elements between tokens of x */
+    int64_t out_stride;       /* elements between tokens of out */
+    int32_t tokens;           /* T */
+    int32_t heads;
+    int32_t head_dim;         /* D, even, at most 256 */
+    int32_t reserved;         /* 0 */
+} kvw_rope_select_params;
+
+kvw_status kvw_rope_select_check(const kvw_rope_select_params *p);
+size_t kvw_rope_select_workspace(const kvw_rope_select_params *p);
+size_t kvw_rope_select_bytes(const kvw_rope_select_params *p);
+kvw_status kvw_rope_select(const kvw_rope_select_params *p, kvw_stream stream);
+
+#endif

@@ -1,0 +1,169 @@
+//! Page table entries, host pools of slabs, and what one kv head of one sequence looks like to a kernel.
+
+use crate::slab::{Format, Layout};
+
+/// Page table entry, as `csrc/slab.h` has it: format tag in the top four bits, index in that format's pool below.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub struct Entry(pub u32);
+
+impl Entry {
+    /// No slab here: its 64 tokens are skipped.
+    pub const HOLE: Self = Self(u32::MAX);
+
+    /// Entry of slab `index` (below 2^28) of `format`.
+    pub const fn new(format: Format, index: u32) -> Self {
+        Self((format as u32) << 28 | index)
+    }
+
+    /// Format and index; `None` for a hole or an unknown tag.
+    pub fn get(self) -> Option<(Format, usize)> {
+        Format::from_tag(self.0 >> 28).map(|f| (f, (self.0 & 0x0FFF_FFFF) as usize))
+    }
+}
+
+/// Alignment of slabs in host memory: one cache line, and what a wide vector load wants.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Slabs of one size in host memory: grows on demand, reuses freed slabs, newest first.
+#[derive(Default)]
+pub struct Pool {
+    lines: Vec<Line>,
+    slab_lines: usize,
+    free: Vec<u32>,
+}
+
+impl Pool {
+    /// An empty pool of slabs of `layout.slab_bytes()` bytes.
+    pub fn new(layout: &Layout) -> Self {
+        Self { lines: Vec::new(), slab_lines: layout.slab_bytes() / 64, free: Vec::new() }
+    }
+
+    /// A slab, its bytes zero or stale; `None` when 2^28 are in use.
+    pub fn take(&mut self) -> Option<u32> {
+        self.free.pop().or_else(|| {
+            let next = u32::try_from(self.lines.len() / self.slab_lines).ok()?;
+            self.lines.resize(self.lines.len() + self.slab_lines, Line([0; 64]));
+            (next < 1 << 28).then_some(next)
+        })
+    }
+
+    /// Give a slab back.
+    pub fn give(&mut self, index: u32) {
+        self.free.push(index);
+    }
+
+    /// Bytes of one slab.
+    pub fn slab(&self, index: usize) -> &[u8] {
+        bytemuck::cast_slice(&self.lines[index * self.slab_lines..][..self.slab_lines])
+    }
+
+    /// Bytes of one slab, to write.
+    pub fn slab_mut(&mut self, index: usize) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.lines[index * self.slab_lines..][..self.slab_lines])
+    }
+
+    /// Bytes taken from the allocator.
+    pub fn capacity_bytes(&self) -> usize {
+        self.lines.capacity() * 64
+    }
+
+    /// Bytes of slabs in use.
+    pub fn used_bytes(&self) -> usize {
+        (self.lines.len() - self.free.len() * self.slab_lines) * 64
+    }
+}
+
+/// The host pools of a cache, one a format, with their layouts.
+pub struct Pools {
+    /// By position in [`Format::ALL`].
+    pools: [(Layout, Pool); 3],
+}
+
+impl Pools {
+    /// Empty pools for heads of `head_dim` channels, quantised in groups of `group`.
+    pub fn new(head_dim: usize, group: usize) -> crate::Result<Self> {
+        let pool = |f| Layout::new(f, head_dim, group).map(|l| (l, Pool::new(&l)));
+        let [a, b, c] = Format::ALL.map(pool);
+        Ok(Self { pools: [a?, b?, c?] })
+    }
+
+    fn slot(format: Format) -> usize {
+        match format {
+            Format::F16 => 0,
+            Format::Q4 => 1,
+            Format::Q2 => 2,
+        }
+    }
+
+    /// Layout of slabs of `format`.
+    pub fn layout(&self, format: Format) -> &Layout {
+        &self.pools[Self::slot(format)].0
+    }
+
+    /// Pool of slabs of `format`.
+    pub fn pool(&self, format: Format) -> &Pool {
+        &self.pools[Self::slot(format)].1
+    }
+
+    /// Pool of slabs of `format`, to take from and give to.
+    pub fn pool_mut(&mut self, format: Format) -> &mut Pool {
+        &mut self.pools[Self::slot(format)].1
+    }
+}
+
+/// One slab as an op reads it.
+#[derive(Clone, Copy)]
+pub struct SlabRef<'a> {
+    /// What the bytes mean.
+    pub layout: &'a Layout,
+    /// `layout.slab_bytes()` bytes.
+    pub bytes: &'a [u8],
+}
+
+/// What one kv head of one sequence holds: `packed` slabs through the page table, the later ones in the f16 ring.
+#[derive(Clone, Copy)]
+pub struct HeadView<'a> {
+    /// Where table entries point.
+    pub pools: &'a Pools,
+    /// At least `packed` entries.
+    pub table: &'a [Entry],
+    /// `ring_slabs` f16 slabs, 64-byte aligned; slab `i >= packed` lies in slot `i % ring_slabs`.
+    pub ring: &'a [u8],
+    /// Tokens held.
+    pub len: usize,
+    /// Slabs in the table.
+    pub packed: usize,
+}
+
+impl<'a> HeadView<'a> {
+    /// Slabs that hold tokens.
+    pub fn slabs(&self) -> usize {
+        self.len.div_ceil(crate::slab::TOKENS)
+    }
+
+    /// Slab `i < self.slabs()`, `None` at a hole.
+    pub fn slab(&self, i: usize) -> Option<SlabRef<'a>> {
+        if i < self.packed {
+            let (format, index) = self.table[i].get()?;
+            let layout = self.pools.layout(format);
+            return Some(SlabRef { layout, bytes: self.pools.pool(format).slab(index) });
+        }
+        let layout = self.pools.layout(Format::F16);
+        let bytes = layout.slab_bytes();
+        let slot = i % (self.ring.len() / bytes);
+        Some(SlabRef { layout, bytes: &self.ring[slot * bytes..][..bytes] })
+    }
+}
+
+/// Slabs of `len` tokens that have left a window of `window` tokens: `max(0, (len - window) / 64)`.
+pub const fn packed_slabs(len: usize, window: usize) -> usize {
+    len.saturating_sub(window) / crate::slab::TOKENS
+}
+
+/// Ring slabs that a window needs, `kvw_ring_slabs`.
+pub const fn ring_slabs(window: usize) -> usize {
+    (window + 126) / 64
+}

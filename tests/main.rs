@@ -1,0 +1,3 @@
+//! One test binary: a module a family, and the house rules.
+
+mod slab;
