@@ -6,7 +6,11 @@
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 #![warn(missing_docs)]
 
+pub mod device;
 mod error;
+#[allow(non_camel_case_types, missing_docs, clippy::all, clippy::undocumented_unsafe_blocks)]
+#[rustfmt::skip]
+pub mod ffi;
 pub mod pages;
 pub mod slab;
 

@@ -1,3 +1,4 @@
 //! One test binary: a module a family, and the house rules.
 
+mod abi;
 mod slab;

@@ -32,9 +32,8 @@ fn every_element_has_its_own_bits() {
     for l in layouts() {
         let mut seen = vec![false; l.slab_bytes() * 8];
         let mut claim = |bit: usize, bits: usize| {
-            for b in bit..bit + bits {
-                assert!(!std::mem::replace(&mut seen[b], true), "{l:?}: bit {b} claimed twice");
-            }
+            let fresh = seen[bit..bit + bits].iter_mut().all(|b| !std::mem::replace(b, true));
+            assert!(fresh, "{l:?}: bit {bit} claimed twice");
         };
         let bits = l.format.bits();
         for token in 0..TOKENS {
