@@ -1,0 +1,82 @@
+//! Encoding and decoding against independent token numbers.
+
+mod support;
+
+use kvwarp_engine::{gguf, tokenizer::Tokenizer};
+use serde_json::Value;
+
+fn real() -> Option<Tokenizer> {
+    let bytes = std::fs::read(support::real_model()?).unwrap();
+    Some(Tokenizer::from_gguf(&gguf::parse(&bytes).unwrap()).unwrap())
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+#[test]
+fn prompts_match_golden_ids() {
+    let Some(tokenizer) = real() else { return };
+    let golden: Value = serde_json::from_str(include_str!("golden/prompts.json")).unwrap();
+    for (name, case) in golden.as_object().unwrap() {
+        let (text, expected) = (case["text"].as_str().unwrap(), ids(&case["ids"]));
+        assert_eq!(tokenizer.encode(text, true).unwrap(), expected, "{name}");
+        assert_eq!(tokenizer.prompt(text).unwrap(), expected, "{name}");
+        assert_eq!(tokenizer.decode(&expected, true), text, "{name}");
+    }
+    assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.add_bos()), (Some(1), Some(2), false));
+    assert_eq!(tokenizer.ends(), [0, 2]);
+    assert_eq!(tokenizer.vocab_size(), 49_152);
+}
+
+#[test]
+fn special_tokens_are_text_unless_asked_for() {
+    let Some(tokenizer) = real() else { return };
+    let text = "a<|im_end|>b";
+    assert_eq!(tokenizer.encode(text, true).unwrap()[1], 2);
+    let plain = tokenizer.encode(text, false).unwrap();
+    assert!(!plain.contains(&2));
+    assert_eq!(tokenizer.decode(&plain, false), text);
+    assert_eq!(tokenizer.decode(&tokenizer.encode(text, true).unwrap(), false), "ab");
+}
+
+#[test]
+fn any_text_survives_a_round_trip() {
+    let Some(tokenizer) = real() else { return };
+    let texts = [
+        "",
+        " ",
+        "\n\n  x\t\r\n",
+        "12345 a1b2",
+        "naïve café — “quotes”",
+        "日本語のテキスト",
+        "👩‍👩‍👧‍👦 family",
+        "I'll we've  don't\u{a0}x",
+    ];
+    for text in texts {
+        let ids = tokenizer.encode(text, true).unwrap();
+        assert_eq!(tokenizer.decode(&ids, true), text);
+        let mut stream = tokenizer.stream(true);
+        let parts: Vec<String> = ids.iter().filter_map(|&id| stream.push(id)).collect();
+        assert!(
+            parts.iter().all(|part| !part.is_empty() && !part.contains('\u{fffd}')),
+            "{parts:?}"
+        );
+        assert_eq!(parts.concat() + &stream.finish(), text);
+    }
+}
+
+#[test]
+fn stream_holds_incomplete_characters_back() {
+    let Some(tokenizer) = real() else { return };
+    let ids = tokenizer.encode("👩", true).unwrap();
+    assert!(ids.len() > 1, "the test needs a character of several tokens");
+    let mut stream = tokenizer.stream(true);
+    for &id in &ids[..ids.len() - 1] {
+        assert_eq!(stream.push(id), None);
+    }
+    assert_eq!(stream.push(ids[ids.len() - 1]).as_deref(), Some("👩"));
+    let mut cut = tokenizer.stream(true);
+    assert_eq!(cut.push(ids[0]), None);
+    assert_eq!(cut.push(tokenizer.encode("A", true).unwrap()[0]).as_deref(), Some("\u{fffd}A"));
+}
