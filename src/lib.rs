@@ -11,7 +11,9 @@ mod error;
 #[allow(non_camel_case_types, missing_docs, clippy::all, clippy::undocumented_unsafe_blocks)]
 #[rustfmt::skip]
 pub mod ffi;
+pub mod paged_attn;
 pub mod pages;
+pub mod prefill_attn;
 pub mod slab;
 
 pub use error::{Error, Result};

@@ -139,6 +139,11 @@ pub struct HeadView<'a> {
 }
 
 impl<'a> HeadView<'a> {
+    /// Channels a head, D.
+    pub const fn head_dim(&self) -> usize {
+        self.pools.pools[0].0.head_dim
+    }
+
     /// Slabs that hold tokens.
     pub fn slabs(&self) -> usize {
         self.len.div_ceil(crate::slab::TOKENS)

@@ -1,0 +1,10 @@
+//! Causal attention of a chunk of queries over slabs that already hold the chunk's own keys and values.
+//!
+//! The `n` query rows are the newest `n` tokens of the sequence: row `i` is token `len - n + i` and sees the
+//! tokens before it and itself. The chunk's own K and V are f16 slabs in the ring (a long staging ring, `packed`
+//! explicit); what came before lies behind the page table, in any format.
+
+mod oracle;
+
+pub use crate::paged_attn::Mask;
+pub use oracle::oracle;
