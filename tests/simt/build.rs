@@ -1,0 +1,199 @@
+//! Compiles the executor and the kernels. Objects are kept by the hash of what they are made of, libraries by
+//! the hash of everything, so a test run compiles only what changed.
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::{env, io, thread};
+
+/// As nvcc's device code: no contraction that the source does not ask for, type punning allowed.
+/// No unique symbols: the two libraries must not share their state.
+const FLAGS: &[&str] = &[
+    "-std=c++20",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fno-gnu-unique",
+    "-fno-semantic-interposition",
+    "-Wno-unknown-pragmas",
+    "-Werror=return-type",
+    #[cfg(target_arch = "x86_64")]
+    "-mf16c",
+];
+
+/// Kernels of the checked build: the sanitizers' calls land in csrc/simt/check_hooks.cpp, their own libraries
+/// are not linked.
+const CHECKS: &[&str] =
+    &["-fsanitize=thread,alignment,bounds,shift-exponent", "--param=tsan-distinguish-volatile=1"];
+
+struct Source {
+    path: PathBuf,
+    text: Vec<u8>,
+}
+
+impl Source {
+    fn is(&self, extensions: &[&str]) -> bool {
+        extensions.iter().any(|e| self.path.extension() == Some(OsStr::new(e)))
+    }
+    fn in_executor(&self) -> bool {
+        self.path.parent().is_some_and(|p| p.ends_with("simt"))
+    }
+    fn only_checked(&self) -> bool {
+        self.path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("check"))
+    }
+}
+
+struct Job<'a> {
+    source: &'a Source,
+    object: PathBuf,
+    flags: Vec<&'static str>,
+}
+
+fn hash(flags: &[&str], texts: &[&Source]) -> String {
+    let mut h = DefaultHasher::new();
+    compiler().hash(&mut h);
+    flags.hash(&mut h);
+    for s in texts {
+        s.path.hash(&mut h);
+        s.text.hash(&mut h);
+    }
+    format!("{:016x}", h.finish())
+}
+
+fn compiler() -> String {
+    env::var("CXX").unwrap_or_else(|_| "g++".into())
+}
+
+fn read_sources(dir: &Path, out: &mut Vec<Source>) -> io::Result<()> {
+    let mut entries =
+        fs::read_dir(dir)?.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>()?;
+    entries.sort();
+    for path in entries {
+        if path.is_dir() {
+            read_sources(&path, out)?;
+        } else {
+            out.push(Source { text: fs::read(&path)?, path });
+        }
+    }
+    Ok(())
+}
+
+/// `target/simt/<hash>/<kind>.so`, built if it is not there; `kind` is plain or checked.
+pub fn library(kind: &str) -> Result<PathBuf, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("csrc");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("simt");
+    let mut sources = Vec::new();
+    read_sources(&root, &mut sources).map_err(|e| format!("{}: {e}", root.display()))?;
+    sources.retain(|s| s.is(&["cu", "cuh", "cpp", "h", "map"]));
+    let flags = [FLAGS, CHECKS].concat();
+    let dir = target.join(hash(&flags, &sources.iter().collect::<Vec<_>>()));
+    let so = dir.join(kind).with_extension("so");
+    if so.exists() {
+        return Ok(so);
+    }
+    build(&root, &target, &so, &sources, kind == "checked").map_err(|e| match e {
+        Failure::Io(e) => format!("building {}: {e}", so.display()),
+        Failure::Compiler(text) => text,
+    })?;
+    Ok(so)
+}
+
+enum Failure {
+    Io(io::Error),
+    Compiler(String),
+}
+
+impl From<io::Error> for Failure {
+    fn from(e: io::Error) -> Self {
+        Self::Io(e)
+    }
+}
+
+fn build(
+    root: &Path,
+    target: &Path,
+    so: &Path,
+    sources: &[Source],
+    checked: bool,
+) -> Result<(), Failure> {
+    let objects = target.join("objects");
+    fs::create_dir_all(&objects)?;
+    fs::create_dir_all(so.parent().unwrap_or(target))?;
+    let lock = File::create(target.join("lock"))?;
+    lock.lock()?; // released when dropped; another process may have built it meanwhile
+    if so.exists() {
+        return Ok(());
+    }
+    let jobs = plan(&objects, sources, checked);
+    compile_all(root, &jobs)?;
+    let part = so.with_extension("part");
+    let mut link = Command::new(compiler());
+    link.args(["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", "-o"]).arg(&part);
+    link.arg(format!("-Wl,--version-script={}", root.join("simt/exports.map").display()));
+    run(link.args(jobs.iter().map(|j| &j.object)).args(["-lm", "-lpthread"]))?;
+    Ok(fs::rename(part, so)?)
+}
+
+/// What to compile: the executor once for both kinds, the kernels once for each.
+fn plan<'a>(objects: &Path, sources: &'a [Source], checked: bool) -> Vec<Job<'a>> {
+    let headers: Vec<&Source> = sources.iter().filter(|s| s.is(&["h", "cuh"])).collect();
+    let wanted = sources
+        .iter()
+        .filter(|s| s.is(&["cu"]) || (s.is(&["cpp"]) && (checked || !s.only_checked())));
+    wanted
+        .map(|source| {
+            let kernel = source.is(&["cu"]);
+            let flags = if kernel && checked { [FLAGS, CHECKS].concat() } else { FLAGS.to_vec() };
+            let mut parts = vec![source];
+            parts.extend(
+                headers
+                    .iter()
+                    .filter(|h| kernel || h.in_executor() || h.path.ends_with("kvwarp.h")),
+            );
+            let object = objects.join(hash(&flags, &parts)).with_extension("o");
+            Job { source, object, flags }
+        })
+        .collect()
+}
+
+fn compile_all(root: &Path, jobs: &[Job]) -> Result<(), Failure> {
+    let queue = Mutex::new(jobs.iter().filter(|j| !j.object.exists()));
+    let workers = thread::available_parallelism().map_or(1, |n| n.get());
+    let next = || queue.lock().ok()?.next();
+    let work = || {
+        while let Some(job) = next() {
+            compile(root, job)?;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        threads
+            .into_iter()
+            .map(|t| {
+                t.join()
+                    .unwrap_or_else(|_| Err(Failure::Compiler("a compile thread panicked".into())))
+            })
+            .collect()
+    })
+}
+
+fn compile(root: &Path, job: &Job) -> Result<(), Failure> {
+    let part = job.object.with_extension("part");
+    let mut c = Command::new(compiler());
+    c.args(&job.flags).arg("-I").arg(root).arg("-I").arg(root.join("simt"));
+    run(c.args(["-x", "c++", "-c"]).arg(&job.source.path).arg("-o").arg(&part))?;
+    Ok(fs::rename(part, &job.object)?)
+}
+
+fn run(command: &mut Command) -> Result<(), Failure> {
+    let out = command.output()?;
+    if out.status.success() {
+        return Ok(());
+    }
+    Err(Failure::Compiler(format!("{command:?}\n{}", String::from_utf8_lossy(&out.stderr))))
+}
