@@ -1,0 +1,61 @@
+// codec.cuh - the numbers in a slab: codes out of their words, and codes from numbers.
+//
+// A code c masked in place in a half whose exponent bits are zero is the subnormal c * 2^(BITS * (slot %
+// LOW)) * 2^-24, exact: unpacking a pair is one AND, and the power of two is folded into another factor. A
+// word is shifted once, by 8, so the power depends on j % LOW only (D / 8 is a multiple of LOW): LOW = 4
+// slots at 2 bits, 2 at 4.
+#pragma once
+#include "prim.cuh"
+
+namespace kvw {
+
+// Pairs that a word gives up before it must be shifted.
+template <int BITS> constexpr int LOW = BITS == 16 ? 1 : 8 / BITS;
+
+// Pair `slot` of a word as two halves: the value itself at 16 bits, else the subnormal code.
+template <int BITS> PRIM uint32_t unpack(uint32_t word, int slot) {
+    if constexpr (BITS == 16) {
+        return word;
+    } else {
+        constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x00010001u;
+        int low = slot % LOW<BITS>;
+        return (slot == low ? word : word >> 8) & (MASK << (BITS * low));
+    }
+}
+
+// log2 of what code 1 of pair j reads as; 0 at 16 bits, where the value is itself.
+template <int BITS> constexpr int code_exponent(int j) { return BITS == 16 ? 0 : BITS * (j % LOW<BITS>)-24; }
+
+constexpr uint32_t HALF2_ONES = 0x3C003C00u;
+
+PRIM uint32_t half2_bits(__half2 x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+PRIM __half2 half2_of(uint32_t u) {
+    __half2 x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+// Both halves of a, times those of b, rounded to f16.
+PRIM uint32_t mul2(uint32_t a, uint32_t b) { return half2_bits(__hmul2(half2_of(a), half2_of(b))); }
+
+// A 16-byte vector as an array; i is known at compile time.
+PRIM uint32_t component(const uint4& u, int i) { return i == 0 ? u.x : i == 1 ? u.y : i == 2 ? u.z : u.w; }
+
+// Quantiser of a group, f32 rounded once a step so that every side gives the same bits:
+// scale = f16((max - min) / max_code), code = round_half_even((x - min) / scale) clamped; scale 0 gives code
+// 0. NaN must not take part in min and max (fminf, fmaxf) and gets code 0.
+PRIM __half group_scale(float min, float max, int max_code) {
+    return __float2half_rn((max - min) / float(max_code));
+}
+
+PRIM uint32_t code_of(float x, float min, float scale, int max_code) {
+    float q = scale > 0.f ? rintf((x - min) / scale) : 0.f;
+    return uint32_t(fminf(fmaxf(q, 0.f), float(max_code)));
+}
+
+} // namespace kvw
