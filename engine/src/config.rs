@@ -85,7 +85,7 @@ impl Config {
                 "head size {head_dim} is not supported (64, 96, 128 and 256 are)"
             )));
         }
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             return Err(Error::Config(format!(
                 "{heads} query heads are no multiple of {kv_heads} key and value heads"
             )));

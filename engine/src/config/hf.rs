@@ -206,6 +206,10 @@ impl<'a> Fields<'a> {
                 "`num_local_experts` is {experts}: mixtures of experts are not supported"
             )));
         }
+        if let Some(part) = self.number("partial_rotary_factor")?.filter(|part| *part != 1.0) {
+            let message = format!("`partial_rotary_factor` is {part}, only 1 is supported");
+            return Err(Error::Config(message));
+        }
         match self.text("hidden_act")? {
             None | Some("silu") => Ok(()),
             Some(other) => Err(Error::Config(format!(
