@@ -1,0 +1,70 @@
+//! The house rules: one family is one name everywhere, headers say what they must, files stay small.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn read(path: impl AsRef<Path>) -> String {
+    let path = path.as_ref();
+    fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Every header of csrc/ but the two that are not families.
+fn families() -> Vec<String> {
+    let stem = |p: PathBuf| p.file_stem().unwrap().to_str().unwrap().to_owned();
+    let headers = fs::read_dir("csrc").unwrap().map(|e| e.unwrap().path());
+    let headers = headers.filter(|p| p.extension().is_some_and(|x| x == "h"));
+    let mut names: Vec<_> =
+        headers.map(stem).filter(|n| n != "kvwarp" && n != "slab").collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_family_has_its_files_and_its_line_in_each_index() {
+    let families = families();
+    assert!(families.len() >= 9, "{families:?}");
+    for f in families {
+        for (file, line) in [
+            ("csrc/kvwarp.h", format!("#include \"{f}.h\"")),
+            ("src/lib.rs", format!("pub mod {f};")),
+            ("tests/main.rs", format!("mod {f};")),
+        ] {
+            assert!(read(file).contains(&line), "{file} lacks `{line}`");
+        }
+        for suffix in ["_check", "_workspace", "_bytes", ""] {
+            let function = format!("kvw_{f}{suffix}(");
+            assert!(read(format!("csrc/{f}.h")).contains(&function), "{f}.h lacks {function}");
+            assert!(read(format!("csrc/{f}.cu")).contains(&function), "{f}.cu lacks {function}");
+        }
+        for key in ["Math", "Shapes", "Bytes", "Launch", "Workspace", "Order", "Oracle"] {
+            let found = read(format!("csrc/{f}.cu")).contains(&format!("\n// {key} "));
+            assert!(found, "{f}.cu: header comment lacks `{key}`");
+        }
+        let tests = read(format!("tests/{f}.rs"));
+        for name in ["oracle_hand_worked", "c_checks_need_no_gpu", "executors_match_oracle"] {
+            assert!(tests.contains(&format!("fn {name}(")), "tests/{f}.rs lacks {name}");
+        }
+    }
+}
+
+#[test]
+fn files_stay_small() {
+    let limits = [("csrc", 400), ("src", 300), ("tests", 300), ("benches", 300), ("engine", 300)];
+    let mut pending: Vec<(PathBuf, usize)> = limits.map(|(d, n)| (d.into(), n)).to_vec();
+    let mut seen = 0;
+    while let Some((dir, limit)) = pending.pop() {
+        for path in fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()) {
+            let source = path.extension().is_some_and(|x| {
+                ["rs", "cu", "cuh", "h", "cpp", "py"].contains(&x.to_str().unwrap())
+            });
+            if path.is_dir() && !path.ends_with("target") {
+                pending.push((path, limit));
+            } else if source && !path.ends_with("ffi.rs") {
+                let lines = read(&path).lines().count();
+                assert!(lines <= limit, "{}: {lines} lines, at most {limit}", path.display());
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen > 60, "only {seen} sources found");
+}
