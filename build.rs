@@ -109,15 +109,10 @@ struct Toolkit {
 impl Toolkit {
     fn find() -> Option<Self> {
         let out = PathBuf::from(env::var_os("OUT_DIR").unwrap());
-        let wheels = |target: PathBuf| {
-            let pythons = fs::read_dir(target.join("cuda/lib")).into_iter().flatten().flatten();
-            pythons.map(|p| p.path().join("site-packages/nvidia/cu13/bin/nvcc")).collect::<Vec<_>>()
-        };
         let mut candidates: Vec<PathBuf> =
             env::var_os("KVW_NVCC").map(Into::into).into_iter().collect();
         candidates.extend(env::var_os("CUDA_HOME").map(|h| Path::new(&h).join("bin/nvcc")));
-        candidates.extend(wheels(target_dir(&out)));
-        candidates.extend(wheels("target".into()));
+        candidates.push(target_dir(&out).join("cuda/nvidia/cu13/bin/nvcc"));
         let path = env::var_os("PATH").unwrap_or_default();
         candidates.extend(env::split_paths(&path).map(|d| d.join("nvcc")));
         candidates.push("/usr/local/cuda/bin/nvcc".into());

@@ -14,6 +14,8 @@ pub mod ffi;
 pub mod paged_attn;
 pub mod pages;
 pub mod prefill_attn;
+pub mod simd;
 pub mod slab;
+pub mod threads;
 
 pub use error::{Error, Result};

@@ -4,3 +4,4 @@ mod abi;
 mod simt;
 mod simt_self;
 mod slab;
+mod threads;
