@@ -8,14 +8,20 @@
 
 pub mod device;
 mod error;
+mod exp;
 #[allow(non_camel_case_types, missing_docs, clippy::all, clippy::undocumented_unsafe_blocks)]
 #[rustfmt::skip]
 pub mod ffi;
+pub mod kv_pack;
 pub mod paged_attn;
 pub mod pages;
 pub mod prefill_attn;
+pub mod rms_norm;
+pub mod rope_select;
+pub mod sample;
 pub mod simd;
 pub mod slab;
+pub mod swiglu;
 pub mod threads;
 
 pub use error::{Error, Result};

@@ -1,7 +1,13 @@
 //! One test binary: a module a family, and the house rules.
 
 mod abi;
+mod cases;
+mod kv_pack;
+mod rms_norm;
+mod rope_select;
+mod sample;
 mod simt;
 mod simt_self;
 mod slab;
+mod swiglu;
 mod threads;

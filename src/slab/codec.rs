@@ -13,13 +13,14 @@ pub fn quantise(group: &[f16], max_code: u32, codes: &mut [u8]) -> (f16, f16) {
         min = min.min(x.to_f32());
         max = max.max(x.to_f32());
     }
-    let scale = f16::from_f32((max - min) / max_code as f32);
+    // Adding 0 turns -0 into 0: whichever zero a minimum returns, the bits are the same.
+    let scale = f16::from_f32((max - min) / max_code as f32 + 0.0);
     let s = scale.to_f32();
     for (code, x) in codes.iter_mut().zip(group) {
         let q = if s > 0.0 { ((x.to_f32() - min) / s).round_ties_even() } else { 0.0 };
         *code = q.max(0.0).min(max_code as f32) as u8;
     }
-    (scale, f16::from_f32(min))
+    (scale, f16::from_f32(min + 0.0))
 }
 
 /// Write 64 tokens, `k` and `v` each `[64, D]`, as a slab of `out.len() == layout.slab_bytes()` bytes.

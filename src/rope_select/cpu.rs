@@ -1,0 +1,82 @@
+//! The CPU path: sines once a token, then two fused multiplies a channel.
+
+use super::{Pairing, check};
+use crate::error::{Error, Result};
+
+/// Sines and cosines of some positions, computed once and used for every layer, for queries and keys.
+#[derive(Debug, Clone, Default)]
+pub struct Angles {
+    pairs: usize,
+    /// `[T, pairs]`
+    cos: Vec<f32>,
+    /// `[T, pairs]`
+    sin: Vec<f32>,
+}
+
+impl Angles {
+    /// Angles of `positions` `[T]` at `inv_freq` `[D / 2]`.
+    pub fn new(positions: &[i32], inv_freq: &[f32]) -> Self {
+        let angles = positions.iter().flat_map(|&p| inv_freq.iter().map(move |f| p as f32 * f));
+        let (sin, cos) = angles.map(f32::sin_cos).unzip();
+        Self { pairs: inv_freq.len(), cos, sin }
+    }
+
+    /// Turn the heads of token `token`, `row` `[heads, D]`, in place.
+    ///
+    /// # Errors
+    /// [`Error::Len`] when `row` is not whole heads or there is no such token.
+    pub fn rotate(&self, token: usize, row: &mut [f32], pairing: Pairing) -> Result<()> {
+        let (op, d) = ("rope_select", 2 * self.pairs);
+        if d == 0 || !row.len().is_multiple_of(d) {
+            let need = row.len().next_multiple_of(d.max(1));
+            return Err(Error::Len { op, buffer: "row", need, got: row.len() });
+        }
+        let at = token * self.pairs..(token + 1) * self.pairs;
+        let (Some(cos), Some(sin)) = (self.cos.get(at.clone()), self.sin.get(at)) else {
+            let got = self.cos.len() / self.pairs;
+            return Err(Error::Len { op, buffer: "positions", need: token + 1, got });
+        };
+        for head in row.chunks_exact_mut(d) {
+            match pairing {
+                Pairing::Interleaved => interleaved(head, cos, sin),
+                Pairing::Half => half(head, cos, sin),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn interleaved(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (pairs, _) = head.as_chunks_mut::<2>();
+    for (([a, b], cos), sin) in pairs.iter_mut().zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+    }
+}
+
+fn half(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = head.split_at_mut(cos.len());
+    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+    }
+}
+
+/// Turn `x` `[T, heads, d]` in place: token `t` stands at `positions[t]`.
+///
+/// # Errors
+/// [`Error::Len`] when `x` or `inv_freq` `[d / 2]` has another size.
+pub fn cpu(
+    x: &mut [f32],
+    heads: usize,
+    d: usize,
+    positions: &[i32],
+    inv_freq: &[f32],
+    pairing: Pairing,
+) -> Result<()> {
+    check(x.len(), heads, d, positions.len(), inv_freq.len())?;
+    if x.is_empty() {
+        return Ok(());
+    }
+    let angles = Angles::new(positions, inv_freq);
+    let mut rows = x.chunks_exact_mut(heads * d).enumerate();
+    rows.try_for_each(|(token, row)| angles.rotate(token, row, pairing))
+}
