@@ -19,7 +19,9 @@ pub mod prefill_attn;
 pub mod rms_norm;
 pub mod rope_select;
 pub mod sample;
+pub mod simd;
 pub mod slab;
 pub mod swiglu;
+pub mod threads;
 
 pub use error::{Error, Result};
