@@ -13,6 +13,7 @@ mod exp;
 #[rustfmt::skip]
 pub mod ffi;
 pub mod kv_pack;
+pub mod linear;
 pub mod paged_attn;
 pub mod pages;
 pub mod prefill_attn;

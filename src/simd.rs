@@ -43,6 +43,13 @@ impl Level {
         }
     }
 
+    /// This level, or the best one of this CPU if that is lower: what a dispatcher may rely on.
+    #[must_use]
+    pub fn usable(self) -> Self {
+        static BEST: OnceLock<Level> = OnceLock::new();
+        self.min(*BEST.get_or_init(Self::of_cpu))
+    }
+
     #[cfg(target_arch = "x86_64")]
     fn of_cpu() -> Self {
         let avx2 = is_x86_feature_detected!("avx2")
@@ -65,3 +72,37 @@ impl Level {
         Self::Portable
     }
 }
+
+/// Makes `fn name(level, args)` that calls the `#[inline(always)]` function `body(args)`, compiled once
+/// for each level, so that plain loops vectorise with that level's instructions.
+macro_rules! leveled {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:path;
+    ) => {
+        $(#[$meta])*
+        #[inline]
+        $vis fn $name(level: $crate::simd::Level, $($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? {
+                $body($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? {
+                $body($($arg),*)
+            }
+            match level.usable() {
+                // SAFETY: `usable` answers with levels that this CPU has.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Level::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
+                _ => $body($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use leveled;

@@ -3,6 +3,7 @@
 mod abi;
 mod cases;
 mod kv_pack;
+mod linear;
 mod rms_norm;
 mod rope_select;
 mod sample;

@@ -1,0 +1,5 @@
+//! All benchmarks: `cargo bench -- cpu` runs the CPU paths.
+
+mod linear;
+
+criterion::criterion_main!(linear::benches);

@@ -1,0 +1,5 @@
+//! Kernels in x86-64 vector instructions.
+
+pub(super) mod gemm512;
+pub(super) mod gemv512;
+mod units512;
