@@ -2,8 +2,9 @@
 
 mod support;
 
-use kvwarp_engine::{gguf, tokenizer::Tokenizer};
+use kvwarp_engine::{data, gguf, tokenizer::Tokenizer};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 fn real() -> Option<Tokenizer> {
     let bytes = std::fs::read(support::real_model()?).unwrap();
@@ -27,6 +28,21 @@ fn prompts_match_golden_ids() {
     assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.add_bos()), (Some(1), Some(2), false));
     assert_eq!(tokenizer.ends(), [0, 2]);
     assert_eq!(tokenizer.vocab_size(), 49_152);
+}
+
+/// SHA-256 of the first 3,674 token numbers of the document, u32 little endian, by an independent
+/// tokenizer; the last token of the text differs because the book goes on.
+const DOCUMENT_IDS: &str = "31631bdf46447079aef94d8a40b66c2c1bb8e9a6d15add54dc06e6acb28caf0d";
+
+#[test]
+fn document_matches_golden_ids() {
+    let Some(tokenizer) = real() else { return };
+    let ids = tokenizer.encode(data::DOCUMENT, false).unwrap();
+    let bytes: Vec<u8> = ids[..3674].iter().flat_map(|id| id.to_le_bytes()).collect();
+    assert_eq!(format!("{:x}", Sha256::digest(&bytes)), DOCUMENT_IDS);
+    assert_eq!((ids.len(), tokenizer.encode(data::HELD, false).unwrap().len()), (3675, 1149));
+    assert_eq!(tokenizer.decode(&ids, false), data::DOCUMENT);
+    assert!(data::DOCUMENT.contains(data::ANSWER) && !data::QUESTION.contains(data::ANSWER));
 }
 
 #[test]
