@@ -54,8 +54,8 @@ impl Simt {
 
     /// Sets this thread's schedule until the value is dropped. Seed 0 runs in order, others at random.
     pub fn seeded(&self, seed: u64) -> Session<'_> {
-        let session = Session { lib: self };
-        session.resident(seed, 2);
+        let session = Session { lib: self, seed };
+        session.resident(2);
         session
     }
 
@@ -72,21 +72,20 @@ impl Simt {
         let last: unsafe extern "C" fn() -> *const c_char = self.get(b"simt_last_error");
         // SAFETY: a C string that lives until this thread's next launch.
         let text = unsafe { CStr::from_ptr(last()) }.to_string_lossy().into_owned();
-        let mut words: Vec<String> = text.split(' ').map(str::to_owned).collect();
-        for i in 1..words.len() {
-            let pc = words[i].trim_end_matches([';', ':']);
-            if words[i - 1] == "pc" && pc.starts_with("0x") {
-                words[i] = self.source_lines(pc).unwrap_or(words[i].clone());
-            }
-        }
-        words.join(" ")
+        let mut parts = text.split("pc 0x");
+        let head = parts.next().unwrap_or_default().to_owned();
+        parts.fold(head, |text, part| {
+            let end = part.find(|c: char| !c.is_ascii_hexdigit()).unwrap_or(part.len());
+            let (pc, rest) = part.split_at(end);
+            text + &self.source_lines(pc).unwrap_or(format!("pc 0x{pc}")) + rest
+        })
     }
 
     /// The inlined chain of source lines at a code address, innermost first.
     fn source_lines(&self, pc: &str) -> Option<String> {
         let out = Command::new("addr2line").arg("-ise").arg(&self.path).arg(pc).output().ok()?;
         let text = String::from_utf8(out.stdout).ok()?;
-        Some(text.lines().collect::<Vec<_>>().join(" < "))
+        Some(text.lines().filter_map(|l| l.split(' ').next()).collect::<Vec<_>>().join(" < "))
     }
 
     pub fn report(&self) -> Report {
@@ -123,14 +122,15 @@ impl Simt {
 /// A schedule, fault and mma mode of this OS thread, reset when dropped.
 pub struct Session<'a> {
     lib: &'a Simt,
+    seed: u64,
 }
 
 impl Session<'_> {
-    /// Runs at most `blocks` blocks at once (2 unless said).
-    pub fn resident(&self, seed: u64, blocks: u32) -> &Self {
+    /// Runs at most `blocks` blocks at once; 2 unless said.
+    pub fn resident(&self, blocks: u32) -> &Self {
         let configure: unsafe extern "C" fn(u64, u32) = self.lib.get(b"simt_configure");
         // SAFETY: plain numbers.
-        unsafe { configure(seed, blocks) };
+        unsafe { configure(self.seed, blocks) };
         self
     }
 
@@ -154,7 +154,8 @@ impl Session<'_> {
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
-        self.resident(0, 2).fault(0).mma(0);
+        self.seed = 0;
+        self.resident(2).fault(0).mma(0);
     }
 }
 
@@ -182,4 +183,16 @@ impl<T: Copy> Drop for Buf<T> {
         // SAFETY: allocated in `unwritten`, freed once.
         unsafe { free(self.ptr.cast()) };
     }
+}
+
+/// splitmix64's high halves: the words that tests feed to kernels.
+pub fn random_words(seed: u64, n: usize) -> Vec<u32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 32) as u32
+    };
+    (0..n).map(|_| next()).collect()
 }

@@ -41,11 +41,11 @@ Cell* shared_cells(const Access& a, const unsigned char* p, unsigned bytes) {
     return nullptr;
 }
 
-Allocation& allocation_of(const Access& a, const unsigned char* p) {
+Allocation& allocation_of(const Access& a, const unsigned char* p, unsigned bytes) {
     if (!last_allocation || p < last_allocation->at || p >= last_allocation->at + last_allocation->bytes)
         last_allocation = find_allocation(p);
     if (!last_allocation)
-        fail("%s out of bounds of every device buffer at %s", a.what, site_text(a.site).c_str());
+        fail("%s of %u bytes where no device buffer is, at %s", a.what, bytes, site_text(a.site).c_str());
     return *last_allocation;
 }
 
@@ -66,17 +66,17 @@ void check_shared(const Access& a, Cell* cells, unsigned bytes) {
 }
 
 void check_device(const Access& a, const unsigned char* p, unsigned bytes) {
-    Allocation& buffer = allocation_of(a, p);
+    Allocation& buffer = allocation_of(a, p, bytes);
     size_t first = size_t(p - buffer.at);
     const char* name = buffer.name.c_str();
-    if (first + bytes > buffer.bytes)
-        fail("%s of %u bytes out of bounds at %s[%zu], %zu bytes long, at %s", a.what, bytes, name, first,
-             buffer.bytes, site_text(a.site).c_str());
+    if (p < buffer.at || first + bytes > buffer.bytes)
+        fail("%s of %u bytes out of bounds at byte %td of %s, %zu bytes long, at %s", a.what, bytes,
+             p - buffer.at, name, buffer.bytes, site_text(a.site).c_str());
     for (size_t i = first; i < first + bytes; i++) {
         if (a.write && !a.atomic)
             buffer.set_written(i);
         else if (!buffer.is_written(i))
-            fail("%s of %s[%zu], never written, at %s", a.what, name, i, site_text(a.site).c_str());
+            fail("%s of byte %zu of %s, never written, at %s", a.what, i, name, site_text(a.site).c_str());
         touch(a, device_cell(buffer, i), launch_epoch(), name);
     }
 }

@@ -162,6 +162,6 @@ struct Allocation {
     void set_written(size_t i) { written[i / 64] |= 1ull << (i % 64); }
 };
 bool in_device_memory(const void* p);
-Allocation* find_allocation(const void* p); // null: between buffers
+Allocation* find_allocation(const void* p); // the buffer that p lies in or near; null: none there, or freed
 
 } // namespace simt

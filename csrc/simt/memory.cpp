@@ -64,17 +64,19 @@ bool in_device_memory(const void* p) {
 Allocation* find_allocation(const void* p) {
     auto* at = static_cast<const unsigned char*>(p);
     std::lock_guard<std::mutex> lock(arena_mutex);
-    auto after = allocations.upper_bound(at);
+    auto after = allocations.upper_bound(at + DEVICE_ALIGN);
     if (after == allocations.begin()) return nullptr;
     Allocation& a = std::prev(after)->second;
-    return at < a.at + a.bytes ? &a : nullptr;
+    return at < a.at - DEVICE_ALIGN + pages_of(a.bytes) ? &a : nullptr;
 }
 
 void mark_written(const void* p, size_t bytes) {
     Allocation* a = in_device_memory(p) ? find_allocation(p) : nullptr;
     if (!a) return;
-    size_t first = size_t(static_cast<const unsigned char*>(p) - a->at);
-    for (size_t i = first; i < first + bytes && i < a->bytes; i++) a->set_written(i);
+    auto* at = static_cast<const unsigned char*>(p);
+    for (size_t i = 0; i < bytes; i++) {
+        if (at + i >= a->at && at + i < a->at + a->bytes) a->set_written(size_t(at + i - a->at));
+    }
 }
 
 // ---- shared memory

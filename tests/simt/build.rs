@@ -172,13 +172,8 @@ fn compile_all(root: &Path, jobs: &[Job]) -> Result<(), Failure> {
     };
     thread::scope(|scope| {
         let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
-        threads
-            .into_iter()
-            .map(|t| {
-                t.join()
-                    .unwrap_or_else(|_| Err(Failure::Compiler("a compile thread panicked".into())))
-            })
-            .collect()
+        let panicked = || Failure::Compiler("a compile thread panicked".into());
+        threads.into_iter().try_for_each(|t| t.join().unwrap_or_else(|_| Err(panicked())))
     })
 }
 
