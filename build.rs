@@ -68,6 +68,7 @@ fn kernels(toolkit: &Toolkit) {
     println!("cargo::rustc-cfg=kvw_cuda");
     println!("cargo::rustc-env=KVW_BUILT_ARCHS={archs}");
     println!("cargo::rustc-env=KVW_KERNELS={}", library.display());
+    println!("cargo::rustc-env=KVW_CUDART={}", toolkit.libraries.display());
     println!("cargo::rustc-link-search=native={}", out.display());
     println!("cargo::rustc-link-search=native={}", toolkit.libraries.display());
     // After the kernels: their launch stubs need libstdc++'s guards, cudart_static the rest.

@@ -25,3 +25,23 @@ fn headers_are_plain_c11_each_on_its_own() {
         }
     }
 }
+
+/// The way of every other engine: headers, the static library, the static CUDA runtime.
+#[cfg(kvw_cuda)]
+#[test]
+fn a_c_program_links_and_runs_without_a_driver() {
+    let program = std::env::temp_dir().join(format!("kvwarp-link-{}", std::process::id()));
+    let built = Command::new("cc")
+        .args(["-std=c11", "-pedantic", "-Wall", "-Wextra", "-Werror", "-Icsrc", "tests/link.c"])
+        .args([env!("KVW_KERNELS"), concat!("-L", env!("KVW_CUDART")), "-lcudart_static"])
+        .args(["-lstdc++", "-ldl", "-lrt", "-lpthread", "-lm", "-o"])
+        .arg(&program)
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let ran = Command::new(&program).output().unwrap();
+    std::fs::remove_file(&program).unwrap();
+    let text = String::from_utf8_lossy(&ran.stdout);
+    assert!(ran.status.success(), "{text}");
+    assert!(text.starts_with("abi 1\nslab 6144\nrefused -1 "), "{text}");
+}
