@@ -18,7 +18,7 @@
 #define KVW_LAUNCH(kernel, grid, block, smem_bytes, stream, ...)                                             \
     ::kvw::launch(#kernel, false, kernel, grid, block, smem_bytes, stream, __VA_ARGS__)
 
-// All blocks alive at once, as prim::grid_sync needs.
+// All blocks alive at once, as prim::grid_sync (grid.cuh) needs.
 #define KVW_LAUNCH_COOPERATIVE(kernel, grid, block, smem_bytes, stream, ...)                                 \
     ::kvw::launch(#kernel, true, kernel, grid, block, smem_bytes, stream, __VA_ARGS__)
 

@@ -12,10 +12,8 @@
 #include <stdint.h>
 
 #if defined(__CUDACC__)
-#include <cooperative_groups.h>
 #define PRIM __device__ __forceinline__
 #define PRIM_SITE
-#define PRIM_SITE_ONLY
 // Dynamic and static shared memory: a pointer to the whole, and an array of n elements.
 #define KVW_DYN_SHARED(T, name) extern __shared__ __align__(128) T name[]
 #define KVW_SHARED(T, name, n)  __shared__ __align__(16) T name[n]
@@ -24,7 +22,6 @@
 #else
 #define PRIM                    inline
 #define PRIM_SITE               , SIMT_SITE
-#define PRIM_SITE_ONLY          SIMT_SITE
 #define KVW_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(::simt::block_view().dynamic)
 #define KVW_SHARED(T, name, n)                                                                               \
     T(&name)                                                                                                 \
@@ -220,15 +217,6 @@ PRIM void bar_sync(int id, int threads PRIM_SITE) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 #else
     simt::barrier(unsigned(id), unsigned(threads), false, file, line);
-#endif
-}
-
-// All blocks of a KVW_LAUNCH_COOPERATIVE.
-PRIM void grid_sync(PRIM_SITE_ONLY) {
-#if defined(__CUDACC__)
-    cooperative_groups::this_grid().sync();
-#else
-    simt::grid_barrier(file, line);
 #endif
 }
 

@@ -113,6 +113,8 @@ using nv_bfloat162 = __nv_bfloat162;
 #define SIMT_HALF_BINARY(H, H2, name, name2, op, symbol)                                                     \
     inline H name(H a, H b) { return H(float(a) op float(b)); }                                              \
     inline H2 name2(H2 a, H2 b) { return {name(a.x, b.x), name(a.y, b.y)}; }                                 \
+    inline H name##_rn(H a, H b) { return name(a, b); }                                                      \
+    inline H2 name2##_rn(H2 a, H2 b) { return name2(a, b); }                                                 \
     inline H operator op(H a, H b) { return name(a, b); }                                                    \
     inline H& operator symbol(H & a, H b) { return a = name(a, b); }                                         \
     inline H2 operator op(H2 a, H2 b) { return name2(a, b); }

@@ -1,5 +1,6 @@
 // selftest.cu - one small kernel per primitive: the executor's own tests, driven by tests/simt_self.rs.
 // Not a product kernel; nvcc compiles it in a test and never links it.
+#include "common/grid.cuh"
 #include "common/launch.cuh"
 #include "common/prim.cuh"
 

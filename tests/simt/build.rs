@@ -25,6 +25,9 @@ const FLAGS: &[&str] = &[
     "-mf16c",
 ];
 
+/// Kernels of both builds: a variable that was not set holds 0xfe bytes, not what happens to lie there.
+const KERNEL: &str = "-ftrivial-auto-var-init=pattern";
+
 /// Kernels of the checked build: the sanitizers' calls land in csrc/simt/check_hooks.cpp, their own libraries
 /// are not linked.
 const CHECKS: &[&str] =
@@ -89,7 +92,7 @@ pub fn library(kind: &str) -> Result<PathBuf, String> {
     let mut sources = Vec::new();
     read_sources(&root, &mut sources).map_err(|e| format!("{}: {e}", root.display()))?;
     sources.retain(|s| s.is(&["cu", "cuh", "cpp", "h", "map"]));
-    let flags = [FLAGS, CHECKS].concat();
+    let flags = [FLAGS, &[KERNEL], CHECKS].concat();
     let dir = target.join(hash(&flags, &sources.iter().collect::<Vec<_>>()));
     let so = dir.join(kind).with_extension("so");
     if so.exists() {
@@ -147,7 +150,11 @@ fn plan<'a>(objects: &Path, sources: &'a [Source], checked: bool) -> Vec<Job<'a>
     wanted
         .map(|source| {
             let kernel = source.is(&["cu"]);
-            let flags = if kernel && checked { [FLAGS, CHECKS].concat() } else { FLAGS.to_vec() };
+            let flags = match (kernel, checked) {
+                (false, _) => FLAGS.to_vec(),
+                (true, false) => [FLAGS, &[KERNEL]].concat(),
+                (true, true) => [FLAGS, &[KERNEL], CHECKS].concat(),
+            };
             let mut parts = vec![source];
             parts.extend(
                 headers
