@@ -4,6 +4,7 @@ pub mod chat;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod fetch;
 pub mod gguf;
 pub mod safetensors;
 pub mod source;

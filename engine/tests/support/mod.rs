@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use kvwarp_engine::fetch;
+
 /// The default model on this machine: `KVW_TEST_MODEL`, or the cache folder.
 pub fn real_model() -> Option<PathBuf> {
     let given = std::env::var_os("KVW_TEST_MODEL").map(PathBuf::from);
