@@ -6,49 +6,70 @@
 use crate::linear::gemm::Tile;
 use crate::linear::kind::Quant;
 use crate::linear::panel::{Codes, Lanes, ROWS};
-use crate::linear::q8::{Block, GROUP};
+use crate::linear::q8::{BLOCK, Block, GROUP};
 use std::arch::x86_64::*;
 
 /// Results for the first `tokens` tokens of the group; only on CPUs of [`crate::simd::Level::Avx512`].
 pub fn integer_tile(quant: Quant, codes: &Codes, q: &[Block<GROUP>], tokens: usize) -> Tile {
-    assert!(q.len() * 8 >= codes.words.len());
+    assert!(codes.words.len() <= q.len() * (BLOCK / 4));
     assert!(codes.scale.len() * quant.group == codes.words.len() * 4);
     assert!(codes.offset.len() == codes.scale.len());
     // SAFETY: the level was checked by the caller and the lengths above.
     unsafe {
-        match (quant.bias, quant.group, tokens > GROUP / 2) {
-            (0, _, true) => affine::<8>(codes, q),
-            (0, _, false) => affine::<4>(codes, q),
-            (128, _, true) => biased::<8, 7>(codes, q),
-            (128, _, false) => biased::<4, 7>(codes, q),
-            (8, _, true) => biased::<8, 3>(codes, q),
-            (8, _, false) => biased::<4, 3>(codes, q),
-            (_, _, true) => halves::<8>(codes, q),
-            (_, _, false) => halves::<4>(codes, q),
+        match (quant.bias, tokens > GROUP / 2) {
+            (0, true) => integer::<8, 8, 0>(codes, q),
+            (0, false) => integer::<4, 8, 0>(codes, q),
+            (8, true) => integer::<8, 8, 3>(codes, q),
+            (8, false) => integer::<4, 8, 3>(codes, q),
+            (32, true) => integer::<8, 4, 5>(codes, q),
+            (32, false) => integer::<4, 4, 5>(codes, q),
+            (_, true) => integer::<8, 8, 7>(codes, q),
+            (_, false) => integer::<4, 8, 7>(codes, q),
         }
     }
 }
 
-/// Adds the products of `steps` words of codes and of `q` (words of eight tokens each) to `sums`.
+/// `N` tokens; a scale every `STEPS` words of codes; bias `1 << SHIFT`, or offsets where `SHIFT` is 0.
+/// Sums of a group start at minus the bias times the sum of its activations.
 ///
 /// # Safety
-/// `words` must hold `steps` vectors, `q` `steps` groups of words.
-#[inline]
+/// Lengths as [`integer_tile`] checks them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn accumulate<const N: usize, const STEPS: usize>(
-    words: *const Lanes<u32>,
-    q: *const [[i8; 4]; GROUP],
-    mut sums: [__m512i; N],
-) -> [__m512i; N] {
-    for step in 0..STEPS {
-        // SAFETY: `step` is in bounds by this function's contract.
-        let (word, q) = unsafe { (_mm512_load_si512(words.add(step).cast()), &*q.add(step)) };
-        for (sum, &q) in sums.iter_mut().zip(q) {
-            let q = i32::from_le_bytes(q.map(i8::cast_unsigned));
-            *sum = _mm512_dpbusd_epi32(*sum, word, _mm512_set1_epi32(q));
+unsafe fn integer<const N: usize, const STEPS: usize, const SHIFT: u32>(
+    codes: &Codes,
+    q: &[Block<GROUP>],
+) -> Tile {
+    let parts = BLOCK / 4 / STEPS;
+    let mut sums = [_mm512_setzero_ps(); N];
+    for (group, (scale, offset)) in codes.scale.iter().zip(&codes.offset).enumerate() {
+        let part = group % parts;
+        // SAFETY: there are `parts` groups to a block, and a block for every group.
+        let block = unsafe { q.get_unchecked(group / parts) };
+        let neg = if parts == 1 { &block.neg } else { &block.neg_half[part] };
+        let mut dots: [__m512i; N] = std::array::from_fn(|t| match SHIFT {
+            0 => _mm512_setzero_si512(),
+            _ => _mm512_slli_epi32::<SHIFT>(_mm512_set1_epi32(neg[t])),
+        });
+        for step in 0..STEPS {
+            // SAFETY: there are `STEPS` words of codes to a group.
+            let word = unsafe { codes.words.get_unchecked(group * STEPS + step) };
+            // SAFETY: `Lanes` is 64 bytes, aligned to 64.
+            let word = unsafe { _mm512_load_si512(word.0.as_ptr().cast()) };
+            for (dot, q) in dots.iter_mut().zip(block.q[part * STEPS + step]) {
+                let q = i32::from_le_bytes(q.map(i8::cast_unsigned));
+                *dot = _mm512_dpbusd_epi32(*dot, word, _mm512_set1_epi32(q));
+            }
+        }
+        let (scale, offset) = (lanes(scale), lanes(offset));
+        for t in 0..N {
+            let dot = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t]), _mm512_set1_ps(block.d[t]));
+            sums[t] = _mm512_fmadd_ps(dot, scale, sums[t]);
+            if SHIFT == 0 {
+                sums[t] = _mm512_fmadd_ps(offset, _mm512_set1_ps(block.dsum[t]), sums[t]);
+            }
         }
     }
-    sums
+    tile_of(sums)
 }
 
 #[inline]
@@ -67,80 +88,6 @@ fn tile_of<const N: usize>(sums: [__m512; N]) -> Tile {
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
     }
     tile
-}
-
-/// Formats with an offset a group of 32.
-///
-/// # Safety
-/// Lengths as [`integer_tile`] checks them.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn affine<const N: usize>(codes: &Codes, q: &[Block<GROUP>]) -> Tile {
-    let mut sums = [_mm512_setzero_ps(); N];
-    for (b, (scale, offset)) in codes.scale.iter().zip(&codes.offset).enumerate() {
-        // SAFETY: `b` counts blocks of 8 words; `q` has at least as many.
-        let (block, dots) = unsafe {
-            let block = q.get_unchecked(b);
-            let words = codes.words.as_ptr().add(b * 8);
-            (block, accumulate::<N, 8>(words, block.q.as_ptr(), [_mm512_setzero_si512(); N]))
-        };
-        let (scale, offset) = (lanes(scale), lanes(offset));
-        for t in 0..N {
-            let dot = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t]), _mm512_set1_ps(block.d[t]));
-            sums[t] = _mm512_fmadd_ps(offset, _mm512_set1_ps(block.dsum[t]), sums[t]);
-            sums[t] = _mm512_fmadd_ps(dot, scale, sums[t]);
-        }
-    }
-    tile_of(sums)
-}
-
-/// Formats with a scale a group of 32 and the bias `1 << SHIFT`.
-///
-/// # Safety
-/// Lengths as [`integer_tile`] checks them.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn biased<const N: usize, const SHIFT: u32>(codes: &Codes, q: &[Block<GROUP>]) -> Tile {
-    let mut sums = [_mm512_setzero_ps(); N];
-    for (b, scale) in codes.scale.iter().enumerate() {
-        // SAFETY: `b` counts blocks of 8 words; `q` has at least as many.
-        let (block, dots) = unsafe {
-            let block = q.get_unchecked(b);
-            let words = codes.words.as_ptr().add(b * 8);
-            let bias = |t: usize| _mm512_slli_epi32::<SHIFT>(_mm512_set1_epi32(block.neg[t]));
-            (block, accumulate::<N, 8>(words, block.q.as_ptr(), std::array::from_fn(bias)))
-        };
-        let scale = lanes(scale);
-        for t in 0..N {
-            let dot = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t]), _mm512_set1_ps(block.d[t]));
-            sums[t] = _mm512_fmadd_ps(dot, scale, sums[t]);
-        }
-    }
-    tile_of(sums)
-}
-
-/// Formats with a scale a group of 16 and the bias 32.
-///
-/// # Safety
-/// Lengths as [`integer_tile`] checks them.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn halves<const N: usize>(codes: &Codes, q: &[Block<GROUP>]) -> Tile {
-    let mut sums = [_mm512_setzero_ps(); N];
-    for (g, scale) in codes.scale.iter().enumerate() {
-        let half = g % 2;
-        // SAFETY: `g` counts groups of 4 words, two a block; `q` has at least as many blocks.
-        let (block, dots) = unsafe {
-            let block = q.get_unchecked(g / 2);
-            let (words, q) = (codes.words.as_ptr().add(g * 4), block.q.as_ptr().add(half * 4));
-            let neg = &block.neg_half[half];
-            let bias = |t: usize| _mm512_slli_epi32::<5>(_mm512_set1_epi32(neg[t]));
-            (block, accumulate::<N, 4>(words, q, std::array::from_fn(bias)))
-        };
-        let scale = lanes(scale);
-        for t in 0..N {
-            let dot = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t]), _mm512_set1_ps(block.d[t]));
-            sums[t] = _mm512_fmadd_ps(dot, scale, sums[t]);
-        }
-    }
-    tile_of(sums)
 }
 
 /// Decoded floats of 16 rows times up to eight tokens; only on CPUs of [`crate::simd::Level::Avx512`].

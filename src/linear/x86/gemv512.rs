@@ -7,6 +7,11 @@ use crate::linear::q8::{Block, row_blocks};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+/// Bytes between the weights that are used and those that are fetched, about 300 ns at 12 GB/s. Four
+/// rows are read at once but fetched as what they are, one run of memory: the hardware prefetcher
+/// does not follow four short streams, and left alone this loop reaches a third of the bandwidth.
+const AHEAD: usize = 4096;
+
 /// `y[.., rows]` for all tokens; only on CPUs of [`crate::simd::Level::Avx512`].
 pub fn rows(weights: &Weights<'_>, rows: Range<usize>, q: &[Block<1>], y: &Out<'_>) {
     match weights.kind() {
@@ -68,23 +73,24 @@ unsafe fn dot<U: Unit, const R: usize, const N: usize>(
 ) -> [[f32; R]; N] {
     let mut sums = [[_mm512_setzero_ps(); N]; R];
     let units = rows[0].len() / U::BYTES;
-    for unit in 0..units {
-        // SAFETY: `unit` whole units are in each row.
-        unsafe {
-            step::<U, R, N>(rows.map(|row| row.as_ptr().add(unit * U::BYTES)), q, unit, &mut sums)
-        };
+    let rest = rows[0].len() - units * U::BYTES;
+    // Half a unit may be left, one block of 32: it is read beside a block of zeros.
+    let mut padded = [[0u8; 68]; R];
+    for (padded, row) in padded.iter_mut().zip(rows) {
+        padded[..rest].copy_from_slice(&row[units * U::BYTES..]);
     }
-    if rows[0].len() > units * U::BYTES {
-        // Half a unit is left: one block of 32, read beside a block of zeros.
-        let mut padded = [[0u8; 68]; R];
-        for (padded, row) in padded.iter_mut().zip(rows) {
-            let rest = &row[units * U::BYTES..];
-            padded[..rest.len()].copy_from_slice(rest);
-        }
-        // SAFETY: no unit of 32-blocks is larger than the padded copy.
-        unsafe {
-            step::<U, R, N>(std::array::from_fn(|r| padded[r].as_ptr()), q, units, &mut sums)
+    for unit in 0..units + usize::from(rest > 0) {
+        let whole = unit < units;
+        let start = |r: usize| match whole {
+            true => rows[r].as_ptr().wrapping_add(unit * U::BYTES),
+            false => padded[r].as_ptr(),
         };
+        for line in (0..R * U::BYTES).step_by(64) {
+            let used = rows[0].as_ptr().wrapping_add(unit * R * U::BYTES + line);
+            _mm_prefetch::<_MM_HINT_T0>(used.wrapping_add(AHEAD).cast());
+        }
+        // SAFETY: each row holds `units` whole units; no unit of 32-blocks is larger than `padded`.
+        unsafe { step::<U, R, N>(std::array::from_fn(start), q, unit, &mut sums) };
     }
     std::array::from_fn(|t| std::array::from_fn(|r| _mm512_reduce_add_ps(sums[r][t])))
 }
