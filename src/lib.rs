@@ -7,12 +7,15 @@
 #![warn(missing_docs)]
 
 pub mod device;
+pub mod embed;
 mod error;
 mod exp;
 #[allow(non_camel_case_types, missing_docs, clippy::all, clippy::undocumented_unsafe_blocks)]
 #[rustfmt::skip]
 pub mod ffi;
 pub mod kv_pack;
+#[cfg(kvw_cuda)]
+mod launch;
 pub mod linear;
 pub mod paged_attn;
 pub mod pages;

@@ -56,3 +56,9 @@ fn sum_of_squares(row: &[f32]) -> f32 {
     }
     sums.iter().sum()
 }
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_rms_norm, kvw_rms_norm_params, "rms_norm"
+}

@@ -28,3 +28,9 @@ pub fn cpu(gate: &mut [f32], up: &[f32]) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_swiglu, kvw_swiglu_params, "swiglu"
+}

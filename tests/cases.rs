@@ -1,5 +1,7 @@
 //! Inputs and comparisons that every family uses.
 
+use half::f16;
+
 /// SplitMix64: the same inputs on every machine.
 pub struct Noise(pub u64);
 
@@ -31,19 +33,42 @@ impl Noise {
     pub fn values(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.value()).collect()
     }
+
+    pub fn halves(&mut self, n: usize) -> Vec<f16> {
+        (0..n).map(|_| f16::from_f32(self.value())).collect()
+    }
 }
 
 /// Same NaN and infinity positions, then each element within `abs + rel * |want|`.
+pub fn close(what: &str, got: &[f32], want: &[f64], abs: f64, rel: f64) -> Result<(), String> {
+    if got.len() != want.len() {
+        return Err(format!("{what}: {} elements, want {}", got.len(), want.len()));
+    }
+    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+        let special = !w.is_finite() || !g.is_finite();
+        let same = w.is_nan() == g.is_nan() && (w.is_nan() || w == f64::from(g));
+        let off = (f64::from(g) - w).abs();
+        if if special { !same } else { off > abs + rel * w.abs() } {
+            return Err(format!("{what}[{i}] = {g}, want {w}, off by {off:.2e}"));
+        }
+    }
+    Ok(())
+}
+
 #[track_caller]
 pub fn assert_close(what: &str, got: &[f32], want: &[f64], abs: f64, rel: f64) {
-    assert_eq!(got.len(), want.len(), "{what}: length");
-    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
-        if !w.is_finite() || !g.is_finite() {
-            let same = w.is_nan() == g.is_nan() && (w.is_nan() || w == f64::from(g));
-            assert!(same, "{what}[{i}] = {g}, want {w}");
-            continue;
-        }
-        let off = (f64::from(g) - w).abs();
-        assert!(off <= abs + rel * w.abs(), "{what}[{i}] = {g}, want {w}, off by {off:.2e}");
-    }
+    close(what, got, want, abs, rel).unwrap_or_else(|e| panic!("{e}"));
+}
+
+pub fn widen(x: &[f16]) -> Vec<f32> {
+    x.iter().map(|x| x.to_f32()).collect()
+}
+
+pub fn f64s(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| x.into()).collect()
+}
+
+/// A device address that is never followed.
+pub fn somewhere<T>() -> *mut T {
+    4096 as *mut T
 }

@@ -2,6 +2,8 @@
 
 mod abi;
 mod cases;
+mod embed;
+mod exec;
 mod kv_pack;
 mod linear;
 mod rms_norm;

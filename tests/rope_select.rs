@@ -1,6 +1,9 @@
 //! rope_select: hand-worked turns, frequencies of stretched models, every path against the oracle.
 
-use crate::cases::{Noise, assert_close};
+use crate::cases::{Noise, assert_close, close, f64s, somewhere, widen};
+use crate::exec::{Run, assert_caught, executors, op};
+use half::f16;
+use kvwarp::ffi::{self, kvw_rope_select_params as Params};
 use kvwarp::rope_select::{Angles, Pairing, Scaling, cpu, inv_freq, oracle};
 
 const PAIRINGS: [Pairing; 2] = [Pairing::Interleaved, Pairing::Half];
@@ -67,4 +70,96 @@ fn sizes_that_disagree_are_refused() {
     let refused = angles.rotate(2, &mut x, Pairing::Half).unwrap_err().to_string();
     assert_eq!(refused, "rope_select: `positions` holds 2 elements, needs 3");
     assert!(angles.rotate(0, &mut x[..65], Pairing::Half).is_err());
+}
+
+#[test]
+fn c_checks_need_no_gpu() {
+    let valid = Params {
+        struct_size: size_of::<Params>() as u32,
+        pairing: ffi::KVW_ROPE_HALF,
+        x: somewhere(),
+        out: somewhere(),
+        positions: somewhere(),
+        inv_freq: somewhere(),
+        x_stride: 192,
+        out_stride: 192,
+        tokens: 5,
+        heads: 3,
+        head_dim: 64,
+        reserved: 0,
+    };
+    op!(kvw_rope_select).refuses(
+        valid,
+        &[
+            ("struct_size", |p| p.struct_size = 1, ffi::KVW_ERR_STRUCT),
+            ("pairing", |p| p.pairing = 2, ffi::KVW_ERR_SHAPE),
+            ("x", |p| p.x = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("out", |p| p.out = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
+            ("positions", |p| p.positions = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("inv_freq", |p| p.inv_freq = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("positions unaligned", |p| p.positions = 4 as _, ffi::KVW_ERR_ALIGN),
+            ("x_stride", |p| p.x_stride = 191, ffi::KVW_ERR_SHAPE),
+            ("out_stride", |p| p.out_stride = 0, ffi::KVW_ERR_SHAPE),
+            ("in place, strides differ", |p| p.out_stride = 200, ffi::KVW_ERR_SHAPE),
+            ("tokens", |p| p.tokens = 0, ffi::KVW_ERR_SHAPE),
+            ("heads", |p| p.heads = 0, ffi::KVW_ERR_SHAPE),
+            ("head_dim odd", |p| p.head_dim = 63, ffi::KVW_ERR_SHAPE),
+            ("head_dim beyond 256", |p| p.head_dim = 258, ffi::KVW_ERR_SHAPE),
+            ("reserved", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
+        ],
+    );
+    assert_eq!(op!(kvw_rope_select).bytes(&valid), 5 * (3 * 64 * 4 + 4) + 128);
+    assert_eq!(op!(kvw_rope_select).workspace(&valid), 0);
+}
+
+/// `gap` elements between tokens; turned in place where it is 0.
+fn case(run: &Run, pairing: Pairing, heads: usize, d: usize, gap: usize) -> Result<(), String> {
+    let mut noise = Noise(d as u64);
+    let positions = [0, 1, 77, 4095, 131072, i32::MAX];
+    let (row, stride) = (heads * d, heads * d + gap);
+    let x = noise.halves(positions.len() * stride);
+    let freq = inv_freq(500000.0, d, Scaling::None);
+    let rows =
+        |x: Vec<f32>| -> Vec<f32> { x.chunks(stride).flat_map(|r| r[..row].to_vec()).collect() };
+    let mut want = f64s(&rows(widen(&x)));
+    oracle(&mut want, heads, d, &positions, &freq, pairing).unwrap();
+    let dx = run.upload("x", &x);
+    let (dp, df) = (run.upload("positions", &positions), run.upload("inv_freq", &freq));
+    let out = if gap == 0 { None } else { Some(run.alloc::<f16>("out", x.len())) };
+    let to = out.as_ref().unwrap_or(&dx);
+    let params = Params {
+        struct_size: size_of::<Params>() as u32,
+        pairing: pairing as i32,
+        x: dx.ptr().cast(),
+        out: to.ptr().cast(),
+        positions: dp.ptr(),
+        inv_freq: df.ptr(),
+        x_stride: stride as i64,
+        out_stride: stride as i64,
+        tokens: positions.len() as i32,
+        heads: heads as i32,
+        head_dim: d as i32,
+        reserved: 0,
+    };
+    run.call(&op!(kvw_rope_select), &params)?;
+    // Rounding to f16: 2^-11 of the value; the products' own rounding where they cancel.
+    close("rope_select", &rows(widen(&to.download())), &want, 1e-5, 5e-4)
+}
+
+#[test]
+fn executors_match_oracle() {
+    for exec in executors(2) {
+        let run = exec.start();
+        for pairing in PAIRINGS {
+            for (heads, d, gap) in [(9, 64, 0), (2, 128, 8), (1, 256, 16), (3, 80, 1), (2, 6, 3)] {
+                case(&run, pairing, heads, d, gap).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn faults_are_caught() {
+    let body = |run: &Run| case(run, Pairing::Half, 9, 64, 0);
+    assert_caught(301, "no barrier between writing the sines and using them", body);
 }

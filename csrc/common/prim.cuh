@@ -84,11 +84,11 @@ PRIM uint4 ldg128(const void* p PRIM_SITE) {
 #endif
 }
 
-// Read-only data that is used once: not kept in L1, first to leave L2.
+// Read-only data that is used once: not kept in L1.
 PRIM uint4 ldg128_stream(const void* p PRIM_SITE) {
 #if defined(__CUDACC__)
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(p));
     return v;

@@ -12,3 +12,9 @@ mod kivi;
 
 pub use cpu::{Rows, append, fill, pack, step};
 pub use kivi::{advance, boundaries};
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_kv_pack, kvw_kv_pack_params, "kv_pack"
+}

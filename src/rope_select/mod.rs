@@ -44,3 +44,9 @@ fn check(x: usize, heads: usize, d: usize, positions: usize, inv_freq: usize) ->
     }
     Ok(())
 }
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_rope_select, kvw_rope_select_params, "rope_select"
+}

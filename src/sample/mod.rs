@@ -79,3 +79,9 @@ fn check(logits: usize, sampling: &Sampling) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_sample, kvw_sample_params, "sample"
+}

@@ -1,0 +1,38 @@
+//! From an op of the C ABI to [`crate::Result`].
+
+use crate::device::meaning;
+use crate::error::{Error, Result};
+use std::fmt::Debug;
+
+/// What a family's status means; `params` name the culprit of a refusal.
+pub(crate) fn result(op: &'static str, status: i32, params: &impl Debug) -> Result<()> {
+    match status {
+        0 => Ok(()),
+        ..0 => Err(Error::Invalid { op, status, params: format!("{params:?}") }),
+        code => Err(Error::Cuda { op, code, what: meaning(code) }),
+    }
+}
+
+/// `Args` and `run` of a family: its C op, params struct and name.
+macro_rules! op {
+    ($(#[$doc:meta])* $function:ident, $params:ident, $name:literal) => {
+        /// Arguments of the CUDA kernel, as its header describes them: device pointers and sizes.
+        pub type Args = crate::ffi::$params;
+
+        $(#[$doc])*
+        /// Returns before it has run. `struct_size` is filled in.
+        ///
+        /// # Errors
+        /// [`crate::Error::Invalid`] for refused arguments, [`crate::Error::Cuda`] for a failed launch.
+        ///
+        /// # Safety
+        /// Every pointer of `args` is null where that is allowed, or a device address of as many elements as
+        /// the header says, which live until the kernel has run; nothing else writes them meanwhile.
+        pub unsafe fn run(args: &Args, stream: crate::ffi::kvw_stream) -> crate::Result<()> {
+            let args = Args { struct_size: size_of::<Args>() as u32, ..*args };
+            // SAFETY: the caller's promise; the op reads `args` before it returns.
+            crate::launch::result($name, unsafe { crate::ffi::$function(&args, stream) }, &args)
+        }
+    };
+}
+pub(crate) use op;

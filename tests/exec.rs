@@ -1,0 +1,225 @@
+//! One test body for every executor of the kernels: the CPU executor, plain and checked, and a GPU.
+
+use crate::simt::{Buf, Session, Simt};
+use bytemuck::Pod;
+use kvwarp::ffi::kvw_stream;
+
+type Function<P> = unsafe extern "C" fn(*const P, kvw_stream) -> i32;
+type Query<P, R> = unsafe extern "C" fn(*const P) -> R;
+/// A field, a change that makes it unacceptable, and the status it then gives.
+type Refusal<'a, P> = (&'a str, fn(&mut P), i32);
+
+/// An op of the C ABI by name, and, where the build holds the kernels, as a function.
+pub struct Op<P> {
+    pub name: &'static str,
+    #[cfg_attr(not(kvw_cuda), expect(dead_code))]
+    pub cuda: Option<Function<P>>,
+}
+
+/// `op!(kvw_embed)`: the op of that name.
+macro_rules! op {
+    ($function:ident) => {
+        $crate::exec::Op {
+            name: stringify!($function),
+            #[cfg(kvw_cuda)]
+            cuda: Some(kvwarp::ffi::$function),
+            #[cfg(not(kvw_cuda))]
+            cuda: None,
+        }
+    };
+}
+pub(crate) use op;
+
+impl<P> Op<P> {
+    /// A function of this family in the CPU executor's library.
+    fn simt<F: Copy>(&self, suffix: &str) -> F {
+        Simt::plain().get(format!("{}{suffix}", self.name).as_bytes())
+    }
+
+    pub fn check(&self, params: *const P) -> i32 {
+        // SAFETY: null, or live params; the function reads nothing else.
+        unsafe { self.simt::<Query<P, i32>>("_check")(params) }
+    }
+
+    pub fn bytes(&self, params: &P) -> usize {
+        // SAFETY: as above.
+        unsafe { self.simt::<Query<P, usize>>("_bytes")(params) }
+    }
+
+    pub fn workspace(&self, params: &P) -> usize {
+        // SAFETY: as above.
+        unsafe { self.simt::<Query<P, usize>>("_workspace")(params) }
+    }
+
+    /// `valid` passes the check; each case, a change of one field, is refused with its status by `_check` and
+    /// by the op, and moves no bytes. No CUDA call is made.
+    #[track_caller]
+    pub fn refuses(&self, valid: P, cases: &[Refusal<'_, P>])
+    where
+        P: Copy,
+    {
+        assert_eq!(self.check(&valid), 0, "{}: the valid params", self.name);
+        assert!(self.bytes(&valid) > 0, "{}: bytes of the valid params", self.name);
+        assert_eq!(self.check(std::ptr::null()), kvwarp::ffi::KVW_ERR_NULL);
+        for (what, change, status) in cases {
+            let mut params = valid;
+            change(&mut params);
+            assert_eq!(self.check(&params), *status, "{}: {what}", self.name);
+            assert_eq!(self.bytes(&params), 0, "{}: bytes, {what}", self.name);
+            // SAFETY: refused params are not followed.
+            let got = unsafe { self.simt::<Function<P>>("")(&params, std::ptr::null_mut()) };
+            assert_eq!(got, *status, "{}: {what}, from the op", self.name);
+        }
+    }
+}
+
+/// Who runs a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exec {
+    /// The CPU executor, threads in order.
+    SimtPlain,
+    /// The CPU executor, every access checked, under the random schedule of this seed (0: in order).
+    SimtChecked(u64),
+    /// The first GPU.
+    #[cfg(kvw_cuda)]
+    Cuda,
+}
+
+/// Everyone present: the CPU executor in its two builds, the checked one under `seeds` schedules, and a GPU.
+pub fn executors(seeds: u64) -> Vec<Exec> {
+    let mut all = vec![Exec::SimtPlain];
+    all.extend((0..seeds).map(Exec::SimtChecked));
+    #[cfg(kvw_cuda)]
+    all.extend(gpu::device().map(|_| Exec::Cuda));
+    all
+}
+
+/// Memory of an executor.
+pub enum Mem<T: Copy> {
+    Simt(Buf<T>),
+    #[cfg(kvw_cuda)]
+    Cuda(kvwarp::device::cuda::Buffer, std::marker::PhantomData<T>),
+}
+
+impl<T: Pod> Mem<T> {
+    pub fn ptr(&self) -> *mut T {
+        match self {
+            Mem::Simt(buf) => buf.ptr(),
+            #[cfg(kvw_cuda)]
+            Mem::Cuda(buffer, _) => gpu::expect().address(buffer) as *mut T,
+        }
+    }
+
+    pub fn download(&self) -> Vec<T> {
+        match self {
+            Mem::Simt(buf) => buf.to_vec(),
+            #[cfg(kvw_cuda)]
+            Mem::Cuda(buffer, _) => {
+                bytemuck::pod_collect_to_vec(&gpu::expect().download(buffer).unwrap())
+            }
+        }
+    }
+}
+
+/// An executor set up on this thread: schedule and fault last until it is dropped.
+pub struct Run {
+    exec: Exec,
+    session: Option<Session<'static>>,
+}
+
+impl Exec {
+    pub fn start(self) -> Run {
+        let session = match self {
+            Exec::SimtPlain => Some(Simt::plain().seeded(0)),
+            Exec::SimtChecked(seed) => Some(Simt::checked().seeded(seed)),
+            #[cfg(kvw_cuda)]
+            Exec::Cuda => None,
+        };
+        Run { exec: self, session }
+    }
+}
+
+impl Run {
+    fn simt(&self) -> &'static Simt {
+        if self.exec == Exec::SimtPlain { Simt::plain() } else { Simt::checked() }
+    }
+
+    /// Plant fault `n` (0: none).
+    pub fn fault(&self, n: i32) {
+        self.session.as_ref().expect("faults are the CPU executor's").fault(n);
+    }
+
+    /// Memory holding `values`.
+    pub fn upload<T: Pod>(&self, name: &str, values: &[T]) -> Mem<T> {
+        #[cfg(kvw_cuda)]
+        if self.exec == Exec::Cuda {
+            let buffer = gpu::expect().upload(bytemuck::cast_slice(values)).unwrap();
+            return Mem::Cuda(buffer, std::marker::PhantomData);
+        }
+        Mem::Simt(self.simt().buf(name, values))
+    }
+
+    /// Memory for `len` elements that nobody has written: all bits set, a NaN in every float format.
+    pub fn alloc<T: Pod>(&self, name: &str, len: usize) -> Mem<T> {
+        #[cfg(kvw_cuda)]
+        if self.exec == Exec::Cuda {
+            let poison = vec![0xFFu8; len * size_of::<T>()];
+            let buffer = gpu::expect().upload(&poison).unwrap();
+            return Mem::Cuda(buffer, std::marker::PhantomData);
+        }
+        Mem::Simt(self.simt().unwritten(name, len))
+    }
+
+    /// Run the op to its end; the executor's report or CUDA's error otherwise.
+    pub fn call<P>(&self, op: &Op<P>, params: &P) -> Result<(), String> {
+        #[cfg(kvw_cuda)]
+        if self.exec == Exec::Cuda {
+            return gpu::call(op.cuda.expect("a build with kernels"), params);
+        }
+        let function: Function<P> = self.simt().get(op.name.as_bytes());
+        // SAFETY: params point into memory of this executor, which checks every access.
+        self.simt().check(unsafe { function(params, std::ptr::null_mut()) })
+    }
+}
+
+/// Fault `n` must be seen: by a report of the checked executor, or by `body` finding wrong results.
+#[track_caller]
+pub fn assert_caught(n: i32, what: &str, body: impl Fn(&Run) -> Result<(), String>) {
+    let seen = (0..4).any(|seed| {
+        let run = Exec::SimtChecked(seed).start();
+        body(&run).unwrap_or_else(|e| panic!("without fault {n}: {e}"));
+        run.fault(n);
+        body(&run).is_err()
+    });
+    assert!(seen, "fault {n} went unseen: {what}");
+}
+
+#[cfg(kvw_cuda)]
+mod gpu {
+    use super::Function;
+    use kvwarp::device::{Device, cuda::Cuda};
+    use std::sync::OnceLock;
+
+    pub fn device() -> Option<&'static Cuda> {
+        static DEVICE: OnceLock<Option<Cuda>> = OnceLock::new();
+        let open = || match Device::cuda(0) {
+            Ok(Device::Cuda(cuda)) => Some(cuda),
+            Err(e) if std::env::var_os("KVW_REQUIRE_GPU").is_some() => panic!("{e}"),
+            _ => None,
+        };
+        DEVICE.get_or_init(open).as_ref()
+    }
+
+    pub fn expect() -> &'static Cuda {
+        device().expect("a GPU")
+    }
+
+    pub fn call<P>(function: Function<P>, params: &P) -> Result<(), String> {
+        let stream = expect().stream().map_err(|e| e.to_string())?;
+        // SAFETY: params point into live buffers of this device.
+        match unsafe { function(params, stream) } {
+            0 => expect().synchronize().map_err(|e| e.to_string()),
+            status => Err(format!("status {status}")),
+        }
+    }
+}
