@@ -56,24 +56,27 @@ fn integer_tile(
     q: &[Block<GROUP>],
     tokens: usize,
 ) -> Tile {
-    #[cfg(target_arch = "x86_64")]
-    if level.usable() == Level::Avx512 {
-        return super::x86::gemm512::integer_tile(quant, codes, q, tokens);
+    match level.usable() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => super::x86::gemm512::integer_tile(quant, codes, q, tokens),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => super::x86::avx2::integer_tile(quant, codes, q, tokens),
+        _ => integer_tile_plain(quant, codes, q),
     }
-    integer_tile_plain(level, quant, codes, q)
 }
 
 /// `x` is `[up to GROUP, cols]`.
 fn float_tile(level: Level, floats: &[Lanes<f32>], x: &[f32]) -> Tile {
-    #[cfg(target_arch = "x86_64")]
-    if level.usable() == Level::Avx512 {
-        return super::x86::gemm512::float_tile(floats, x);
+    match level.usable() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => super::x86::gemm512::float_tile(floats, x),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => super::x86::avx2::float_tile(floats, x),
+        _ => float_tile_plain(floats, x),
     }
-    float_tile_plain(level, floats, x)
 }
 
-#[inline(always)]
-fn integer_tile_any(quant: Quant, codes: &Codes, q: &[Block<GROUP>]) -> Tile {
+fn integer_tile_plain(quant: Quant, codes: &Codes, q: &[Block<GROUP>]) -> Tile {
     let mut tile = [[0f32; ROWS]; GROUP];
     let per_block = BLOCK / quant.group;
     let words = codes.words.chunks_exact(quant.group / 4);
@@ -99,12 +102,7 @@ fn integer_tile_any(quant: Quant, codes: &Codes, q: &[Block<GROUP>]) -> Tile {
     tile
 }
 
-crate::simd::leveled! {
-    fn integer_tile_plain(quant: Quant, codes: &Codes, q: &[Block<GROUP>]) -> Tile = integer_tile_any;
-}
-
-#[inline(always)]
-fn float_tile_any(floats: &[Lanes<f32>], x: &[f32]) -> Tile {
+fn float_tile_plain(floats: &[Lanes<f32>], x: &[f32]) -> Tile {
     let mut tile = [[0f32; ROWS]; GROUP];
     for (x, sums) in x.chunks_exact(floats.len()).zip(&mut tile) {
         for (column, x) in floats.iter().zip(x) {
@@ -114,8 +112,4 @@ fn float_tile_any(floats: &[Lanes<f32>], x: &[f32]) -> Tile {
         }
     }
     tile
-}
-
-crate::simd::leveled! {
-    fn float_tile_plain(floats: &[Lanes<f32>], x: &[f32]) -> Tile = float_tile_any;
 }

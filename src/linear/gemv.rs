@@ -71,14 +71,29 @@ fn float_rows(level: Level, weights: &Weights<'_>, rows: Range<usize>, x: &[f32]
     });
 }
 
-#[inline(always)]
+fn integer_dot(
+    level: Level,
+    quant: Quant,
+    codes: &[u8],
+    scale: &[f32],
+    offset: &[f32],
+    q: &[Block<1>],
+) -> f32 {
+    match level.usable() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 | Level::Avx512 => {
+            super::x86::avx2::integer_dot(quant, codes, scale, offset, q)
+        }
+        _ => integer_dot_plain(quant, codes, scale, offset, q),
+    }
+}
+
 fn half_dot(codes: &[u8], q: &[[[i8; 4]; 1]]) -> i32 {
     let q = q.as_flattened().as_flattened();
     codes.iter().zip(q).map(|(&code, &q)| i32::from(code) * i32::from(q)).sum()
 }
 
-#[inline(always)]
-fn integer_dot_any(
+fn integer_dot_plain(
     quant: Quant,
     codes: &[u8],
     scale: &[f32],
@@ -98,12 +113,6 @@ fn integer_dot_any(
         };
     }
     sum
-}
-
-crate::simd::leveled! {
-    fn integer_dot(
-        quant: Quant, codes: &[u8], scale: &[f32], offset: &[f32], q: &[Block<1>],
-    ) -> f32 = integer_dot_any;
 }
 
 #[inline(always)]
