@@ -20,11 +20,11 @@ fn half_at(block: &[u8], at: usize) -> f32 {
     f16(u16::from_le_bytes([block[at], block[at + 1]]))
 }
 
-/// Nibbles to bytes: low nibbles first, then high ones.
+/// Nibbles to bytes: low nibbles first, then high ones. `HALF` bytes to twice as many.
 #[inline(always)]
-fn nibbles(packed: &[u8], codes: &mut [u8]) {
-    let (low, high) = codes.split_at_mut(packed.len());
-    for ((&byte, low), high) in packed.iter().zip(low).zip(high) {
+fn nibbles<const HALF: usize>(packed: &[u8], codes: &mut [u8]) {
+    let (low, high) = codes.split_at_mut(HALF);
+    for ((&byte, low), high) in packed[..HALF].iter().zip(low).zip(&mut high[..HALF]) {
         (*low, *high) = (byte & 15, byte >> 4);
     }
 }
@@ -42,31 +42,47 @@ fn q4k_scale_min(packed: &[u8], g: usize) -> (u8, u8) {
 }
 
 #[inline(always)]
-fn q4k(block: &[u8], codes: &mut [u8], scale: &mut [f32], offset: &mut [f32]) {
+fn q4k(block: &[u8; 144], codes: &mut [u8; 256], scale: &mut [f32; 8], offset: &mut [f32; 8]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     for (g, (scale, offset)) in scale.iter_mut().zip(offset).enumerate() {
         let (s, m) = q4k_scale_min(&block[4..16], g);
         (*scale, *offset) = (d * f32::from(s), -(dmin * f32::from(m)));
     }
-    for (packed, codes) in block[16..144].chunks_exact(32).zip(codes.chunks_exact_mut(64)) {
-        nibbles(packed, codes);
+    for (packed, codes) in block[16..].as_chunks::<32>().0.iter().zip(codes.chunks_exact_mut(64)) {
+        nibbles::<32>(packed, codes);
     }
 }
 
 #[inline(always)]
-fn q6k(block: &[u8], codes: &mut [u8], scale: &mut [f32]) {
+fn q6k(block: &[u8; 210], codes: &mut [u8; 256], scale: &mut [f32; 16]) {
     let d = half_at(block, 208);
     for (scale, &s) in scale.iter_mut().zip(&block[192..208]) {
         *scale = d * f32::from(s.cast_signed());
     }
-    let halves = block[..128].chunks_exact(64).zip(block[128..192].chunks_exact(32));
-    for ((low, high), codes) in halves.zip(codes.chunks_exact_mut(128)) {
-        nibbles(low, codes);
-        for (quarter, codes) in codes.chunks_exact_mut(32).enumerate() {
+    let (low, high) = (block[..128].as_chunks::<64>().0, block[128..192].as_chunks::<32>().0);
+    for ((low, high), codes) in low.iter().zip(high).zip(codes.as_chunks_mut::<128>().0) {
+        nibbles::<64>(low, codes);
+        for (quarter, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
             for (code, &pairs) in codes.iter_mut().zip(high) {
                 *code |= (pairs >> (2 * quarter) & 3) << 4;
             }
         }
+    }
+}
+
+/// Walks whole blocks with sizes known to the compiler; without them nothing below vectorises.
+#[inline(always)]
+fn each_block<const BYTES: usize, const CODES: usize, const GROUPS: usize>(
+    bytes: &[u8],
+    codes: &mut [u8],
+    scale: &mut [f32],
+    offset: &mut [f32],
+    decode: impl Fn(&[u8; BYTES], &mut [u8; CODES], &mut [f32; GROUPS], &mut [f32; GROUPS]),
+) {
+    let blocks = bytes.as_chunks().0.iter().zip(codes.as_chunks_mut().0);
+    let scales = scale.as_chunks_mut().0.iter_mut().zip(offset.as_chunks_mut().0);
+    for ((block, codes), (scale, offset)) in blocks.zip(scales) {
+        decode(block, codes, scale, offset);
     }
 }
 
@@ -79,47 +95,55 @@ fn unpack_any(
     scale: &mut [f32],
     offset: &mut [f32],
 ) {
-    let Some(Quant { group, bias }) = kind.quant() else { return };
-    let groups = kind.block() / group;
-    if bias != 0 {
-        offset.fill(0.0);
-    }
-    let blocks = bytes.chunks_exact(kind.block_bytes()).zip(codes.chunks_exact_mut(kind.block()));
-    let scales = scale.chunks_exact_mut(groups).zip(offset.chunks_exact_mut(groups));
-    for ((block, codes), (scale, offset)) in blocks.zip(scales) {
-        match kind {
-            WeightType::Q8_0 => {
-                scale[0] = half_at(block, 0);
-                codes.iter_mut().zip(&block[2..34]).for_each(|(code, q)| *code = q ^ 128);
-            }
-            WeightType::Q4_0 => {
-                scale[0] = half_at(block, 0);
-                nibbles(&block[2..18], codes);
-            }
-            WeightType::Q4_1 => {
-                (scale[0], offset[0]) = (half_at(block, 0), half_at(block, 2));
-                nibbles(&block[4..20], codes);
-            }
-            WeightType::Q4K => q4k(block, codes, scale, offset),
-            WeightType::Q6K => q6k(block, codes, scale),
-            WeightType::F32 | WeightType::F16 | WeightType::BF16 => {}
+    match kind {
+        WeightType::Q8_0 => {
+            each_block::<34, 32, 1>(bytes, codes, scale, offset, |block, codes, scale, offset| {
+                (scale[0], offset[0]) = (half_at(block, 0), 0.0);
+                codes.iter_mut().zip(&block[2..]).for_each(|(code, q)| *code = q ^ 128);
+            });
         }
+        WeightType::Q4_0 => {
+            each_block::<18, 32, 1>(bytes, codes, scale, offset, |block, codes, scale, offset| {
+                (scale[0], offset[0]) = (half_at(block, 0), 0.0);
+                nibbles::<16>(&block[2..], codes);
+            });
+        }
+        WeightType::Q4_1 => {
+            each_block::<20, 32, 1>(bytes, codes, scale, offset, |block, codes, scale, offset| {
+                (scale[0], offset[0]) = (half_at(block, 0), half_at(block, 2));
+                nibbles::<16>(&block[4..], codes);
+            });
+        }
+        WeightType::Q4K => each_block::<144, 256, 8>(bytes, codes, scale, offset, q4k),
+        WeightType::Q6K => {
+            each_block::<210, 256, 16>(
+                bytes,
+                codes,
+                scale,
+                offset,
+                |block, codes, scale, offset| {
+                    q6k(block, codes, scale);
+                    offset.fill(0.0);
+                },
+            );
+        }
+        WeightType::F32 | WeightType::F16 | WeightType::BF16 => {}
     }
 }
 
 #[inline(always)]
 fn dequantize_any(kind: WeightType, bytes: &[u8], out: &mut [f32]) {
-    let pairs = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let halves = || bytes.as_chunks().0.iter().map(|&half| u16::from_le_bytes(half));
     match kind {
         WeightType::F32 => {
-            let words = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            let words = bytes.as_chunks().0.iter().map(|&word| f32::from_le_bytes(word));
             out.iter_mut().zip(words).for_each(|(out, word)| *out = word);
         }
-        WeightType::F16 => out.iter_mut().zip(pairs()).for_each(|(out, h)| *out = f16(h)),
-        WeightType::BF16 => out
-            .iter_mut()
-            .zip(pairs())
-            .for_each(|(out, h)| *out = f32::from_bits(u32::from(h) << 16)),
+        WeightType::F16 => out.iter_mut().zip(halves()).for_each(|(out, half)| *out = f16(half)),
+        WeightType::BF16 => {
+            let widen = |half| f32::from_bits(u32::from(half) << 16);
+            out.iter_mut().zip(halves()).for_each(|(out, half)| *out = widen(half));
+        }
         _ => dequantize_codes(kind, bytes, out),
     }
 }
@@ -131,8 +155,9 @@ fn dequantize_codes(kind: WeightType, bytes: &[u8], out: &mut [f32]) {
     let piece_bytes = PIECE / kind.block() * kind.block_bytes();
     for (bytes, out) in bytes.chunks(piece_bytes).zip(out.chunks_mut(PIECE)) {
         unpack_any(kind, bytes, &mut codes, &mut scale, &mut offset);
-        let groups = codes.chunks_exact(group).zip(out.chunks_exact_mut(group));
-        for ((codes, out), (&scale, &offset)) in groups.zip(scale.iter().zip(&offset)) {
+        let halves = codes.as_chunks::<16>().0.iter().zip(out.as_chunks_mut::<16>().0);
+        for (half, (codes, out)) in halves.enumerate() {
+            let (scale, offset) = (scale[half * 16 / group], offset[half * 16 / group]);
             for (out, &code) in out.iter_mut().zip(codes) {
                 *out = (i32::from(code) - bias) as f32 * scale + offset;
             }

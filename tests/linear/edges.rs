@@ -2,7 +2,9 @@
 
 use super::{random_activations, random_weights, run};
 use kvwarp::Error;
-use kvwarp::linear::{Activations, Cpu, WeightType, Weights, dequantize_row, matmul, matmul_many};
+use kvwarp::linear::{
+    Activations, Cpu, WeightType, Weights, dequantize_row, matmul, matmul_many, oracle,
+};
 use kvwarp::simd::Level;
 use kvwarp::threads::Team;
 use rand::SeedableRng;
@@ -45,6 +47,45 @@ fn not_a_number_stays_in_its_token() {
                         let finite = y.iter().all(|y| y.is_finite());
                         let none = y.iter().all(|y| !y.is_finite());
                         assert!(if token == bad { none } else { finite }, "{kind:?} {n}: {y:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Largest codes against largest activations of both signs: 16-bit sums of pairs must not saturate.
+#[test]
+fn extreme_codes_keep_exact_sums() {
+    let team = Team::new(1);
+    for kind in WeightType::ALL.into_iter().filter(|kind| kind.block() > 1) {
+        for fill in [0xff, 0x00, 0x80, 0x7f] {
+            let mut data = vec![fill; 3 * kind.row_bytes(256).unwrap()];
+            for block in data.chunks_exact_mut(kind.block_bytes()) {
+                let one = half::f16::ONE.to_le_bytes();
+                match kind {
+                    WeightType::Q6K => block[208..].copy_from_slice(&one),
+                    WeightType::Q4_1 | WeightType::Q4K => {
+                        block[..4].copy_from_slice(&one.repeat(2))
+                    }
+                    _ => block[..2].copy_from_slice(&one),
+                }
+            }
+            let weights = Weights::new(kind, 3, 256, &data).unwrap();
+            for sign in [1.0, -1.0] {
+                let x = vec![sign * 127.0; 6 * 256];
+                let want = oracle::matmul(&weights, &super::f64s(&x), 6);
+                for level in Level::available() {
+                    let cpu = Cpu { level, ..Cpu::new(&team) };
+                    let one = run(&cpu, &weights, &x[..256], 1);
+                    for (got, want) in
+                        run(&cpu, &weights, &x, 6).iter().chain(&one).zip(want.iter().chain(&want))
+                    {
+                        let error = (f64::from(*got) - want).abs();
+                        assert!(
+                            error <= 1e-6 * want.abs(),
+                            "{kind:?} {fill} {level:?} {got} {want}"
+                        );
                     }
                 }
             }
