@@ -221,13 +221,13 @@ PRIM void bar_sync(int id, int threads PRIM_SITE) {
 }
 
 // A load that sees everything before a release of the same word; the only load to spin on.
-PRIM uint32_t ld_acquire(const uint32_t* p) {
+PRIM uint32_t ld_acquire(const uint32_t* p PRIM_SITE) {
     uint32_t v;
 #if defined(__CUDACC__)
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
 #else
     simt::yield(); // others must move for the word to change
-    simt::acquire_hook(p);
+    simt::acquire_hook(p, sizeof v, file, line);
     simt::raw_copy(&v, p, sizeof v);
 #endif
     return v;

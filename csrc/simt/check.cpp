@@ -2,9 +2,9 @@
 //
 // Ordered by: program order, block barriers (a generation of the block), __syncwarp and named barriers
 // (vector clocks within a block), and across blocks by fence, then atomic, seen by a later atomic or acquire
-// load. Not seen: a missing fence after an acquiring atomic; of readers in two blocks only the last is
-// remembered; weak-memory outcomes beyond missing order. Writing the same value twice is a race, as it is on
-// the device.
+// load. Stricter than the device: __threadfence_block orders nothing (use a barrier).
+// Not seen: a missing fence after an acquiring atomic; of readers in two blocks only the last is remembered;
+// weak-memory outcomes beyond missing order. Writing the same value twice is a race, as it is on the device.
 #include "check.h"
 #include <algorithm>
 #include <atomic>
@@ -32,8 +32,10 @@ std::atomic<uint32_t> next_epoch{1}; // process-wide: buffers may move between O
 
 bool ordered_before(const Access& a, uint32_t block, uint32_t generation, uint32_t clock, unsigned thread) {
     unsigned self = a.fiber.thread.flat;
-    if (block == a.block.number)
-        return generation != a.block.generation || thread == self || a.shadow.known[self][thread] >= clock;
+    if (block == a.block.number) {
+        if (generation != a.block.generation || thread == self) return true;
+        if (a.shadow.known[self][thread] >= clock) return true;
+    }
     for (const Seen* seen : {&a.shadow.seen, &a.shadow.seen_by[self]}) {
         auto of_block = seen->find(block_key(block));
         if (of_block != seen->end() && of_block->second > generation) return true;
@@ -111,6 +113,7 @@ void block_begin(Block& block) {
         s->known[i][i] = 1;
     }
     if (s->dynamic.size() < block.dynamic_store.size()) s->dynamic.resize(block.dynamic_store.size());
+    s->at_fence.resize(n);
     s->statics.clear();
     s->readers_used = 0;
     s->seen.clear();
@@ -144,17 +147,21 @@ void launch_begin() {
 
 void grid_barrier() { this_launch = next_epoch++; }
 
+// What the threads know of their block and of others becomes common to them.
 void sync(Fiber* const* fibers, unsigned n) {
     Shadow& s = shadow_of(*fibers[0]->thread.block);
     Clocks merged = s.known[fibers[0]->thread.flat];
-    for (unsigned i = 1; i < n; i++) {
+    Seen seen;
+    for (unsigned i = 0; i < n; i++) {
         const Clocks& other = s.known[fibers[i]->thread.flat];
         for (size_t t = 0; t < merged.size(); t++) merged[t] = std::max(merged[t], other[t]);
+        merge(seen, s.seen_by[fibers[i]->thread.flat]);
     }
     for (unsigned i = 0; i < n; i++) {
         unsigned t = fibers[i]->thread.flat;
         s.known[t] = merged;
         s.known[t][t]++;
+        s.seen_by[t] = seen;
     }
 }
 
@@ -162,7 +169,9 @@ void fence(Fiber& fiber, bool beyond_block) {
     if (!beyond_block) return;
     fiber.fenced = true;
     unsigned t = fiber.thread.flat;
-    shadow_of(*fiber.thread.block).known[t][t]++;
+    Shadow& s = shadow_of(*fiber.thread.block);
+    s.known[t][t]++;
+    s.at_fence[t] = s.known[t];
 }
 
 void raise(Seen& seen, uint64_t key, uint32_t value) {
@@ -181,11 +190,17 @@ void atomic(Fiber& fiber, void* p, unsigned bytes, Site site) {
     merge(s.seen_by[t], seen);
     if (!fiber.fenced) return;
     raise(seen, block_key(block.number), block.generation);
-    raise(seen, thread_key(block.number, t), s.known[t][t]);
+    const Clocks& clocks = s.at_fence[t];
+    for (unsigned u = 0; u < clocks.size(); u++) {
+        // Own accesses before the fence, and those of others that were known by then.
+        if (clocks[u]) raise(seen, thread_key(block.number, u), clocks[u] + (u != t));
+    }
     merge(seen, s.seen);
+    merge(seen, s.seen_by[t]);
 }
 
-void acquire(Fiber& fiber, const void* p) {
+void acquire(Fiber& fiber, const void* p, unsigned bytes, Site site) {
+    check_access(fiber, p, bytes, false, site, "acquiring load", true);
     auto found = released.find(p);
     if (found != released.end())
         merge(shadow_of(*fiber.thread.block).seen_by[fiber.thread.flat], found->second);

@@ -15,8 +15,9 @@ void merge(Seen& into, const Seen& from);
 // Of one block.
 struct Shadow {
     uint32_t epoch = 0;
-    std::vector<Clocks> known;   // known[t][u]: what t knows of u
-    std::vector<Clocks> readers; // of this generation
+    std::vector<Clocks> known;    // known[t][u]: what t knows of u
+    std::vector<Clocks> at_fence; // at_fence[t]: known[t] when t last passed a device-wide fence
+    std::vector<Clocks> readers;  // of this generation
     uint32_t readers_used = 0;
     std::vector<Cell> dynamic;
     std::unordered_map<const void*, std::vector<Cell>> statics;

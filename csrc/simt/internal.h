@@ -134,7 +134,7 @@ struct Checker {
     void (*copy_land)(Fiber&, const Copy&);
     void (*atomic)(Fiber&, void* p, unsigned bytes, Site);
     void (*fence)(Fiber&, bool beyond_block);
-    void (*acquire)(Fiber&, const void* p);
+    void (*acquire)(Fiber&, const void* p, unsigned bytes, Site);
 };
 extern const Checker* checker;
 

@@ -165,12 +165,15 @@ void check_aligned(const void* p, unsigned bytes, const char* file, int line) {
     if (uintptr_t(p) % bytes) fail("misaligned %u-byte access at %s:%d", bytes, file, line);
 }
 void atomic_hook(void* p, unsigned bytes, const char* file, int line) {
+    maybe_yield();
     check_aligned(p, bytes, file, line);
     if (checker && runner && runner->current)
         checker->atomic(*runner->current, p, bytes, {nullptr, file, line});
 }
-void acquire_hook(const void* p) {
-    if (checker && runner && runner->current) checker->acquire(*runner->current, p);
+void acquire_hook(const void* p, unsigned bytes, const char* file, int line) {
+    check_aligned(p, bytes, file, line);
+    if (checker && runner && runner->current)
+        checker->acquire(*runner->current, p, bytes, {nullptr, file, line});
 }
 void fence_hook(bool beyond_block) {
     if (checker && runner && runner->current) checker->fence(*runner->current, beyond_block);

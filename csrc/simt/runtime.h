@@ -117,7 +117,7 @@ void yield();
 void maybe_yield();
 void atomic_hook(void* p, unsigned bytes, const char* file, int line);
 void fence_hook(bool beyond_block);
-void acquire_hook(const void* p);
+void acquire_hook(const void* p, unsigned bytes, const char* file, int line);
 // An access whose width the host compiler would hide: alignment is checked in every build.
 // Plain bytes, out of sight of the checked build: fibres switch only inside the executor, so a read, a change
 // and a write made of these are indivisible.

@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int THREADS = 64;
-constexpr int BLOCKS = 3;
+constexpr int BLOCKS = 3; // of 32 threads
 
 struct Io {
     const uint32_t* in;
@@ -87,6 +87,23 @@ __global__ void last_block_merges(Io io) {
     io.out[0] = total;
 }
 
+// The same by warps, without a block barrier: out[0] = sum, out[1] = ticket, out[2..] a word a lane.
+__global__ void last_warp_merges(Io io) {
+    uint32_t lane = threadIdx.x % 32, warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    uint32_t warps = gridDim.x * blockDim.x / 32, *words = io.out + 2, ticket = 0;
+    words[warp * 32 + lane] = io.in[warp * 32 + lane];
+    if (!KVW_FAULT(33)) __syncwarp();
+    if (lane == 0) {
+        if (!KVW_FAULT(34)) __threadfence();
+        ticket = atomicAdd(io.out + 1, 1u);
+    }
+    if (!KVW_FAULT(35)) __syncwarp();
+    if (__shfl_sync(~0u, ticket, 0) != warps - 1) return;
+    uint32_t total = 0;
+    for (uint32_t w = 0; w < warps; w++) total += __reduce_add_sync(~0u, words[w * 32 + 31 - lane]);
+    if (lane == 0) io.out[0] = total;
+}
+
 // A grid barrier made by hand: the ticket is spun on with an acquiring load.
 __global__ void spin_barrier(Io io) {
     uint32_t *ticket = io.out + 1, *box = io.out + 2;
@@ -114,6 +131,7 @@ SELFTEST(exchange, 1, THREADS, 2 * THREADS * 4)
 SELFTEST(single_thread_bugs, 1, THREADS, 0)
 SELFTEST(meeting_bugs, 1, THREADS, 0)
 SELFTEST(last_block_merges, BLOCKS, 32, 0)
+SELFTEST(last_warp_merges, 2, THREADS, 0)
 
 extern "C" kvw_status simt_selftest_spin_barrier(const uint32_t* in, uint32_t* out) {
     return KVW_LAUNCH_COOPERATIVE(spin_barrier, BLOCKS, 32, 0, nullptr, Io{in, out});

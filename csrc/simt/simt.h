@@ -62,10 +62,9 @@ T reduce(uint32_t mask, T v, ReduceKind kind, const char* name, const char* file
     return out;
 }
 
-// One indivisible step: fibres switch only between statements of the executor.
+// One indivisible step with the atomic_hook before it: neither yields in between.
 template <class T, class F> T read_modify_write(T* p, F f) {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);
-    maybe_yield();
     T old;
     raw_copy(&old, p, sizeof old);
     T next = f(old);

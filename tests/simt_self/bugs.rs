@@ -29,9 +29,9 @@ const MEETING: [(i32, &str); 5] = [
 const BETWEEN_BLOCKS: [(i32, &str); 2] =
     [(20, "read-after-write race in out memory"), (28, "write-write race in out memory")];
 
-/// One block reads 64 words and finds 64 unwritten ones in `out`; three blocks read 96 and need a written `out`.
+/// One block reads 64 words and finds 64 unwritten ones in `out`; more blocks read up to 128 and need a written `out`.
 fn run(lib: &'static Simt, kernel: &str, out: &[u32]) -> Result<Vec<u32>, String> {
-    let x = lib.buf("in", &random_words(11, if out.is_empty() { 64 } else { 96 }));
+    let x = lib.buf("in", &random_words(11, if out.is_empty() { 64 } else { 128 }));
     let y = if out.is_empty() { lib.unwritten("out", 64) } else { lib.buf("out", out) };
     let op: Op = lib.get(format!("simt_selftest_{kernel}").as_bytes());
     // SAFETY: as in `launch`.
@@ -88,6 +88,14 @@ fn a_missing_fence_is_found_and_a_correct_merge_is_not() {
     finds("last_block_merges", &out, &BETWEEN_BLOCKS);
     let total = random_words(11, 96).into_iter().fold(0, u32::wrapping_add);
     assert_eq!(run(Simt::checked(), "last_block_merges", &out).unwrap()[..2], [total, 3]);
+    let total = random_words(11, 128).into_iter().fold(0, u32::wrapping_add);
+    let out = [0; 2 + 128];
+    assert_eq!(run(Simt::checked(), "last_warp_merges", &out).unwrap()[..2], [total, 4]);
+    finds(
+        "last_warp_merges",
+        &out,
+        &[33, 34, 35].map(|f| (f, "read-after-write race in out memory")),
+    );
     finds("spin_barrier", &[0; 2 + 3 * 32 + 3], &[(32, "read-after-write race in out memory")]);
 }
 
