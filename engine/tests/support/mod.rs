@@ -8,8 +8,7 @@ use kvwarp_engine::fetch;
 /// The default model on this machine: `KVW_TEST_MODEL`, or the cache folder.
 pub fn real_model() -> Option<PathBuf> {
     let given = std::env::var_os("KVW_TEST_MODEL").map(PathBuf::from);
-    let cached =
-        dirs::cache_dir().map(|dir| dir.join("kvwarp/models/SmolLM2-135M-Instruct.Q4_1.gguf"));
+    let cached = fetch::cache_folder().ok().map(|folder| folder.join(fetch::SMOLLM2.file));
     let found = given.or(cached).filter(|path| path.is_file());
     if found.is_none() {
         assert!(

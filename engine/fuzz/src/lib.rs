@@ -1,0 +1,39 @@
+//! Bodies of the fuzz targets: each takes any bytes and must neither panic nor allocate without bound.
+
+use kvwarp_engine::config::Config;
+use kvwarp_engine::tokenizer::Tokenizer;
+use kvwarp_engine::{gguf, safetensors};
+
+/// A GGUF file: header, then configuration and vocabulary from its metadata, then a round trip.
+pub fn gguf(data: &[u8]) {
+    let Ok(file) = gguf::parse(data) else { return };
+    assert!(file.tensors().values().all(|info| info.range.end <= data.len()));
+    let _ = Config::from_gguf(&file, data);
+    if let Ok(tokenizer) = Tokenizer::from_gguf(&file) {
+        use_tokenizer(&tokenizer);
+    }
+}
+
+/// A safetensors file.
+pub fn safetensors(data: &[u8]) {
+    let Ok(tensors) = safetensors::parse(data) else { return };
+    for info in tensors.values() {
+        assert!(info.range.start <= info.range.end && info.range.end <= data.len());
+    }
+}
+
+/// The text files of a model folder.
+pub fn json(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let _ = Config::from_json(text);
+    if let Ok(tokenizer) = Tokenizer::from_json(text, &[text]) {
+        use_tokenizer(&tokenizer);
+    }
+}
+
+fn use_tokenizer(tokenizer: &Tokenizer) {
+    if let Ok(ids) = tokenizer.prompt("Ab 12\n<s> x\u{e9}\u{1f469}") {
+        assert!(ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()));
+        tokenizer.decode(&ids, true);
+    }
+}
