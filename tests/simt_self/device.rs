@@ -27,7 +27,7 @@ fn nvcc_compiles_every_primitive() {
             "-Xptxas=-v,-warn-spills",
             "-I",
         ]);
-        c.arg(&csrc).args(["80", "90a"].map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")));
+        c.arg(&csrc).arg("-gencode=arch=compute_80,code=sm_80"); // the oldest; build.rs compiles users for all
         c.arg("-o")
             .arg(Path::new(env!("CARGO_TARGET_TMPDIR")).join(name).with_extension("device.o"));
         let out = c.arg(csrc.join("simt").join(name).with_extension("cu")).output().unwrap();
