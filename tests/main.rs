@@ -9,6 +9,7 @@ mod linear;
 mod rms_norm;
 mod rope_select;
 mod sample;
+mod simd;
 mod simt;
 mod simt_self;
 mod slab;

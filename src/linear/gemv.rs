@@ -25,10 +25,15 @@ pub(super) fn rows(
     y: &Out<'_>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(q) = q
-        && level.usable() == Level::Avx512
-    {
-        return super::x86::gemv512::rows(weights, rows, q, y);
+    if let Some(q) = q {
+        let done = match level.usable() {
+            Level::Avx512 => super::x86::gemv512::rows(weights, rows.clone(), q, y),
+            Level::Avx2 => super::x86::gemv2::rows(weights, rows.clone(), q, y),
+            Level::Portable => false,
+        };
+        if done {
+            return;
+        }
     }
     match (q, weights.kind().quant()) {
         (Some(q), Some(quant)) => integer_rows(level, weights, rows, q, quant, y),

@@ -17,7 +17,7 @@ const FEW: usize = 4;
 /// Pairs of products of codes and activations.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn pairs<const SIGNED: bool>(codes: __m256i, q: __m256i) -> __m256i {
+pub fn pairs<const SIGNED: bool>(codes: __m256i, q: __m256i) -> __m256i {
     if SIGNED {
         let w = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
         _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w))
@@ -28,7 +28,7 @@ fn pairs<const SIGNED: bool>(codes: __m256i, q: __m256i) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn widen(pairs: __m256i) -> __m256i {
+pub fn widen(pairs: __m256i) -> __m256i {
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 

@@ -12,16 +12,18 @@ use std::ops::Range;
 /// does not follow four short streams, and left alone this loop reaches a third of the bandwidth.
 const AHEAD: usize = 4096;
 
-/// `y[.., rows]` for all tokens; only on CPUs of [`crate::simd::Level::Avx512`].
-pub fn rows(weights: &Weights<'_>, rows: Range<usize>, q: &[Block<1>], y: &Out<'_>) {
+/// `y[.., rows]` for all tokens; false, and nothing done, for float formats. Only on CPUs of
+/// [`crate::simd::Level::Avx512`].
+pub fn rows(weights: &Weights<'_>, rows: Range<usize>, q: &[Block<1>], y: &Out<'_>) -> bool {
     match weights.kind() {
         WeightType::Q4_0 => tokens::<Q4_0>(weights, rows, q, y),
         WeightType::Q4_1 => tokens::<Q4_1>(weights, rows, q, y),
         WeightType::Q8_0 => tokens::<Q8_0>(weights, rows, q, y),
         WeightType::Q4K => tokens::<Q4K>(weights, rows, q, y),
         WeightType::Q6K => tokens::<Q6K>(weights, rows, q, y),
-        WeightType::F32 | WeightType::F16 | WeightType::BF16 => {}
+        WeightType::F32 | WeightType::F16 | WeightType::BF16 => return false,
     }
+    true
 }
 
 /// Weights of one call: four rows at a time while there are, and two tokens.
