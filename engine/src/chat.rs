@@ -39,7 +39,8 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Compiles a Jinja template as model files carry it; `bos` and `eos` are the texts of those tokens.
+    /// Compiles a Jinja template as model files carry it; `bos` and `eos` are the texts of those
+    /// tokens.
     ///
     /// # Errors
     /// [`Error::Template`] with the line at fault.
@@ -72,8 +73,8 @@ impl ChatTemplate {
             .transpose()
     }
 
-    /// The template of a model folder, when there is one: `chat_template.jinja`, or `chat_template` in
-    /// `tokenizer_config.json`.
+    /// The template of a model folder, when there is one: `chat_template.jinja`, or `chat_template`
+    /// in `tokenizer_config.json`.
     ///
     /// # Errors
     /// As [`ChatTemplate::new`], or [`Error::Io`].

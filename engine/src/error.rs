@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-/// What went wrong with a model file; each message names the field, its value and what would be accepted.
+/// What went wrong with a model file; each message names the field, its value and what would be
+/// accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused a file operation.

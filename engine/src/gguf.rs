@@ -1,10 +1,12 @@
 //! Reader of GGUF version 2 and 3 files: metadata, tensor table, data ranges.
 //!
-//! The file is treated as hostile: a length is compared with the bytes that are left before anything is allocated for it,
-//! so parsing never asks for more than a small multiple of the file's own size, and every refusal names field and offset.
+//! The file is treated as hostile: a length is compared with the bytes that are left before
+//! anything is allocated for it, so parsing never asks for more than a small multiple of the file's
+//! own size, and every refusal names field and offset.
 //!
-//! Layout (little endian): magic, version u32, tensor count u64, metadata count u64; metadata as key, type u32, value;
-//! tensors as name, rank u32, extents u64 (fastest first), type u32, offset u64; padding to the alignment; tensor data.
+//! Layout (little endian): magic, version u32, tensor count u64, metadata count u64; metadata as
+//! key, type u32, value; tensors as name, rank u32, extents u64 (fastest first), type u32, offset
+//! u64; padding to the alignment; tensor data.
 
 mod read;
 mod types;
@@ -50,7 +52,8 @@ pub struct Gguf {
 /// Parses the header, metadata and tensor table of `bytes`, which must be the whole file.
 ///
 /// # Errors
-/// [`Error::Gguf`] naming the field and its offset for anything malformed, truncated or of an unknown type.
+/// [`Error::Gguf`] naming the field and its offset for anything malformed, truncated or of an
+/// unknown type.
 pub fn parse(bytes: &[u8]) -> Result<Gguf> {
     let mut cursor = Cursor::new(bytes);
     let version = header(&mut cursor)?;

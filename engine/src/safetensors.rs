@@ -25,7 +25,8 @@ pub struct TensorInfo {
 /// Parses the header of `bytes`, which must be the whole file; tensors by name.
 ///
 /// # Errors
-/// [`Error::Safetensors`] naming the tensor or the part that is malformed, truncated or of an unsupported type.
+/// [`Error::Safetensors`] naming the tensor or the part that is malformed, truncated or of an
+/// unsupported type.
 pub fn parse(bytes: &[u8]) -> Result<BTreeMap<String, TensorInfo>> {
     let length = bytes.first_chunk::<8>().map(|first| u64::from_le_bytes(*first));
     let left = bytes.len().saturating_sub(8) as u64;

@@ -1,7 +1,8 @@
 //! Text to tokens and back, from a GGUF file's own vocabulary or from a `tokenizer.json`.
 //!
-//! The `tokenizers` crate splits text and merges pairs. Special tokens are cut out of the text before that, so they can
-//! be recognised or not call by call and never merge with their neighbours; decoding works on the bytes of each token.
+//! The `tokenizers` crate splits text and merges pairs. Special tokens are cut out of the text
+//! before that, so they can be recognised or not call by call and never merge with their
+//! neighbours; decoding works on the bytes of each token.
 
 mod build;
 mod gguf;
@@ -49,7 +50,8 @@ impl Tokenizer {
     /// From the metadata of a GGUF file.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] naming the key and what is supported; [`Error::Gguf`] when a key has the wrong type.
+    /// [`Error::Tokenizer`] naming the key and what is supported; [`Error::Gguf`] when a key has
+    /// the wrong type.
     pub fn from_gguf(file: &crate::gguf::Gguf) -> Result<Self> {
         let (vocabulary, marks) = gguf::read(file)?;
         Self::new(vocabulary, marks)
@@ -107,8 +109,8 @@ impl Tokenizer {
         })
     }
 
-    /// Tokens of `text`. With `special`, the texts of special tokens become those tokens; without it they are plain
-    /// text. Nothing is put before or after: see [`Tokenizer::add_bos`].
+    /// Tokens of `text`. With `special`, the texts of special tokens become those tokens; without
+    /// it they are plain text. Nothing is put before or after: see [`Tokenizer::add_bos`].
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when the splitting pattern gives up on the text.
@@ -124,8 +126,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Text of `ids`; special tokens are shown when `special` and left out otherwise. Bytes that are no UTF-8 become
-    /// U+FFFD.
+    /// Text of `ids`; special tokens are shown when `special` and left out otherwise. Bytes that
+    /// are no UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], special: bool) -> String {
         let mut stream = self.stream(special);
         let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
@@ -183,8 +185,8 @@ impl Tokenizer {
         self.add_bos
     }
 
-    /// Tokens of a whole prompt: special tokens recognised, and the beginning token put first where the model wants it
-    /// and the text does not already have it.
+    /// Tokens of a whole prompt: special tokens recognised, and the beginning token put first where
+    /// the model wants it and the text does not already have it.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].

@@ -1,7 +1,8 @@
 //! The tensors of a model under one set of names, whatever file they come from.
 //!
-//! Names are those of GGUF without `.weight`: `token_embd`, `output_norm`, `output`, and for block N `blk.N.attn_norm`,
-//! `attn_q`, `attn_k`, `attn_v`, `attn_output`, `ffn_norm`, `ffn_gate`, `ffn_up`, `ffn_down`; biases end in `.bias`.
+//! Names are those of GGUF without `.weight`: `token_embd`, `output_norm`, `output`, and for block
+//! N `blk.N.attn_norm`, `attn_q`, `attn_k`, `attn_v`, `attn_output`, `ffn_norm`, `ffn_gate`,
+//! `ffn_up`, `ffn_down`; biases end in `.bias`.
 
 mod names;
 mod shapes;
@@ -74,7 +75,8 @@ impl Weights {
         Ok((Self { files: vec![map], tensors, folder: false }, header))
     }
 
-    /// Maps a folder with `model.safetensors`, or with the shards that `model.safetensors.index.json` lists.
+    /// Maps a folder with `model.safetensors`, or with the shards that
+    /// `model.safetensors.index.json` lists.
     ///
     /// # Errors
     /// [`Error::Io`], or [`Error::Safetensors`] and [`Error::Weights`] with the path.
@@ -196,7 +198,7 @@ impl Weights {
 
 fn map(path: &Path) -> Result<Mmap> {
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    // SAFETY: the mapping is read-only and private to this process; as with every mapped model, changing or truncating
-    // the file while it is in use is outside the contract.
+    // SAFETY: the mapping is read-only and private to this process; as with every mapped model,
+    // changing or truncating the file while it is in use is outside the contract.
     unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))
 }

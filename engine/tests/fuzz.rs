@@ -1,4 +1,5 @@
-//! A few seconds of mutated files against the bodies of the fuzz targets, with a limit on memory and time.
+//! A few seconds of mutated files against the bodies of the fuzz targets, with a limit on memory
+//! and time.
 //!
 //! `KVW_FUZZ_SECONDS` (default 2) for each target, `KVW_FUZZ_SEED` (default 1).
 

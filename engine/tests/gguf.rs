@@ -83,7 +83,8 @@ proptest! {
         }
     }
 
-    /// A shorter file is refused unless only padding was cut off, and no cut makes the reader panic.
+    /// A shorter file is refused unless only padding was cut off, and no cut makes the reader
+    /// panic.
     #[test]
     fn refuses_truncated_files((metadata, tensors) in file(), cut in any::<prop::sample::Index>()) {
         let bytes = support::gguf(&metadata, &tensors);

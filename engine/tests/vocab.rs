@@ -113,6 +113,22 @@ fn tokenizer_json_and_gguf_match() {
 }
 
 #[test]
+fn sentence_piece_in_tokenizer_json_matches() {
+    for name in ["prepend.json", "metaspace.json"] {
+        let fixture = fixture(name);
+        let tokenizer = Tokenizer::from_json(&fixture["tokenizer"].to_string(), &[]).unwrap();
+        for case in fixture["answers"].as_array().unwrap() {
+            let text = case["text"].as_str().unwrap();
+            let (special, plain) = (numbers(&case["ids"]), numbers(&case["plain"]));
+            assert_eq!(tokenizer.encode(text, true).unwrap(), special, "{name} {text:?}");
+            assert_eq!(tokenizer.encode(text, false).unwrap(), plain, "{name} {text:?}");
+        }
+        let text = "Sir Walter Elliot, né 1760";
+        assert_eq!(tokenizer.decode(&tokenizer.encode(text, false).unwrap(), false), text);
+    }
+}
+
+#[test]
 fn the_template_of_the_post_processor_asks_for_bos() {
     let mut fixture = fixture("llama3.json")["tokenizer"].take();
     let bos = json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);

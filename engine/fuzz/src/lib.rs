@@ -1,4 +1,5 @@
-//! Bodies of the fuzz targets: each takes any bytes and must neither panic nor allocate without bound.
+//! Bodies of the fuzz targets: each takes any bytes and must neither panic nor allocate without
+//! bound.
 
 use kvwarp_engine::config::Config;
 use kvwarp_engine::tokenizer::Tokenizer;

@@ -59,7 +59,8 @@ pub fn format(format: &str, seconds: u64) -> String {
     out
 }
 
-/// Year, month and day of a day since 1970 in the Gregorian calendar, by 400-year eras that begin in March.
+/// Year, month and day of a day since 1970 in the Gregorian calendar, by 400-year eras that begin
+/// in March.
 fn date(days: u64) -> (u64, u64, u64) {
     let shifted = days + 719_468;
     let (era, day) = (shifted / 146_097, shifted % 146_097);

@@ -95,7 +95,8 @@ fn rope(fields: &Fields, context: usize) -> Result<Rope> {
     Ok(Rope { theta: theta as f32, pairing: Pairing::HalfSplit, scaling, factors: None })
 }
 
-/// The window when every layer has it. Qwen2 gives it to layers from `max_window_layers` on, and only when told to.
+/// The window when every layer has it. Qwen2 gives it to layers from `max_window_layers` on, and
+/// only when told to.
 fn sliding_window(fields: &Fields, arch: Arch, layers: usize) -> Result<Option<usize>> {
     let window = fields.optional_extent("sliding_window")?;
     if arch != Arch::Qwen2 {

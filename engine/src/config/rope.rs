@@ -19,8 +19,8 @@ pub enum Scaling {
     Linear {
         factor: f32,
     },
-    /// Low frequencies divided by `factor`, high ones kept, a ramp between; wavelengths are compared with
-    /// `original / low` and `original / high` tokens.
+    /// Low frequencies divided by `factor`, high ones kept, a ramp between; wavelengths are
+    /// compared with `original / low` and `original / high` tokens.
     Llama3 {
         factor: f32,
         low: f32,
@@ -120,7 +120,8 @@ mod tests {
         assert_eq!(scaled[0], 1.0);
         assert_eq!(scaled[28], plain[28], "wavelength 1956 tokens is below 8192 / 4");
         assert_eq!(scaled[63], plain[63] / 8.0);
-        // Pair 32: 500000^-0.5 = 0.0014142136, 1.8438 turns in 8192 tokens, kept (1.8438 - 1) / 3 = 0.28127.
+        // Pair 32: 500000^-0.5 = 0.0014142136, 1.8438 turns in 8192 tokens, kept (1.8438 - 1) / 3 =
+        // 0.28127.
         let expected = 0.001_414_213_6 * (0.281_27 + 0.718_73 / 8.0);
         assert!((f64::from(scaled[32]) / expected - 1.0).abs() < 1e-4, "{} {expected}", scaled[32]);
     }

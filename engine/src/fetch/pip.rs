@@ -57,7 +57,8 @@ fn run(
         ])
         .args([package.requirement, "--dest"])
         .arg(folder)
-        // pip fills the file here before it moves it: progress can be seen, and nothing is left elsewhere.
+        // pip fills the file here before it moves it: progress can be seen, and nothing is left
+        // elsewhere.
         .env("TMPDIR", folder)
         .stdin(Stdio::null())
         .stdout(out)

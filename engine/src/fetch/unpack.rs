@@ -40,7 +40,8 @@ pub fn hash(package: &Package, path: &Path) -> Result<String> {
     copy(package, file, &mut std::io::sink(), "verifying").map_err(|e| Error::io(path, e))
 }
 
-/// Copies to the end, or to one chunk more than the model has, and gives the SHA-256 of what was copied.
+/// Copies to the end, or to one chunk more than the model has, and gives the SHA-256 of what was
+/// copied.
 fn copy(
     package: &Package,
     from: impl Read,

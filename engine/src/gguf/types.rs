@@ -63,7 +63,8 @@ ggml_types! {
 }
 
 impl GgmlType {
-    /// Bytes of a tensor of this shape (fastest extent first); `None` on overflow or a partial block in a row.
+    /// Bytes of a tensor of this shape (fastest extent first); `None` on overflow or a partial
+    /// block in a row.
     pub fn bytes(self, shape: &[u64; 4]) -> Option<u64> {
         let (elements, bytes) = self.block();
         if !shape[0].is_multiple_of(elements) {

@@ -72,7 +72,8 @@ fn array(cursor: &mut Cursor, what: &str, depth: u32) -> Result<Array> {
         )));
     }
     let id = cursor.u32(what)?;
-    // The smallest element that this type can have, so that a count is checked before it reserves memory.
+    // The smallest element that this type can have, so that a count is checked before it reserves
+    // memory.
     let count = cursor.count(
         if id == 9 {
             12

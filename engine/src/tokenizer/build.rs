@@ -143,7 +143,8 @@ fn outside(id: u32, size: usize) -> Error {
     Error::Tokenizer(format!("special token {id} lies outside the vocabulary of {size}"))
 }
 
-/// The pair merger. The merges are checked first: the crate relies on both parts and their union being tokens.
+/// The pair merger. The merges are checked first: the crate relies on both parts and their union
+/// being tokens.
 fn bpe(texts: Vec<Option<String>>, merges: Vec<(String, String)>, merging: Merging) -> Result<BPE> {
     let size = texts.len();
     let pairs = texts.into_iter().enumerate().filter_map(|(id, text)| Some((text?, id as u32)));
@@ -199,8 +200,8 @@ fn fallback_byte(text: &str) -> Option<u8> {
     if digits.len() == 2 { u8::from_str_radix(digits, 16).ok() } else { None }
 }
 
-/// The byte behind a character of the byte-level alphabet: printable Latin-1 stands for itself, the other 68 bytes for
-/// U+0100 and up, in ascending order.
+/// The byte behind a character of the byte-level alphabet: printable Latin-1 stands for itself, the
+/// other 68 bytes for U+0100 and up, in ascending order.
 fn byte_of(c: char) -> Option<u8> {
     let printable = |code: u32| matches!(code, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     match u32::from(c) {

@@ -126,7 +126,8 @@ fn byte_level(file: &Gguf) -> Result<(Parts, bool)> {
 }
 
 fn style(name: &str) -> Result<Style> {
-    // The contractions, a word with at most one leading sign, digits, signs, line ends, blanks; only the digits differ.
+    // The contractions, a word with at most one leading sign, digits, signs, line ends, blanks;
+    // only the digits differ.
     let words = |digits: &str| {
         format!(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -200,7 +201,8 @@ fn sentence_piece(
     Ok((parts, true))
 }
 
-/// Every way to build a piece from two others, best piece first: merging by rank then equals merging by score.
+/// Every way to build a piece from two others, best piece first: merging by rank then equals
+/// merging by score.
 fn derived_merges(
     texts: &[String],
     scores: &[f32],

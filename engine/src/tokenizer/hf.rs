@@ -127,7 +127,8 @@ fn texts(file: &File) -> Result<Vec<Option<String>>> {
     let added = file.added_tokens.iter().map(|token| (&token.content, token.id));
     let all: Vec<_> = listed.chain(added).collect();
     let last = all.iter().map(|(_, id)| *id).max().unwrap_or(0);
-    // Numbers are dense in practice; a gap as large as the vocabulary is a broken file, not a reason to allocate.
+    // Numbers are dense in practice; a gap as large as the vocabulary is a broken file, not a
+    // reason to allocate.
     if last > MAX_ID || last as usize > 4 * all.len() + 1024 {
         let count = all.len();
         return Err(Error::Tokenizer(format!(
@@ -141,7 +142,8 @@ fn texts(file: &File) -> Result<Vec<Option<String>>> {
     Ok(texts)
 }
 
-/// Moves the choice of where to put a leading space out of the splitter: it only sees stretches between specials.
+/// Moves the choice of where to put a leading space out of the splitter: it only sees stretches
+/// between specials.
 fn take_prefix(splitter: &mut PreTokenizerWrapper, prefix: &mut Prefix) {
     match splitter {
         PreTokenizerWrapper::Metaspace(metaspace) => {
@@ -200,7 +202,8 @@ fn drops_first_space(decoder: &Value) -> bool {
     })
 }
 
-/// Beginning and ending tokens: named or numbered in the settings beside the file, else in its post-processor.
+/// Beginning and ending tokens: named or numbered in the settings beside the file, else in its
+/// post-processor.
 fn marks(file: &File, settings: &[&str]) -> Result<Marks> {
     let parse = |text: &&str| {
         serde_json::from_str(text).map_err(|e| Error::Tokenizer(format!("settings: {e}")))

@@ -2,7 +2,8 @@
 
 use super::Vocabulary;
 
-/// A decoder that gives out whole characters only: bytes of a character that is not complete wait for the next token.
+/// A decoder that gives out whole characters only: bytes of a character that is not complete wait
+/// for the next token.
 pub struct Stream<'a> {
     vocabulary: &'a Vocabulary,
     special: bool,
