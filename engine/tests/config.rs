@@ -25,7 +25,12 @@ fn hugging_face_families() {
     assert_eq!(llama.rope.pairing, Pairing::HalfSplit);
     assert_eq!(
         llama.rope.scaling,
-        Scaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 64 }
+        Scaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 64.0
+        }
     );
     assert!(!llama.tied_embeddings && !llama.qkv_bias && llama.sliding_window.is_none());
 

@@ -142,7 +142,7 @@ impl Keys<'_> {
         };
         match (self.file.text(&key)?, factor) {
             (Some("none"), _) | (None, None | Some(1.0)) => Ok(Scaling::None),
-            (Some("linear") | None, Some(factor)) => Ok(Scaling::Linear { factor: factor as f32 }),
+            (Some("linear") | None, Some(factor)) => Ok(Scaling::Linear { factor }),
             (Some("linear"), None) => Err(missing(&self.key("rope.scaling.factor"))),
             (Some(other), _) => {
                 let name: String = other.chars().take(64).collect();

@@ -173,18 +173,18 @@ impl<'a> Fields<'a> {
         let need = |field: &str| {
             let value =
                 self.number(field)?.ok_or_else(|| missing(&format!("{}{field}", self.path)))?;
-            Ok::<f32, Error>(value as f32)
+            Ok::<f64, Error>(value)
         };
         match kind {
             "default" => Ok(Scaling::None),
             "linear" => Ok(Scaling::Linear { factor: need("factor")? }),
             "llama3" => Ok(Scaling::Llama3 {
                 factor: need("factor")?,
-                low: need("low_freq_factor")?,
-                high: need("high_freq_factor")?,
-                original: self
+                low_freq_factor: need("low_freq_factor")?,
+                high_freq_factor: need("high_freq_factor")?,
+                original_context: self
                     .optional_extent("original_max_position_embeddings")?
-                    .unwrap_or(context),
+                    .unwrap_or(context) as f64,
             }),
             other => {
                 let found = format!("`{}rope_type` is `{}`", self.path, cut(other));

@@ -1,5 +1,8 @@
 //! Constants of the rotary embedding.
 
+pub use kvwarp::rope_select::Scaling;
+use kvwarp::rope_select::inv_freq;
+
 use crate::error::{Error, Result};
 
 /// Which two elements of a head rotate together.
@@ -9,24 +12,6 @@ pub enum Pairing {
     Interleaved,
     /// Elements j and j+d/2: safetensors, and GGUF files of qwen2.
     HalfSplit,
-}
-
-/// How the frequencies were stretched for a longer context.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Scaling {
-    None,
-    /// Every frequency divided by `factor`.
-    Linear {
-        factor: f32,
-    },
-    /// Low frequencies divided by `factor`, high ones kept, a ramp between; wavelengths are
-    /// compared with `original / low` and `original / high` tokens.
-    Llama3 {
-        factor: f32,
-        low: f32,
-        high: f32,
-        original: usize,
-    },
 }
 
 /// Rotary embedding of a model.
@@ -45,12 +30,11 @@ pub struct Rope {
 impl Rope {
     /// Radians a token for each of the `head_dim / 2` pairs, scaling applied.
     pub fn frequencies(&self, head_dim: usize) -> Vec<f32> {
-        let frequency = |pair: usize| {
-            let plain = f64::from(self.theta).powf(-2.0 * pair as f64 / head_dim as f64);
-            let factor = self.factors.as_ref().map_or(1.0, |f| f64::from(f[pair]));
-            (self.scaling.apply(plain) / factor) as f32
-        };
-        (0..head_dim / 2).map(frequency).collect()
+        let mut all = inv_freq(f64::from(self.theta), head_dim, self.scaling);
+        for (frequency, factor) in all.iter_mut().zip(self.factors.iter().flatten()) {
+            *frequency /= factor;
+        }
+        all
     }
 
     pub(super) fn check(&self, head_dim: usize) -> Result<()> {
@@ -71,37 +55,23 @@ impl Rope {
             }
             _ => {}
         }
-        self.scaling.check()
+        check_scaling(self.scaling)
     }
 }
 
-impl Scaling {
-    fn apply(self, frequency: f64) -> f64 {
-        match self {
-            Self::None => frequency,
-            Self::Linear { factor } => frequency / f64::from(factor),
-            Self::Llama3 { factor, low, high, original } => {
-                let turns = original as f64 * frequency / std::f64::consts::TAU;
-                let keep = ((turns - f64::from(low)) / f64::from(high - low)).clamp(0.0, 1.0);
-                frequency * (keep + (1.0 - keep) / f64::from(factor))
-            }
+fn check_scaling(scaling: Scaling) -> Result<()> {
+    let valid = |x: f64| x.is_finite() && x > 0.0;
+    match scaling {
+        Scaling::Linear { factor } | Scaling::Llama3 { factor, .. } if !valid(factor) => Err(
+            Error::Config(format!("rope scaling `factor` is {factor}, expected a number above 0")),
+        ),
+        Scaling::Llama3 { low_freq_factor: low, high_freq_factor: high, .. }
+            if !(valid(low) && valid(high) && low < high) =>
+        {
+            let found = format!("low_freq_factor {low} and high_freq_factor {high}");
+            Err(Error::Config(format!("rope scaling {found}: expected 0 < low < high")))
         }
-    }
-
-    fn check(self) -> Result<()> {
-        let valid = |x: f32| x.is_finite() && x > 0.0;
-        match self {
-            Self::Linear { factor } | Self::Llama3 { factor, .. } if !valid(factor) => {
-                Err(Error::Config(format!(
-                    "rope scaling `factor` is {factor}, expected a number above 0"
-                )))
-            }
-            Self::Llama3 { low, high, .. } if !(valid(low) && valid(high) && low < high) => {
-                let found = format!("low_freq_factor {low} and high_freq_factor {high}");
-                Err(Error::Config(format!("rope scaling {found}: expected 0 < low < high")))
-            }
-            _ => Ok(()),
-        }
+        _ => Ok(()),
     }
 }
 
@@ -112,7 +82,12 @@ mod tests {
     /// Llama 3.1: theta 500000, d 128, factor 8, low 1, high 4, trained on 8192 tokens.
     #[test]
     fn llama3_keeps_high_divides_low_and_ramps_between() {
-        let scaling = Scaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 8192 };
+        let scaling = Scaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 8192.0,
+        };
         let mut rope = Rope { theta: 5e5, pairing: Pairing::HalfSplit, scaling, factors: None };
         let scaled = rope.frequencies(128);
         rope.scaling = Scaling::None;
