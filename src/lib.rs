@@ -14,6 +14,7 @@ mod exp;
 #[rustfmt::skip]
 pub mod ffi;
 pub mod kv_pack;
+mod lanes;
 #[cfg(kvw_cuda)]
 mod launch;
 pub mod linear;

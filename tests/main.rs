@@ -2,6 +2,7 @@
 
 mod abi;
 mod cases;
+mod cpu_attn;
 mod embed;
 mod exec;
 mod kv_pack;

@@ -4,8 +4,14 @@
 //! the f16 ring ([`crate::pages::HeadView`]); holes are skipped as if their tokens did not exist, and a head
 //! without tokens gives zeros and a log-sum-exp of minus infinity.
 
+mod cpu;
+mod halves;
+mod keys;
 mod oracle;
+mod slabs;
+mod values;
 
+pub use cpu::{Scratch, cpu};
 pub use oracle::oracle;
 pub(crate) use oracle::{Keys, attend};
 

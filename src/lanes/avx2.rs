@@ -1,0 +1,402 @@
+//! [`Lanes`] in two 256-bit registers: lanes `t` = 0, 1 and `t` = 2, 3 of a line.
+
+use super::{Kernel, Lanes, Line, Row};
+use std::arch::x86_64::*;
+
+/// Made only by [`run`].
+#[derive(Clone, Copy)]
+pub(super) struct Avx2(());
+
+/// # Safety
+/// The CPU has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn run<K: Kernel>(kernel: K) {
+    kernel.run(Avx2(()));
+}
+
+type I = [__m256i; 2];
+type F = [__m256; 2];
+
+/// One intrinsic: an `Avx2` exists only inside [`run`], so the CPU has it.
+macro_rules! cpu {
+    ($($body:tt)*) => {{
+        // SAFETY: an `Avx2` proves the instructions; pointers come from references of the right size.
+        unsafe { $($body)* }
+    }};
+}
+
+/// The same intrinsic on both registers.
+macro_rules! both {
+    ($f:expr, $($x:expr),+) => { cpu! { [$f($($x[0]),+), $f($($x[1]),+)] } };
+}
+
+/// `[r / 2][r % 2]` of `[w][side]`: sums over `t` of eight lines.
+#[inline(always)]
+fn add_lanes(lines: [I; 8]) -> [__m256i; 4] {
+    cpu! {
+        let mut out = [_mm256_setzero_si256(); 4];
+        for (i, out) in out.iter_mut().enumerate() {
+            let [a, b] = [lines[2 * i], lines[2 * i + 1]];
+            let (a, b) = (_mm256_add_epi32(a[0], a[1]), _mm256_add_epi32(b[0], b[1]));
+            let (low, high) =
+                (_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b));
+            *out = _mm256_add_epi32(low, high);
+        }
+        out
+    }
+}
+
+/// Sums of neighbours, the sums of `a` before those of `b` in each 128-bit lane.
+#[inline(always)]
+fn add_pairs(a: __m256, b: __m256) -> __m256 {
+    cpu! { _mm256_add_ps(_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xDD>(a, b)) }
+}
+
+#[inline(always)]
+fn join(low: __m256, high: __m256) -> __m256 {
+    cpu! {
+        let (a, b) = (
+            _mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high));
+        _mm256_add_ps(a, b)
+    }
+}
+
+/// One half of [`Lanes::transpose`]: `t2` and `w` of eight lines, `[side][r]`.
+#[inline(always)]
+fn transpose_half(r: [__m256i; 8]) -> [I; 4] {
+    cpu! {
+        let mut out = [[r[0]; 2]; 4];
+        for w in 0..2 {
+            let mut quads = [[r[0]; 2]; 2]; // [r / 4][side] of [t2][r % 4]
+            for (i, quad) in quads.iter_mut().enumerate() {
+                let r = [r[4 * i], r[4 * i + 1], r[4 * i + 2], r[4 * i + 3]];
+                let (a, b) = if w == 0 {
+                    (_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpacklo_epi32(r[2], r[3]))
+                } else {
+                    (_mm256_unpackhi_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[2], r[3]))
+                };
+                *quad = [_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)];
+            }
+            for side in 0..2 {
+                let (a, b) = (quads[0][side], quads[1][side]);
+                out[w][side] = _mm256_permute2x128_si256::<0x20>(a, b);
+                out[2 + w][side] = _mm256_permute2x128_si256::<0x31>(a, b);
+            }
+        }
+        out
+    }
+}
+
+impl Lanes for Avx2 {
+    type I = I;
+    type F = F;
+    const HEADS: usize = 2;
+
+    #[inline(always)]
+    fn int(self, x: i32) -> I {
+        cpu! { [_mm256_set1_epi32(x); 2] }
+    }
+    #[inline(always)]
+    fn line(self, line: &Line) -> I {
+        let (low, high) = line.split_at(32);
+        cpu! {
+            [_mm256_loadu_si256(low.as_ptr().cast()), _mm256_loadu_si256(high.as_ptr().cast())]
+        }
+    }
+    #[inline(always)]
+    fn get_int(self, row: &Row<i32>) -> I {
+        let (low, high) = row.0.split_at(8);
+        cpu! { [_mm256_load_si256(low.as_ptr().cast()), _mm256_load_si256(high.as_ptr().cast())] }
+    }
+    #[inline(always)]
+    fn put_int(self, row: &mut Row<i32>, x: I) {
+        let (low, high) = row.0.split_at_mut(8);
+        cpu! {
+            _mm256_store_si256(low.as_mut_ptr().cast(), x[0]);
+            _mm256_store_si256(high.as_mut_ptr().cast(), x[1]);
+        }
+    }
+    #[inline(always)]
+    fn add_int(self, a: I, b: I) -> I {
+        both!(_mm256_add_epi32, a, b)
+    }
+    #[inline(always)]
+    fn and(self, a: I, b: I) -> I {
+        both!(_mm256_and_si256, a, b)
+    }
+    #[inline(always)]
+    fn or(self, a: I, b: I) -> I {
+        both!(_mm256_or_si256, a, b)
+    }
+    #[inline(always)]
+    fn shr(self, x: I, n: usize) -> I {
+        cpu! {
+            let n = _mm_cvtsi32_si128(n as i32);
+            [_mm256_srl_epi32(x[0], n), _mm256_srl_epi32(x[1], n)]
+        }
+    }
+    #[inline(always)]
+    fn shl(self, x: I, n: usize) -> I {
+        cpu! {
+            let n = _mm_cvtsi32_si128(n as i32);
+            [_mm256_sll_epi32(x[0], n), _mm256_sll_epi32(x[1], n)]
+        }
+    }
+    #[inline(always)]
+    fn shr_halves(self, x: I, low: usize, high: usize) -> I {
+        cpu! {
+            let (low, high) = (_mm_cvtsi32_si128(low as i32), _mm_cvtsi32_si128(high as i32));
+            [_mm256_srl_epi32(x[0], low), _mm256_srl_epi32(x[1], high)]
+        }
+    }
+    #[inline(always)]
+    fn dot(self, acc: I, a: I, b: I) -> I {
+        self.add_int(acc, both!(_mm256_madd_epi16, a, b))
+    }
+    #[inline(always)]
+    fn pack(self, a: I, b: I) -> I {
+        both!(_mm256_packs_epi32, a, b)
+    }
+    #[inline(always)]
+    fn narrow(self, a: I, b: I) -> I {
+        cpu! {
+            let (a, b) = (_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(b[0], b[1]));
+            [_mm256_permute4x64_epi64::<0xD8>(a), _mm256_permute4x64_epi64::<0xD8>(b)]
+        }
+    }
+    #[inline(always)]
+    fn spread(self, a: I, b: I) -> [I; 4] {
+        let [a, b]: [F; 2] = [both!(_mm256_castsi256_ps, a), both!(_mm256_castsi256_ps, b)];
+        let components: [F; 4] = [
+            both!(_mm256_shuffle_ps::<0x00>, a, b),
+            both!(_mm256_shuffle_ps::<0x55>, a, b),
+            both!(_mm256_shuffle_ps::<0xAA>, a, b),
+            both!(_mm256_shuffle_ps::<0xFF>, a, b),
+        ];
+        let [w, x, y, z] = components;
+        [
+            both!(_mm256_castps_si256, w),
+            both!(_mm256_castps_si256, x),
+            both!(_mm256_castps_si256, y),
+            both!(_mm256_castps_si256, z),
+        ]
+    }
+    #[inline(always)]
+    fn tokens(self, lines: [I; 8]) -> [I; 2] {
+        let q = add_lanes(lines); // [t] of [e][w][side]
+        cpu! {
+            let mut out = [[q[0]; 2]; 2];
+            for half in 0..2 {
+                let (a, b) = (q[2 * half], q[2 * half + 1]);
+                let even = _mm256_permute2x128_si256::<0x20>(a, b);
+                let odd = _mm256_permute2x128_si256::<0x31>(a, b);
+                out[0][half] = _mm256_unpacklo_epi32(even, odd);
+                out[1][half] = _mm256_unpackhi_epi32(even, odd);
+            }
+            out
+        }
+    }
+    #[inline(always)]
+    fn channels(self, lines: [I; 8]) -> I {
+        let q = add_lanes(lines);
+        cpu! {
+            let a = _mm256_castsi256_ps(_mm256_hadd_epi32(q[0], q[1])); // [e] of r = e, 2 + e; [w]
+            let b = _mm256_castsi256_ps(_mm256_hadd_epi32(q[2], q[3]));
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let w0 = _mm256_castps_si256(_mm256_shuffle_ps::<0x88>(a, b));
+            let w1 = _mm256_castps_si256(_mm256_shuffle_ps::<0xDD>(a, b));
+            [_mm256_permutevar8x32_epi32(w0, order), _mm256_permutevar8x32_epi32(w1, order)]
+        }
+    }
+    #[inline(always)]
+    fn transpose(self, lines: [I; 8]) -> [I; 8] {
+        let [a, b, c, d, e, f, g, h] = lines;
+        let [p, q, r, s] = transpose_half([a[0], b[0], c[0], d[0], e[0], f[0], g[0], h[0]]);
+        let [t, u, v, w] = transpose_half([a[1], b[1], c[1], d[1], e[1], f[1], g[1], h[1]]);
+        [p, q, r, s, t, u, v, w]
+    }
+    #[inline(always)]
+    fn join_low(self, a: I, b: I) -> I {
+        [a[0], b[0]]
+    }
+    #[inline(always)]
+    fn join_high(self, a: I, b: I) -> I {
+        [a[1], b[1]]
+    }
+    #[inline(always)]
+    fn float(self, x: I) -> F {
+        both!(_mm256_cvtepi32_ps, x)
+    }
+    #[inline(always)]
+    fn round(self, x: F) -> I {
+        both!(_mm256_cvtps_epi32, x)
+    }
+    #[inline(always)]
+    fn power(self, n: I) -> F {
+        let n = self.shl(self.add_int(n, self.int(127)), 23);
+        both!(_mm256_castsi256_ps, n)
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> F {
+        cpu! { [_mm256_set1_ps(x); 2] }
+    }
+    #[inline(always)]
+    fn get(self, row: &[f32; 16]) -> F {
+        let (low, high) = row.split_at(8);
+        cpu! { [_mm256_loadu_ps(low.as_ptr()), _mm256_loadu_ps(high.as_ptr())] }
+    }
+    #[inline(always)]
+    fn put(self, row: &mut [f32; 16], x: F) {
+        let (low, high) = row.split_at_mut(8);
+        cpu! {
+            _mm256_storeu_ps(low.as_mut_ptr(), x[0]);
+            _mm256_storeu_ps(high.as_mut_ptr(), x[1]);
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: F, b: F) -> F {
+        both!(_mm256_add_ps, a, b)
+    }
+    #[inline(always)]
+    fn sub(self, a: F, b: F) -> F {
+        both!(_mm256_sub_ps, a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: F, b: F) -> F {
+        both!(_mm256_mul_ps, a, b)
+    }
+    #[inline(always)]
+    fn div(self, a: F, b: F) -> F {
+        both!(_mm256_div_ps, a, b)
+    }
+    #[inline(always)]
+    fn fma(self, a: F, b: F, c: F) -> F {
+        both!(_mm256_fmadd_ps, a, b, c)
+    }
+    #[inline(always)]
+    fn max(self, a: F, b: F) -> F {
+        both!(_mm256_max_ps, a, b)
+    }
+    #[inline(always)]
+    fn min(self, a: F, b: F) -> F {
+        both!(_mm256_min_ps, a, b)
+    }
+    #[inline(always)]
+    fn abs(self, x: F) -> F {
+        let sign = self.splat(-0.0);
+        both!(_mm256_andnot_ps, sign, x)
+    }
+    #[inline(always)]
+    fn positive(self, s: F, x: F) -> F {
+        let zero = self.splat(0.0);
+        let yes = both!(_mm256_cmp_ps::<_CMP_GT_OQ>, s, zero);
+        both!(_mm256_and_ps, yes, x)
+    }
+    #[inline(always)]
+    fn sum(self, x: F) -> f32 {
+        cpu! {
+            let x = _mm256_add_ps(x[0], x[1]);
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+    #[inline(always)]
+    fn top(self, x: F) -> f32 {
+        cpu! {
+            let x = _mm256_max_ps(x[0], x[1]);
+            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+    #[inline(always)]
+    fn half(self, bytes: &[u8; 32]) -> F {
+        let (low, high) = bytes.split_at(16);
+        cpu! {
+            let low = _mm_loadu_si128(low.as_ptr().cast());
+            let high = _mm_loadu_si128(high.as_ptr().cast());
+            [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
+        }
+    }
+    #[inline(always)]
+    fn half_quads(self, bytes: &[u8], at: usize, stride: usize) -> F {
+        let mut out = [[0; 2]; 2];
+        for (t, quad) in out.as_flattened_mut().iter_mut().enumerate() {
+            let mut bytes8 = [0; 8];
+            bytes8.copy_from_slice(&bytes[at + t * stride..][..8]);
+            *quad = i64::from_le_bytes(bytes8);
+        }
+        let [[a, b], [c, d]] = out;
+        cpu! {
+            [_mm256_cvtph_ps(_mm_set_epi64x(b, a)), _mm256_cvtph_ps(_mm_set_epi64x(d, c))]
+        }
+    }
+    #[inline(always)]
+    fn half_low(self, x: I) -> F {
+        let low = both!(_mm256_and_si256, x, self.int(0xFFFF));
+        cpu! {
+            let halves = _mm256_permute4x64_epi64::<0xD8>(_mm256_packus_epi32(low[0], low[1]));
+            let high = _mm256_extracti128_si256::<1>(halves);
+            [_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(high)]
+        }
+    }
+    #[inline(always)]
+    fn to_half(self, x: F) -> [u16; 16] {
+        let mut out = [[0u16; 8]; 2];
+        for (out, x) in out.iter_mut().zip(x) {
+            cpu! {
+                let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
+                _mm_storeu_si128(out.as_mut_ptr().cast(), halves);
+            }
+        }
+        let mut flat = [0; 16];
+        flat.copy_from_slice(out.as_flattened());
+        flat
+    }
+    #[inline(always)]
+    fn tokens_half(self, lines: [F; 8]) -> F {
+        let mut out = [lines[0][0]; 2];
+        for (half, out) in out.iter_mut().enumerate() {
+            let l = &lines[4 * half..4 * half + 4];
+            cpu! {
+                let add = [
+                    _mm256_add_ps(l[0][0], l[0][1]), _mm256_add_ps(l[1][0], l[1][1]),
+                    _mm256_add_ps(l[2][0], l[2][1]), _mm256_add_ps(l[3][0], l[3][1]),
+                ];
+                let sums = join(add_pairs(add[0], add[1]), add_pairs(add[2], add[3]));
+                *out = _mm256_permute_ps::<0xD8>(sums);
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    fn channels_half(self, lines: [F; 8]) -> F {
+        cpu! {
+            let mut sums = [lines[0][0]; 8];
+            for (sum, line) in sums.iter_mut().zip(lines) {
+                *sum = _mm256_add_ps(line[0], line[1]);
+            }
+            let [a, b, c, d, e, f, g, h] = sums;
+            let x = add_pairs(add_pairs(a, b), add_pairs(c, d)); // [w] of r = 0..4
+            let y = add_pairs(add_pairs(e, f), add_pairs(g, h));
+            [_mm256_permute2f128_ps::<0x20>(x, y), _mm256_permute2f128_ps::<0x31>(x, y)]
+        }
+    }
+    #[inline(always)]
+    fn fan(self, x: F) -> [F; 2] {
+        let twice = |x: __m256| {
+            cpu! { [_mm256_permute2f128_ps::<0x00>(x, x), _mm256_permute2f128_ps::<0x11>(x, x)] }
+        };
+        [twice(x[0]), twice(x[1])]
+    }
+    #[inline(always)]
+    fn swap_pairs(self, x: F) -> F {
+        both!(_mm256_shuffle_ps::<0x4E>, x, x)
+    }
+    #[inline(always)]
+    fn swap_fours(self, x: F) -> F {
+        both!(_mm256_permute2f128_ps::<0x01>, x, x)
+    }
+}

@@ -1,0 +1,384 @@
+//! Decode attention on the CPU.
+//!
+//! A task is [`RUN`] slabs of one kv head with all its query heads; tasks are cut at fixed tokens and merged in
+//! order, so the result does not depend on the number of threads. Within a task, runs of slabs of one format go
+//! through scores, softmax and values: [`keys`] and [`values`] for codes, [`halves`] for f16.
+
+use super::slabs::{RUN, Slab};
+use super::{Mask, halves, keys, values};
+use crate::error::{Error, Result};
+use crate::lanes::{self, Kernel, Lanes, Line, Row};
+use crate::pages::HeadView;
+use crate::simd::Level;
+use crate::slab::{Format, TOKENS};
+use crate::threads::Team;
+use std::sync::{Mutex, PoisonError};
+
+const OP: &str = "paged_attn";
+/// Most query heads a kv head.
+const MAX_GROUP: usize = 16;
+
+/// Buffers kept between calls.
+pub struct Scratch {
+    level: Level,
+    /// `[q_heads][D / 32][2]`, then `[D / 16][2]` rows.
+    queries: Vec<Row<f32>>,
+    /// A part a task.
+    parts: Vec<f32>,
+    workers: Vec<Mutex<Work>>,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::at(Level::detect())
+    }
+}
+
+impl Scratch {
+    /// Empty buffers for kernels of `level`, or of the best one below it that this CPU has.
+    pub fn at(level: Level) -> Self {
+        Self { level, queries: Vec::new(), parts: Vec::new(), workers: Vec::new() }
+    }
+}
+
+/// Buffers of one worker.
+struct Work {
+    /// V of a slab that is not full.
+    copy: Vec<Line>,
+    /// Scores, then weights, `[head][slab]` of four tile rows.
+    scores: Vec<[Row<f32>; 4]>,
+    folds: Box<[[keys::Fold; 2]; MAX_GROUP]>,
+    weights: values::Weights,
+    fanned: Vec<Row<f32>>,
+}
+
+impl Default for Work {
+    fn default() -> Self {
+        Self {
+            copy: Vec::new(),
+            scores: vec![[Row::default(); 4]; MAX_GROUP * RUN],
+            folds: Box::default(),
+            weights: values::Weights::default(),
+            fanned: Vec::new(),
+        }
+    }
+}
+
+/// What the arguments come to.
+struct Shape {
+    head_dim: usize,
+    /// Query heads a kv head, G.
+    group: usize,
+    /// Rows of a query head in `queries`.
+    rows: usize,
+}
+
+impl Shape {
+    fn of(q: &[f32], heads: &[HeadView<'_>], out: &[f32]) -> Result<Self> {
+        let Some(head_dim) = heads.first().map(HeadView::head_dim) else {
+            return unsupported("heads", 0, "at least 1");
+        };
+        let per_head = heads.len() * head_dim;
+        let group = q.len() / per_head;
+        if group == 0 || group > MAX_GROUP || q.len() != group * per_head {
+            let got = q.len();
+            return unsupported("q", got, "1 to 16 rows of D elements for each kv head");
+        }
+        if out.len() != q.len() {
+            return Err(Error::Len { op: OP, buffer: "out", need: q.len(), got: out.len() });
+        }
+        for head in heads {
+            if head.head_dim() != head_dim {
+                return unsupported("head_dim", head.head_dim(), "the same for every head");
+            }
+            check_head(OP, head)?;
+        }
+        Ok(Self { head_dim, group, rows: head_dim * 3 / 16 })
+    }
+
+    /// Elements of a task's part: maxima, sums `[G]` each, weighted values `[G, D]`.
+    fn part(&self) -> usize {
+        self.group * (self.head_dim + 2)
+    }
+}
+
+fn unsupported<T>(field: &'static str, got: usize, supported: &'static str) -> Result<T> {
+    Err(Error::Unsupported { op: OP, field, got: got.to_string(), supported })
+}
+
+/// The table and the ring hold what `len` and `packed` say.
+pub(crate) fn check_head(op: &'static str, head: &HeadView<'_>) -> Result<()> {
+    let need = head.packed.min(head.slabs());
+    if head.table.len() < need {
+        return Err(Error::Len { op, buffer: "table", need, got: head.table.len() });
+    }
+    let in_ring = head.slabs() - need;
+    let bytes = head.pools.layout(Format::F16).slab_bytes();
+    if head.ring.len() < in_ring * bytes {
+        return Err(Error::Len { op, buffer: "ring", need: in_ring * bytes, got: head.ring.len() });
+    }
+    Ok(())
+}
+
+/// One decode step: `q` and `out` `[H * G, D]` with one [`HeadView`] a kv head, `scale` 0 for `1 / sqrt(D)`.
+///
+/// Query head `h * G + g` reads kv head `h`. Zeros where a head holds no tokens.
+pub fn cpu(
+    team: &Team,
+    q: &[f32],
+    heads: &[HeadView<'_>],
+    scale: f32,
+    mask: Mask,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) -> Result<()> {
+    let shape = Shape::of(q, heads, out)?;
+    let scale = if scale == 0.0 { (shape.head_dim as f32).powf(-0.5) } else { scale };
+    let Scratch { level, queries, parts, workers } = scratch;
+    order_queries(q, &shape, scale * std::f32::consts::LOG2_E, queries);
+    while workers.len() < team.workers() {
+        workers.push(Mutex::default());
+    }
+    let chunks = |head: &HeadView<'_>| {
+        mask.first(head.len) / (RUN * TOKENS)..head.len.div_ceil(RUN * TOKENS)
+    };
+    parts.resize(heads.iter().map(|h| chunks(h).len()).sum::<usize>() * shape.part(), 0.0);
+    let todo = heads.iter().enumerate().flat_map(|(h, head)| chunks(head).map(move |c| (h, c)));
+    let todo = Mutex::new(todo.zip(parts.chunks_exact_mut(shape.part())));
+    let take = || todo.lock().unwrap_or_else(PoisonError::into_inner).next();
+    team.run(|worker, _| {
+        let mut work = workers[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(((h, chunk), part)) = take() {
+            let queries = &queries[h * shape.group * shape.rows..][..shape.group * shape.rows];
+            let first = mask.first(heads[h].len);
+            let task = Task { head: &heads[h], shape: &shape, queries, chunk, first };
+            lanes::dispatch(*level, (task, &mut *work, part));
+        }
+    });
+    let mut parts = parts.as_slice();
+    for (head, out) in heads.iter().zip(out.chunks_exact_mut(shape.group * shape.head_dim)) {
+        let (of_head, rest) = parts.split_at(chunks(head).len() * shape.part());
+        merge(&shape, of_head, out);
+        parts = rest;
+    }
+    Ok(())
+}
+
+/// Queries times `scale`, in the orders of quantised K metadata and of f16 K lines.
+fn order_queries(q: &[f32], shape: &Shape, scale: f32, rows: &mut Vec<Row<f32>>) {
+    let d = shape.head_dim;
+    rows.resize(q.len() / d * shape.rows, Row::default());
+    for (q, rows) in q.chunks_exact(d).zip(rows.chunks_exact_mut(shape.rows)) {
+        let (codes, halves) = rows.split_at_mut(d / 16);
+        for (i, row) in codes.iter_mut().enumerate() {
+            for (lane, x) in row.0.iter_mut().enumerate() {
+                let (t, j, e) = (lane / 4, 2 * i + lane / 2 % 2, lane % 2);
+                *x = q[8 * j + 2 * t + e] * scale;
+            }
+        }
+        for (i, row) in halves.iter_mut().enumerate() {
+            for (lane, x) in row.0.iter_mut().enumerate() {
+                let (t, j, e) = (i % 2 * 2 + lane / 8, i / 2 * 2 + lane / 4 % 2, lane % 2);
+                *x = q[8 * j + 2 * t + e] * scale;
+            }
+        }
+    }
+}
+
+/// Adds up the parts of one kv head: `out` `[G, D]`.
+fn merge(shape: &Shape, parts: &[f32], out: &mut [f32]) {
+    let parts = parts.chunks_exact(shape.part());
+    for (g, out) in out.chunks_exact_mut(shape.head_dim).enumerate() {
+        let top = parts.clone().map(|part| part[g]).fold(f32::NEG_INFINITY, f32::max);
+        let mut sum = 0.0;
+        out.fill(0.0);
+        for part in parts.clone().filter(|part| part[g] != f32::NEG_INFINITY) {
+            let weight = (part[g] - top).exp2();
+            sum += weight * part[shape.group + g];
+            let values = &part[2 * shape.group + g * shape.head_dim..][..shape.head_dim];
+            out.iter_mut().zip(values).for_each(|(o, v)| *o += weight * v);
+        }
+        let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
+        out.iter_mut().for_each(|o| *o *= inverse);
+    }
+}
+
+/// Slabs `chunk * RUN..` of a head.
+struct Task<'a> {
+    head: &'a HeadView<'a>,
+    shape: &'a Shape,
+    queries: &'a [Row<f32>],
+    chunk: usize,
+    /// First visible token.
+    first: usize,
+}
+
+impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {
+    #[inline(always)]
+    fn run<L: Lanes>(self, l: L) {
+        let (task, work, part) = self;
+        let group = task.shape.group;
+        let (tops, rest) = part.split_at_mut(group);
+        let (sums, values) = rest.split_at_mut(group);
+        tops.fill(f32::NEG_INFINITY);
+        sums.fill(0.0);
+        values.fill(0.0);
+        let from = (task.chunk * RUN).max(task.first / TOKENS);
+        let to = ((task.chunk + 1) * RUN).min(task.head.slabs());
+        let mut copy = std::mem::take(&mut work.copy);
+        let mut held = (from..to).filter_map(|i| Slab::of(task.head, i)).peekable();
+        while let Some(&first) = held.peek() {
+            let (mut run, mut n) = ([first; RUN], 0);
+            while let Some(slab) = held.next_if(|s| s.layout.format == first.layout.format) {
+                (run[n], n) = (slab, n + 1);
+            }
+            if run[n - 1].start + TOKENS > task.head.len {
+                run[n - 1].hold(task.head.len - run[n - 1].start, &mut copy);
+                task.run(l, &run[..n], work, tops, sums, values);
+                break;
+            }
+            task.run(l, &run[..n], work, tops, sums, values);
+        }
+        work.copy = copy;
+    }
+}
+
+/// `$body` with a constant `$n`, the number of heads of a block: at most [`Lanes::HEADS`].
+macro_rules! with_heads {
+    ($heads:expr, $n:ident => $body:expr) => {{
+        // Larger blocks than a level uses are not even compiled.
+        if L::HEADS >= 4 && $heads == 4 {
+            const $n: usize = 4;
+            $body
+        } else if L::HEADS >= 3 && $heads == 3 {
+            const $n: usize = 3;
+            $body
+        } else if L::HEADS >= 2 && $heads == 2 {
+            const $n: usize = 2;
+            $body
+        } else {
+            const $n: usize = 1;
+            $body
+        }
+    }};
+}
+
+/// Heads in blocks of nearly equal size, at most `most` each: first and count.
+#[inline(always)]
+fn blocks(heads: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = heads.div_ceil(most);
+    (0..count).map(move |b| (heads * b / count, heads * (b + 1) / count - heads * b / count))
+}
+
+impl Task<'_> {
+    /// One run: its scores, their softmax, and the values they weigh.
+    #[inline(always)]
+    fn run<L: Lanes>(
+        &self,
+        l: L,
+        run: &[Slab<'_>],
+        work: &mut Work,
+        tops: &mut [f32],
+        sums: &mut [f32],
+        values: &mut [f32],
+    ) {
+        for (first, n) in blocks(self.shape.group, L::HEADS) {
+            with_heads!(n, N => self.scores::<L, N>(l, run, first, work));
+        }
+        let head_dim = self.shape.head_dim;
+        for g in 0..self.shape.group {
+            let scores = &mut work.scores[g * RUN..][..run.len()];
+            self.hide(run, scores);
+            let scale = softmax(l, scores, &mut tops[g], &mut sums[g]);
+            values[g * head_dim..][..head_dim].iter_mut().for_each(|v| *v *= scale);
+        }
+        for (first, n) in blocks(self.shape.group, L::HEADS) {
+            let values = &mut values[first * head_dim..][..n * head_dim];
+            with_heads!(n, N => self.values::<L, N>(l, run, first, work, values));
+        }
+    }
+
+    #[inline(always)]
+    fn scores<L: Lanes, const N: usize>(
+        &self,
+        l: L,
+        run: &[Slab<'_>],
+        first: usize,
+        work: &mut Work,
+    ) {
+        let mut codes: [&[Row<f32>]; N] = [&[]; N];
+        let mut halves = codes;
+        for g in 0..N {
+            let rows = &self.queries[(first + g) * self.shape.rows..][..self.shape.rows];
+            (codes[g], halves[g]) = rows.split_at(self.shape.head_dim / 16);
+        }
+        let mut out = [[Row::default(); 4]; N];
+        for (s, slab) in run.iter().enumerate() {
+            match slab.layout.format {
+                Format::F16 => halves::scores(l, slab, halves, &mut out),
+                _ => keys::scores(l, slab, codes, &mut work.folds, &mut out),
+            }
+            for g in 0..N {
+                work.scores[(first + g) * RUN + s] = out[g];
+            }
+        }
+    }
+
+    /// Minus infinity for the tokens of `run` outside `first..len`.
+    #[inline(always)]
+    fn hide(&self, run: &[Slab<'_>], scores: &mut [[Row<f32>; 4]]) {
+        for (slab, tiles) in run.iter().zip(scores) {
+            if slab.start >= self.first && slab.start + TOKENS <= self.head.len {
+                continue;
+            }
+            for (i, score) in tiles.iter_mut().flat_map(|tile| &mut tile.0).enumerate() {
+                let token = slab.start + i / 16 * 16 + i % 16 / 4 * 2 + i % 2 + i / 2 % 2 * 8;
+                if token < self.first || token >= self.head.len {
+                    *score = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn values<L: Lanes, const N: usize>(
+        &self,
+        l: L,
+        run: &[Slab<'_>],
+        first: usize,
+        work: &mut Work,
+        values: &mut [f32],
+    ) {
+        let mut weights: [&[[Row<f32>; 4]]; N] = [&[]; N];
+        let mut out: [&mut [f32]; N] = std::array::from_fn(|_| Default::default());
+        for (g, values) in values.chunks_exact_mut(self.shape.head_dim).enumerate() {
+            weights[g] = &work.scores[(first + g) * RUN..][..run.len()];
+            out[g] = values;
+        }
+        match run[0].layout.format {
+            Format::F16 => halves::add(l, run, weights, &mut work.fanned, &mut out),
+            _ => values::add(l, run, weights, &mut work.weights, &mut out),
+        }
+    }
+}
+
+/// Scores of a run to weights relative to the new maximum; returns what earlier sums are worth.
+#[inline(always)]
+fn softmax<L: Lanes>(l: L, scores: &mut [[Row<f32>; 4]], top: &mut f32, sum: &mut f32) -> f32 {
+    let rows = scores.as_flattened_mut();
+    let mut highest = l.splat(*top);
+    for row in rows.iter() {
+        highest = l.max(l.get(&row.0), highest);
+    }
+    let highest = l.top(highest);
+    let mut total = l.splat(0.0);
+    for row in rows {
+        let p = l.exp2(l.sub(l.get(&row.0), l.splat(highest)));
+        l.put(&mut row.0, p);
+        total = l.add(total, p);
+    }
+    let scale = (*top - highest).exp2();
+    *sum = *sum * scale + l.sum(total);
+    *top = highest;
+    scale
+}

@@ -1,0 +1,104 @@
+//! Slabs as the kernels walk them: lines, metadata, and where a quad of slots lies.
+
+use crate::lanes::Line;
+use crate::pages::HeadView;
+use crate::slab::{Format, Layout, TOKENS};
+
+/// Most slabs of one format that are worked on together, and slabs a task.
+pub(super) const RUN: usize = 8;
+
+/// One slab, taken apart.
+#[derive(Clone, Copy)]
+pub(super) struct Slab<'a> {
+    pub layout: &'a Layout,
+    /// First token.
+    pub start: usize,
+    pub k: &'a [Line],
+    pub k_meta: &'a [u8],
+    pub v: &'a [Line],
+    pub v_meta: &'a [u8],
+}
+
+impl<'a> Slab<'a> {
+    /// Slab `i` of a head; `None` at a hole.
+    pub fn of(head: &HeadView<'a>, i: usize) -> Option<Self> {
+        let slab = head.slab(i)?;
+        let (layout, bytes) = (slab.layout, slab.bytes);
+        let (keys, values) = bytes.split_at(layout.v_codes());
+        let (k, k_meta) = keys.split_at(layout.k_meta());
+        let mut slab =
+            Self { layout, start: i * TOKENS, k: k.as_chunks().0, k_meta, v: &[], v_meta: &[] };
+        slab.set_values(values);
+        Some(slab)
+    }
+
+    fn set_values(&mut self, values: &'a [u8]) {
+        let (v, v_meta) = values.split_at(self.layout.code_bytes());
+        (self.v, self.v_meta) = (v.as_chunks().0, &v_meta[..self.layout.v_meta_bytes()]);
+    }
+
+    /// Reads V from `copy`, a copy in which the words of tokens from `held` on are zero: they may hold NaN, which
+    /// a weight of 0 does not silence. (Their scores are replaced, so K may hold anything.)
+    pub fn hold(&mut self, held: usize, copy: &'a mut Vec<Line>) {
+        copy.clear();
+        copy.extend_from_slice(self.v);
+        copy.extend(self.v_meta.as_chunks::<64>().0);
+        let bytes: &mut [u8] = copy.as_flattened_mut();
+        let layout = self.layout;
+        if layout.format == Format::F16 {
+            clear_lines(bytes, held, layout.head_dim);
+        }
+        for token in held..TOKENS {
+            for group in (0..layout.v_meta_bytes()).step_by(4 * TOKENS) {
+                let group = group / (4 * TOKENS) * layout.v_group;
+                let at = layout.v_scale_at(token, group) - layout.v_meta() + layout.code_bytes();
+                bytes[at..at + 2].fill(0);
+                bytes[at + layout.v_meta_bytes() / 2..][..2].fill(0);
+            }
+        }
+        self.set_values(bytes);
+    }
+}
+
+/// Zero the f16 V words of tokens from `held` on.
+fn clear_lines(bytes: &mut [u8], held: usize, head_dim: usize) {
+    for (tile, tile_bytes) in bytes.chunks_exact_mut(head_dim * 32).enumerate() {
+        let mut keep = [0u16; 32]; // [t][w][side][e]
+        for (i, keep) in keep.iter_mut().enumerate() {
+            let token = 16 * tile + i / 8 * 2 + i % 2 + i / 2 % 2 * 8;
+            *keep = if token < held { u16::MAX } else { 0 };
+        }
+        let keep: &[u8; 64] = bytemuck::cast_ref(&keep);
+        if keep.iter().all(|&b| b == 0xFF) {
+            continue;
+        }
+        for line in tile_bytes.as_chunks_mut::<64>().0 {
+            line.iter_mut().zip(keep).for_each(|(b, k)| *b &= k);
+        }
+    }
+}
+
+/// Four consecutive slots of a word: four pairs `j` of one tile.
+#[derive(Clone, Copy)]
+pub(super) struct Quads {
+    pub per_tile: usize,
+    pub per_word: usize,
+}
+
+impl Quads {
+    pub const fn of(layout: &Layout) -> Self {
+        Self { per_tile: layout.head_dim / 32, per_word: 4 / layout.format.bits() }
+    }
+
+    /// Tile, and quad within the tile, of quad `h` of a unit's words, for either parity of the word.
+    pub const fn places(self, unit: usize, h: usize) -> [(usize, usize); 2] {
+        let (a, b) = (2 * unit * self.per_word + h, (2 * unit + 1) * self.per_word + h);
+        [(a / self.per_tile, a % self.per_tile), (b / self.per_tile, b % self.per_tile)]
+    }
+
+    /// Units after which the quads within the tiles repeat.
+    pub const fn period(self) -> usize {
+        let units = self.per_tile.div_ceil(2 * self.per_word);
+        if self.per_tile == 3 { 3 } else { units }
+    }
+}

@@ -1,0 +1,190 @@
+//! Weighted sums of 4- or 2-bit values over a run of slabs, in integers, straight from the words of the slabs.
+//!
+//! `sum p v` over tokens is `sum (p s) c + sum p m` with the token's scale `s` and minimum `m` in the channel's
+//! group. The products `p s` become signed halves of a unit common to the run, the head and the group, so that
+//! the sums stay in registers over the whole run.
+//!
+//! Bounds: a lane adds at most 2 products of 15 * 32767 a unit of a phase, 32 units a run; a channel eight
+//! lanes: below 2^28.
+//!
+//! Rounding a product is an error in a token's weight. The zero points take the same error (`m / s` is the code
+//! of the value 0, negated), so that it multiplies the value and not the code, which may be far larger: the sum
+//! moves by 2e-4 of the root of its squared terms at most, 512 errors of half a unit against a term of 32767.
+
+use super::slabs::{Quads, RUN, Slab};
+use crate::lanes::{Lanes, Row};
+use crate::slab::Layout;
+
+const NOTHING: f32 = 1e-30;
+
+/// Room for the weights of a run.
+#[derive(Default)]
+pub(super) struct Weights {
+    /// `p s` of one group and block of heads, `[head][slab][tile]`.
+    products: Vec<Row<f32>>,
+    /// The code of value 0, if there is one, `[slab][tile]`.
+    origins: Vec<Row<f32>>,
+    /// The same in units, `[head][group][slab][tile]`.
+    steps: Vec<Row<i32>>,
+    /// As the words want them, `[slab][unit][quad of the word][head]`.
+    pairs: Vec<Row<i32>>,
+    /// What a step is worth, `[head][group]`.
+    units: [[f32; 8]; 4],
+}
+
+/// Adds `sum p v` to `out[head]` `[D]`; `weights[head][slab][tile]` are tile rows of `p`.
+#[inline(always)]
+pub(super) fn add<L: Lanes, const N: usize>(
+    l: L,
+    run: &[Slab<'_>],
+    weights: [&[[Row<f32>; 4]]; N],
+    w: &mut Weights,
+    out: &mut [&mut [f32]; N],
+) {
+    let layout = run[0].layout;
+    w.products.resize(N * RUN * 4, Row::default());
+    w.origins.resize(RUN * 4, Row::default());
+    w.steps.resize(N * layout.v_groups() * RUN * 4, Row::default());
+    for group in 0..layout.v_groups() {
+        weigh(l, run, group, weights, w, out);
+    }
+    arrange::<L, N>(l, run, w);
+    let quads = Quads::of(layout);
+    for phase in 0..quads.period() {
+        for h in 0..quads.per_word {
+            sum_quad(l, run, phase, h, w, out);
+        }
+    }
+}
+
+/// Steps and unit of one group, and its zero points.
+#[inline(always)]
+fn weigh<L: Lanes, const N: usize>(
+    l: L,
+    run: &[Slab<'_>],
+    group: usize,
+    weights: [&[[Row<f32>; 4]]; N],
+    w: &mut Weights,
+    out: &mut [&mut [f32]; N],
+) {
+    let layout = run[0].layout;
+    let stride = layout.v_groups() * 8;
+    let levels = ((1 << layout.format.bits()) - 1) as f32;
+    let (mut top, mut zero) = ([l.splat(0.0); N], [l.splat(0.0); N]);
+    for (s, slab) in run.iter().enumerate() {
+        for tile in 0..4 {
+            let at = tile * 4 * stride + group * 8;
+            let scale = l.half_quads(slab.v_meta, at, stride);
+            let min = l.half_quads(slab.v_meta, at + layout.v_meta_bytes() / 2, stride);
+            let origin = l.div(l.sub(l.splat(0.0), min), scale);
+            let origin = l.min(l.max(origin, l.splat(0.0)), l.splat(levels));
+            l.put(&mut w.origins[s * 4 + tile].0, origin);
+            for g in 0..N {
+                let p = l.get(&weights[g][s][tile].0);
+                let product = l.mul(p, scale);
+                top[g] = l.max(product, top[g]);
+                zero[g] = l.fma(p, min, zero[g]);
+                l.put(&mut w.products[(g * RUN + s) * 4 + tile].0, product);
+            }
+        }
+    }
+    let channels = group * layout.v_group..layout.head_dim.min((group + 1) * layout.v_group);
+    for g in 0..N {
+        let top = l.top(top[g]);
+        let unit = top / 32767.0;
+        let per_unit = l.splat(if top > NOTHING { 32767.0 / top } else { 0.0 });
+        let mut rest = l.splat(0.0);
+        let products = &w.products[g * RUN * 4..][..run.len() * 4];
+        let steps = &mut w.steps[(g * layout.v_groups() + group) * RUN * 4..][..run.len() * 4];
+        for ((step, product), origin) in steps.iter_mut().zip(products).zip(&w.origins) {
+            let x = l.mul(l.get(&product.0), per_unit);
+            let n = l.round(x);
+            rest = l.fma(l.sub(x, l.float(n)), l.get(&origin.0), rest);
+            l.put_int(step, n);
+        }
+        w.units[g][group] = unit;
+        let zero = l.sum(l.fma(rest, l.splat(unit), zero[g]));
+        out[g][channels.clone()].iter_mut().for_each(|o| *o += zero);
+    }
+}
+
+/// `pairs` from `steps`.
+#[inline(always)]
+fn arrange<L: Lanes, const N: usize>(l: L, run: &[Slab<'_>], w: &mut Weights) {
+    let layout = run[0].layout;
+    let (quads, units) = (Quads::of(layout), run[0].v.len() / 8);
+    w.pairs.resize(RUN * units * quads.per_word * N, Row::default());
+    let mut pairs = w.pairs.iter_mut();
+    for s in 0..run.len() {
+        for unit in 0..units {
+            for h in 0..quads.per_word {
+                let [a, b] = quads.places(unit, h);
+                for (g, pair) in (0..N).zip(&mut pairs) {
+                    let step = |(tile, quad): (usize, usize)| {
+                        let group = g * layout.v_groups() + v_group(layout, quad);
+                        &w.steps[(group * RUN + s) * 4 + tile]
+                    };
+                    l.put_int(pair, l.pack(l.get_int(step(a)), l.get_int(step(b))));
+                }
+            }
+        }
+    }
+}
+
+/// The group of a quad's channels.
+#[inline(always)]
+fn v_group(layout: &Layout, quad: usize) -> usize {
+    quad * 32 / layout.v_group
+}
+
+/// The channels of quad `h` of the words of units `phase`, `phase + period`, ...
+#[inline(always)]
+fn sum_quad<L: Lanes, const N: usize>(
+    l: L,
+    run: &[Slab<'_>],
+    phase: usize,
+    h: usize,
+    w: &Weights,
+    out: &mut [&mut [f32]; N],
+) {
+    let layout = run[0].layout;
+    let (quads, bits, units) = (Quads::of(layout), layout.format.bits(), run[0].v.len() / 8);
+    let mask = l.int(((1 << bits) - 1) * 0x0001_0001);
+    let mut sums = [[[Row::default(); 8]; 4]; N]; // [head][i][r]
+    for r in 0..8 {
+        let mut acc = [[l.int(0); 4]; N];
+        for (s, slab) in run.iter().enumerate() {
+            for unit in (phase..units).step_by(quads.period()) {
+                let line = l.shr(l.line(&slab.v[unit * 8 + r]), 4 * bits * h);
+                let pairs = &w.pairs[((s * units + unit) * quads.per_word + h) * N..][..N];
+                for i in 0..4 {
+                    let codes = l.and(l.shr(line, bits * i), mask);
+                    for g in 0..N {
+                        acc[g][i] = l.dot(acc[g][i], codes, l.get_int(&pairs[g]));
+                    }
+                }
+            }
+        }
+        for g in 0..N {
+            for i in 0..4 {
+                l.put_int(&mut sums[g][i][r], acc[g][i]);
+            }
+        }
+    }
+    let [(_, a), (_, b)] = quads.places(phase, h);
+    for g in 0..N {
+        let unit = [a, b].map(|quad| w.units[g][v_group(layout, quad)]);
+        for i in 0..4 {
+            let mut lines = [l.int(0); 8];
+            for r in 0..8 {
+                lines[r] = l.get_int(&sums[g][i][r]);
+            }
+            let mut sum = [0.0; 16]; // [w][r]
+            l.put(&mut sum, l.float(l.channels(lines)));
+            for ((quad, unit), sum) in [a, b].into_iter().zip(unit).zip(sum.as_chunks::<8>().0) {
+                let channels = &mut out[g][32 * quad + 8 * i..][..8];
+                channels.iter_mut().zip(sum).for_each(|(o, s)| *o += s * unit);
+            }
+        }
+    }
+}
