@@ -72,3 +72,11 @@ pub fn f64s(x: &[f32]) -> Vec<f64> {
 pub fn somewhere<T>() -> *mut T {
     4096 as *mut T
 }
+
+/// Length of the difference over the length of `want`; 0 where both are zero.
+pub fn relative_l2(got: &[f32], want: &[f64]) -> f64 {
+    let square = |x: f64| x * x;
+    let off: f64 = got.iter().zip(want).map(|(&g, w)| square(f64::from(g) - w)).sum();
+    let whole: f64 = want.iter().map(|&w| square(w)).sum();
+    if off == 0.0 { 0.0 } else { (off / whole).sqrt() }
+}

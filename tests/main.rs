@@ -1,12 +1,14 @@
 //! One test binary: a module a family, and the house rules.
 
 mod abi;
+mod cache;
 mod cases;
 mod cpu_attn;
 mod embed;
 mod exec;
 mod kv_pack;
 mod linear;
+mod paged_attn;
 mod rms_norm;
 mod rope_select;
 mod sample;

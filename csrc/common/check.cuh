@@ -1,6 +1,7 @@
 // check.cuh - argument checks that several ops share; host code, no CUDA call.
 #pragma once
 #include "slab.cuh"
+#include <algorithm>
 #include <initializer_list>
 
 namespace kvw {
@@ -41,6 +42,16 @@ inline kvw_status check_cache(const kvw_cache& c) {
     if (c.table && !c.indptr && c.table_stride < 1) return KVW_ERR_SHAPE;
     if ((c.lens_heads != 1 && c.lens_heads != c.kv_heads) || c.reserved != 0) return KVW_ERR_SHAPE;
     return KVW_OK;
+}
+
+// Bytes of the slabs that one (sequence, head) reads if it holds `slabs` slabs and sees `sliding_window`
+// tokens (0 = all): the ring's share is f16, the rest of the narrowest format in use.
+inline size_t slab_bytes_held(const kvw_cache& c, int slabs, int sliding_window) {
+    if (sliding_window > 0) slabs = std::min(slabs, (sliding_window + 126) / TOKENS);
+    int f16 = std::min(slabs, ring_slabs(c.window));
+    int narrowest = c.pools[KVW_SLAB_Q2] ? KVW_SLAB_Q2 : c.pools[KVW_SLAB_Q4] ? KVW_SLAB_Q4 : KVW_SLAB_F16;
+    return f16 * slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) +
+           (slabs - f16) * slab_bytes(narrowest, c.head_dim, c.group);
 }
 
 } // namespace kvw

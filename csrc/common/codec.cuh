@@ -24,7 +24,9 @@ template <int BITS> PRIM uint32_t unpack(uint32_t word, int slot) {
 }
 
 // log2 of what code 1 of pair j reads as; 0 at 16 bits, where the value is itself.
-template <int BITS> constexpr int code_exponent(int j) { return BITS == 16 ? 0 : BITS * (j % LOW<BITS>)-24; }
+template <int BITS> __host__ __device__ constexpr int code_exponent(int j) {
+    return BITS == 16 ? 0 : BITS * (j % LOW<BITS>)-24;
+}
 
 constexpr uint32_t HALF2_ONES = 0x3C003C00u;
 

@@ -247,8 +247,9 @@ struct Carve {
         static_assert(ALIGN >= 16 && ALIGN <= 128 && (ALIGN & (ALIGN - 1)) == 0);
         size_t bytes = (size_t(n) * sizeof(T) + 15) / 16 * 16;
 #if defined(__CUDACC__)
-        uintptr_t at = (reinterpret_cast<uintptr_t>(next) + ALIGN - 1) & ~uintptr_t(ALIGN - 1);
-        next = reinterpret_cast<unsigned char*>(at) + bytes;
+        // Added to the pointer, so that the compiler still knows it as one into shared memory.
+        unsigned char* at = next + (-reinterpret_cast<uintptr_t>(next) & (ALIGN - 1));
+        next = at + bytes;
         return reinterpret_cast<T*>(at);
 #else
         return static_cast<T*>(simt::shared_take(bytes, ALIGN));

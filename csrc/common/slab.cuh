@@ -20,7 +20,9 @@ namespace kvw {
 constexpr int TOKENS = KVW_SLAB_TOKENS;
 constexpr int UNIT_BYTES = 16 * 32; // a unit of all lanes
 
-constexpr int code_bits(int format) { return format == KVW_SLAB_F16 ? 16 : format == KVW_SLAB_Q4 ? 4 : 2; }
+__host__ __device__ constexpr int code_bits(int format) {
+    return format == KVW_SLAB_F16 ? 16 : format == KVW_SLAB_Q4 ? 4 : 2;
+}
 
 // Layout of slabs of FORMAT; all offsets are bytes from the slab's start.
 template <int FORMAT, int D, int GROUP> struct Slab {
@@ -43,7 +45,7 @@ template <int FORMAT, int D, int GROUP> struct Slab {
 };
 
 // The same size where the shape is known at run time only; 0 = not supported.
-constexpr size_t slab_bytes(int format, int d, int group) {
+__host__ __device__ constexpr size_t slab_bytes(int format, int d, int group) {
     bool known = format == KVW_SLAB_F16 || format == KVW_SLAB_Q4 || format == KVW_SLAB_Q2;
     if (!known || (d != 64 && d != 96 && d != 128 && d != 256)) return 0;
     if (group != 32 && group != 64 && group != 128) return 0;
@@ -83,7 +85,8 @@ template <int D, int GROUP> struct Head {
     // Slab 0 <= i < slabs().
     PRIM SlabAddress slab(int i) const {
         if (i >= packed) {
-            return reinterpret_cast<SlabAddress>(ring + size_t(i % cache.ring_slabs) * F16_BYTES) |
+            return reinterpret_cast<SlabAddress>(ring + size_t((i + KVW_FAULT(105)) % cache.ring_slabs) *
+                                                            F16_BYTES) |
                    KVW_SLAB_F16;
         }
         return row ? entry(row[i]) : 0;

@@ -31,3 +31,9 @@ impl Mask {
         }
     }
 }
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernels on `stream`: one, and a second that merges where there are several splits.
+    kvw_paged_attn, kvw_paged_attn_params, "paged_attn"
+}

@@ -1,0 +1,386 @@
+// attend.cuh - attention of one warp: NT * 8 query columns against steps of 16 to 64 tokens in shared memory.
+//
+// mma.m16n8k16 with swapped operands: K tokens and V channels are the 16 rows (A, straight from slab bytes),
+// query columns are the 8 columns (B). With r = lane / 4 and t = lane % 4 a lane owns
+//   queries    channels 8 j + 2 t + {0, 1} of column r            words j, B fragments of K's mma
+//   scores     tokens r, r + 8 of a tile, columns 2 t, 2 t + 1     C fragments
+//   outputs    channels 16 i + r, + 8, columns 2 t, 2 t + 1        C fragments of V's mma
+// Codes enter the mma as subnormals (codec.cuh). Their powers of two and the scales are folded into the B
+// side: K's scale and power into the query words, V's scale into the probabilities; V's power stays in the
+// accumulator until the format changes. K's minima make one extra mma an A tile of channels, all rows alike;
+// V's minima and the sum of probabilities share one extra mma a tile of tokens (rows 0 to 7: minima of V
+// groups; 8 to 15: ones).
+#pragma once
+#include "codec.cuh"
+#include "slab.cuh"
+#include "softmax.cuh"
+
+namespace kvw {
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// 2^n for -126 <= n <= 127.
+PRIM float power_of_two(int n) { return __int_as_float((n + 127) << 23); }
+
+// Query words of NT column tiles, each column scaled by 2^-(e + 4), e = ceil(log2 of its largest element):
+// then 16 |q| <= 1, and times any finite f16 scale it does not overflow. `folded` is q * 2^(4 - 2 (j % 4)),
+// the 2-bit fold; the 4-bit one is made from both. Words live in registers, or in shared memory where they
+// would not fit.
+template <int D, int NT> struct Queries {
+    static constexpr int WORDS = D / 8;
+    static constexpr bool SHARED = NT * D > 128;
+    static constexpr int SHARED_BYTES = SHARED ? NT * 2 * WORDS / 4 * UNIT_BYTES : 0;
+
+    static constexpr uint32_t HALF2_16 = 0x4C004C00u;
+
+    // [column tile][plain, folded][j / 4]; a plain unit is in the order 0, 2, 1, 3 (`minima`).
+    uint4 units[SHARED ? 1 : NT][2][SHARED ? 1 : WORDS / 4];
+    uint4* shared; // this lane's; [column tile][2][j / 4][32 lanes]
+
+    PRIM uint4 unit(int n, int kind, int i) const {
+        return SHARED ? shared[((n * 2 + kind) * (WORDS / 4) + i) * 32]
+                      : units[SHARED ? 0 : n][kind][SHARED ? 0 : i];
+    }
+
+    PRIM void put(int n, int kind, int i, uint4 u) {
+        if (SHARED)
+            shared[((n * 2 + kind) * (WORDS / 4) + i) * 32] = u;
+        else
+            units[SHARED ? 0 : n][kind][SHARED ? 0 : i] = u;
+    }
+
+    // Query words 4 i .. 4 i + 3 as the codes of FORMAT want them.
+    template <int FORMAT> PRIM uint4 folded(int n, int i) const {
+        if (FORMAT == KVW_SLAB_Q2) return unit(n, 1, i);
+        uint4 plain = unit(n, 0, i);
+        if (FORMAT == KVW_SLAB_F16) return make_uint4(plain.x, plain.z, plain.y, plain.w);
+        return make_uint4(unit(n, 1, i).x, plain.z, mul2(plain.y, HALF2_16), plain.w);
+    }
+
+    // Column r of tile n from `row` [D] (null: zeros); returns e + 4. `write` is false where another warp
+    // fills the shared words.
+    PRIM int load(int n, const __half* row, bool write) {
+        int t = threadIdx.x % 4;
+        uint32_t w[WORDS];
+        float most = 0.f;
+#pragma unroll
+        for (int j = 0; j < WORDS; j++) {
+            w[j] = row ? *reinterpret_cast<const uint32_t*>(row + 8 * j + 2 * t) : 0u;
+            float2 x = __half22float2(half2_of(w[j]));
+            most = fmaxf(most, fmaxf(fabsf(x.x), fabsf(x.y)));
+        }
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        int e = most > 0.f ? ((__float_as_int(most) + 0x7FFFFF) >> 23) - 127 : 0;
+        float down = power_of_two(-(e + 4));
+#pragma unroll
+        for (int j = 0; j < WORDS; j++) {
+            float2 x = __half22float2(half2_of(w[j]));
+            w[j] = half2_bits(__floats2half2_rn(x.x * down, x.y * down));
+        }
+        constexpr uint32_t HALF2_4 = 0x44004400u, HALF2_QUARTER = 0x34003400u;
+#pragma unroll
+        for (int i = 0; i < WORDS / 4 && (write || !SHARED); i++) {
+            uint4 u = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
+            put(n, 0, i, make_uint4(u.x, u.z, u.y, u.w));
+            put(n, 1, i, make_uint4(mul2(u.x, HALF2_16), mul2(u.y, HALF2_4), u.z, mul2(u.w, HALF2_QUARTER)));
+        }
+        return e + 4;
+    }
+};
+
+// Token of word i, low half, of the f16 V codes or of the V scales or minima of a step.
+template <int FORMAT, int D, int GROUP> PRIM int v_token(int i) {
+    constexpr int V_GROUPS = Slab<FORMAT, D, GROUP>::V_GROUPS;
+    if (FORMAT == KVW_SLAB_F16) return i / (32 * 4 * (D / 16)) * 16 + i / 4 % 4 * 2 + i % 2 * 8;
+    return i / (8 * V_GROUPS) * 16 + i / (2 * V_GROUPS) % 4 * 2 + i % 2 * 8;
+}
+
+// Bytes past the newest token may be anything, NaN too, and 0 * NaN is NaN: clears the V values (f16) or V
+// metadata of tokens >= live of a step of TILES tiles. `v` is the step's V section; threads thread, thread +
+// threads, ...
+template <int FORMAT, int D, int GROUP, int TILES>
+PRIM void clear_past(unsigned char* v, int live, int thread, int threads) {
+    using S = Slab<FORMAT, D, GROUP>;
+    constexpr int WORDS = S::QUANTISED ? S::V_MINIMA / 4 : TILES * D * 8;
+    uint32_t* words = reinterpret_cast<uint32_t*>(v + (S::QUANTISED ? S::CODE_BYTES : 0));
+    for (int i = thread; i < WORDS; i += threads) {
+        int held = live - v_token<FORMAT, D, GROUP>(i);
+        uint32_t keep = held >= 2 ? ~0u : held == 1 ? 0xFFFFu : 0u;
+        words[i] &= keep;
+        if (S::QUANTISED) words[WORDS + i] &= keep;
+    }
+}
+
+template <int D, int GROUP, int NT> struct Attend {
+    static constexpr int WORDS = D / 8;
+
+    Queries<D, NT> q;
+    float o[NT][D / 16][4]; // sums of p * v, rows of channel word j times 2^code_exponent(j) of `format`
+    float z[NT][4];         // 0, 1: sums of p * minimum of V group r; 2, 3: sums of p
+    float m[NT][2];         // columns 2 t, 2 t + 1: largest score, base 2, rounded up to a whole number
+    float k[NT][2];         // base-2 score of a raw score of 1
+    int r, t, format;
+
+    // Columns r of the NT tiles from rows[n], null for none.
+    PRIM void begin(const __half* const (&rows)[NT], float scale, uint4* shared, bool write) {
+        int lane = threadIdx.x % 32;
+        r = lane / 4, t = lane % 4, format = KVW_SLAB_F16;
+        q.shared = shared + lane;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float mine = scale * LOG2_E * power_of_two(q.load(n, rows[n], write));
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                k[n][c] = __shfl_sync(~0u, mine, (2 * t + c) * 4);
+                m[n][c] = NO_SCORE;
+            }
+#pragma unroll
+            for (int c = 0; c < 4; c++) z[n][c] = 0.f;
+#pragma unroll
+            for (int i = 0; i < D / 16 * 4; i++) o[n][i / 4][i % 4] = 0.f;
+        }
+    }
+
+    // Makes the outputs multiples of what codes of format `to` read as; KVW_SLAB_F16: the outputs themselves.
+    PRIM void use_format(int to) {
+        if (to == format || KVW_FAULT(111)) return; // 111: formats read alike
+        float change[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) change[j] = power_of_two(exponent(to, j) - exponent(format, j));
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < D / 16 * 4; i++) o[n][i / 4][i % 4] *= change[i / 4 % 2 * 2 + i % 4 / 2];
+        }
+        format = to;
+    }
+
+    // One step of TILES * 16 tokens: `kc` its K section (metadata after the codes), `vc` its V section. Where
+    // `edge`, column c of tile n sees the step's tokens from[n][c] .. to[n][c] - 1 only.
+    template <int FORMAT, int TILES>
+    PRIM void step(const unsigned char* kc, const unsigned char* vc, bool edge, const int (&from)[NT][2],
+                   const int (&to)[NT][2]) {
+        float s[TILES][NT][4];
+        scores<FORMAT>(kc, s);
+        if (edge) mask(s, from, to);
+        softmax(s, FORMAT == KVW_SLAB_F16 ? 1.f : float(1 << 20));
+        values<FORMAT>(vc, s);
+    }
+
+    // Writes column c of all tiles as partial row c of `rows`, D + ROW_EXTRA floats each.
+    PRIM void store(float* rows) const {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                float* row = rows + (8 * n + 2 * t + c) * (D + ROW_EXTRA);
+#pragma unroll
+                for (int i = 0; i < D / 16; i++) {
+                    float minimum = __shfl_sync(~0u, z[n][c], 16 * i / V_GROUP * 4 + t);
+                    row[16 * i + r] = o[n][i][c] + minimum;
+                    row[16 * i + r + 8] = o[n][i][2 + c] + minimum;
+                }
+                if (r == 0) row[D] = m[n][c], row[D + 1] = z[n][2 + c];
+            }
+        }
+    }
+
+private:
+    static constexpr int V_GROUP = Slab<KVW_SLAB_Q2, D, GROUP>::V_GROUP;
+
+    PRIM static int exponent(int f, int j) {
+        return f == KVW_SLAB_F16 ? 0 : f == KVW_SLAB_Q4 ? code_exponent<4>(j) : code_exponent<2>(j);
+    }
+
+    // Pair f of a side, out of the unit that holds it.
+    template <int FORMAT> PRIM static uint32_t pair(const uint4& unit, int f, int side) {
+        constexpr int SLOTS = Slab<FORMAT, D, GROUP>::SLOTS;
+        return unpack<Slab<FORMAT, D, GROUP>::BITS>(component(unit, f / SLOTS % 2 * 2 + side), f % SLOTS);
+    }
+
+    // Raw scores of the step, 2^-20 of them where quantised.
+    template <int FORMAT, int TILES>
+    PRIM void scores(const unsigned char* kc, float (&s)[TILES][NT][4]) const {
+        using S = Slab<FORMAT, D, GROUP>;
+        constexpr int GROUPS = S::QUANTISED ? S::K_GROUPS : 1, PER_GROUP = TILES / GROUPS;
+        constexpr int BLOCK = WORDS < 16 ? WORDS : 16; // query words scaled at a time
+        const uint4* codes = reinterpret_cast<const uint4*>(kc) + threadIdx.x % 32;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            const int group = KVW_FAULT(104) ? 0 : g; // the wrong group's scale
+            const uint4* scales =
+                reinterpret_cast<const uint4*>(kc + S::K_META + group * S::K_GROUP_BYTES) + t;
+            float constant[NT][4] = {};
+            if constexpr (S::QUANTISED) minima(scales + S::K_MINIMA / 16, constant);
+#pragma unroll
+            for (int i = 0; i < PER_GROUP * NT * 4; i++) {
+                s[g * PER_GROUP + i / (NT * 4)][i / 4 % NT][i % 4] = constant[i / 4 % NT][i % 4];
+            }
+#pragma unroll
+            for (int block = 0; block < WORDS; block += BLOCK) {
+                uint4 b[NT][BLOCK / 4];
+#pragma unroll
+                for (int i = 0; i < BLOCK / 4; i++) {
+                    uint4 scale = S::QUANTISED ? scales[(block / 4 + i) * 4] : uint4{};
+#pragma unroll
+                    for (int n = 0; n < NT; n++) {
+                        uint4 f = q.template folded<FORMAT>(n, block / 4 + i);
+                        if (S::QUANTISED) {
+                            f = make_uint4(mul2(f.x, scale.x), mul2(f.y, scale.y), mul2(f.z, scale.z),
+                                           mul2(f.w, scale.w));
+                        }
+                        b[n][i] = f;
+                    }
+                }
+#pragma unroll
+                for (int tile = g * PER_GROUP; tile < (g + 1) * PER_GROUP; tile++) {
+                    uint4 unit;
+#pragma unroll
+                    for (int j = 0; j < BLOCK; j += 2) {
+                        int f = tile * WORDS + block + j;
+                        if (j == 0 || f % (2 * S::SLOTS) == 0) unit = codes[f / (2 * S::SLOTS) * 32];
+                        const int swap = KVW_FAULT(102); // fragment registers 1 and 2 swapped
+                        const uint32_t a[4] = {
+                            pair<FORMAT>(unit, f, 0), pair<FORMAT>(unit, f + swap, 1 - swap),
+                            pair<FORMAT>(unit, f + 1 - swap, swap), pair<FORMAT>(unit, f + 1, 1)};
+#pragma unroll
+                        for (int n = 0; n < NT; n++) {
+                            prim::mma_16816<__half>(s[tile][n], a, component(b[n][j / 4], j % 4),
+                                                    component(b[n][j / 4], j % 4 + 1));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    // q . minimum of a K group in every row, in the unit of the code products. A unit of minima is an A
+    // fragment as it is: rows 0 to 7 hold words 4 i and 4 i + 2, rows 8 to 15 the odd ones, and each half
+    // meets its own B.
+    PRIM void minima(const uint4* units, float (&out)[NT][4]) const {
+        float even[NT][4] = {}, odd[NT][4] = {};
+#pragma unroll
+        for (int i = 0; i < WORDS / 4; i++) {
+            uint4 u = units[i * 4];
+            const uint32_t a[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                uint4 f = q.unit(n, 0, i);
+                prim::mma_16816<__half>(even[n], a, f.x, f.y);
+                prim::mma_16816<__half>(odd[n], a, f.z, f.w);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < NT * 4; i++) {
+            out[i / 4][i % 4] = (even[i / 4][i % 2] + odd[i / 4][2 + i % 2]) * (1.f / (1 << 20));
+        }
+    }
+
+    template <int TILES>
+    PRIM void mask(float (&s)[TILES][NT][4], const int (&from)[NT][2], const int (&to)[NT][2]) const {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+            for (int i = 0; i < NT * 4; i++) {
+                int token = 16 * tile + r + i % 4 / 2 * 8, n = i / 4, c = i % 2;
+                if (token < from[n][c] || token >= to[n][c]) s[tile][n][i % 4] = -INFINITY;
+            }
+        }
+    }
+
+    // Raw scores, in units of `unit`, to probabilities relative to the running maximum.
+    template <int TILES> PRIM void softmax(float (&s)[TILES][NT][4], float unit) {
+        float most[NT][2], slope[NT][2];
+        bool grows = false;
+#pragma unroll
+        for (int i = 0; i < NT * 2; i++) {
+            int n = i / 2, c = i % 2;
+            float a = fmaxf(s[0][n][c], s[0][n][c + 2]);
+#pragma unroll
+            for (int tile = 1; tile < TILES; tile++) a = fmaxf(a, fmaxf(s[tile][n][c], s[tile][n][c + 2]));
+#pragma unroll
+            for (int lanes = 4; lanes < 32; lanes *= 2) a = fmaxf(a, __shfl_xor_sync(~0u, a, lanes));
+            slope[n][c] = k[n][c] * unit;
+            most[n][c] = a * slope[n][c];
+            grows |= most[n][c] > m[n][c];
+        }
+        if (__any_sync(~0u, grows)) rescale(most);
+#pragma unroll
+        for (int i = 0; i < TILES * NT * 4; i++) {
+            float& x = s[i / (NT * 4)][i / 4 % NT][i % 4];
+            x = prim::exp2_approx(fmaf(x, slope[i / 4 % NT][i % 2], -m[i / 4 % NT][i % 2]));
+        }
+    }
+
+    PRIM void rescale(const float (&most)[NT][2]) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                float top = fmaxf(m[n][c], ceilf(most[n][c])), f = prim::exp2_approx(m[n][c] - top);
+                m[n][c] = top, z[n][c] *= f, z[n][c + 2] *= f;
+#pragma unroll
+                for (int i = 0; i < D / 16 && !KVW_FAULT(107); i++) o[n][i][c] *= f, o[n][i][c + 2] *= f;
+            }
+        }
+    }
+
+    // Adds probabilities times V.
+    template <int FORMAT, int TILES>
+    PRIM void values(const unsigned char* vc, const float (&p)[TILES][NT][4]) {
+        using S = Slab<FORMAT, D, GROUP>;
+        const uint4* codes = reinterpret_cast<const uint4*>(vc) + threadIdx.x % 32;
+        const uint2* scales = reinterpret_cast<const uint2*>(vc + S::CODE_BYTES) + t * S::V_GROUPS;
+        const uint2* minima = scales + S::V_MINIMA / 8 + r % S::V_GROUPS;
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            uint2 least = make_uint2(0, 0);
+            if constexpr (S::QUANTISED) least = minima[tile * 4 * S::V_GROUPS];
+            const uint32_t sums[4] = {least.x, HALF2_ONES, least.y, HALF2_ONES};
+            uint32_t b[NT][2], scaled[NT][2];
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    __half2 tokens = __floats2half2_rn(p[tile][n][2 * side], p[tile][n][2 * side + 1]);
+                    b[n][side] = scaled[n][side] = prim::movmatrix_trans(half2_bits(tokens));
+                }
+                prim::mma_16816<__half>(z[n], sums, b[n][0], b[n][1]);
+            }
+            uint4 unit;
+            uint2 scale[2];
+#pragma unroll
+            for (int j = 0; j < WORDS; j += 2) {
+                int f = tile * WORDS + j, group = 8 * j / S::V_GROUP;
+                if (j == 0 || f % (2 * S::SLOTS) == 0) unit = codes[f / (2 * S::SLOTS) * 32];
+                if (S::QUANTISED && 8 * j % S::V_GROUP == 0) {
+                    v_scales<S>(scales + tile * 4 * S::V_GROUPS, group, scale);
+#pragma unroll
+                    for (int n = 0; n < NT; n++) {
+                        scaled[n][0] = mul2(b[n][0], scale[group % 2].x);
+                        scaled[n][1] =
+                            mul2(b[n][1], KVW_FAULT(114) ? scale[group % 2].x : scale[group % 2].y);
+                    }
+                }
+                const uint32_t a[4] = {pair<FORMAT>(unit, f, 0), pair<FORMAT>(unit, f + 1, 0),
+                                       pair<FORMAT>(unit, f, 1), pair<FORMAT>(unit, f + 1, 1)};
+#pragma unroll
+                for (int n = 0; n < NT; n++)
+                    prim::mma_16816<__half>(o[n][j / 2], a, scaled[n][0], scaled[n][1]);
+            }
+        }
+    }
+
+    // Scales of a V group into scale[group % 2], two groups a load where they come in pairs.
+    template <class S> PRIM static void v_scales(const uint2* scales, int group, uint2 (&scale)[2]) {
+        if (S::V_GROUPS % 2 != 0) {
+            scale[group % 2] = scales[group];
+        } else if (group % 2 == 0) {
+            uint4 both = *reinterpret_cast<const uint4*>(scales + group);
+            scale[0] = make_uint2(both.x, both.y), scale[1] = make_uint2(both.z, both.w);
+        }
+    }
+};
+
+} // namespace kvw
