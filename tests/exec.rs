@@ -115,7 +115,9 @@ impl<T: Pod> Mem<T> {
             Mem::Simt(buf) => buf.to_vec(),
             #[cfg(kvw_cuda)]
             Mem::Cuda(buffer, _) => {
-                bytemuck::pod_collect_to_vec(&gpu::expect().download(buffer).unwrap())
+                let bytes = gpu::expect().download(buffer).unwrap();
+                let whole = bytes.chunks_exact(size_of::<T>());
+                whole.map(bytemuck::pod_read_unaligned).collect()
             }
         }
     }

@@ -48,15 +48,25 @@ PRIM uint32_t mul2(uint32_t a, uint32_t b) { return half2_bits(__hmul2(half2_of(
 // A 16-byte vector as an array; i is known at compile time.
 PRIM uint32_t component(const uint4& u, int i) { return i == 0 ? u.x : i == 1 ? u.y : i == 2 ? u.z : u.w; }
 
+// a / b correctly rounded, for 0 <= a < 2^24 and b > 0 of at most 12 significant bits (any f16), y within 2
+// ulp of 1 / b. A division that may meet any number ends in a call; this is three instructions. The first
+// quotient is within a few ulp, so its remainder is exact; as b is short, a / b stays 2^-37 of itself away
+// from a rounding boundary, and what is rounded last is off by 2^-45.
+PRIM float quotient(float a, float b, float y) {
+    float q = __fmul_rn(a, y);
+    return fmaf(fmaf(-q, b, a), y, q);
+}
+
 // Quantiser of a group, f32 rounded once a step so that every side gives the same bits:
 // scale = f16((max - min) / max_code), code = round_half_even((x - min) / scale) clamped; scale 0 gives code
 // 0. NaN must not take part in min and max (fminf, fmaxf) and gets code 0.
 PRIM __half group_scale(float min, float max, int max_code) {
-    return __float2half_rn((max - min) / float(max_code));
+    float range = max - min, q = quotient(range, float(max_code), 1.f / float(max_code));
+    return __float2half_rn((range > 0.f ? q : range) + 0.f); // -inf where all is NaN
 }
 
 PRIM uint32_t code_of(float x, float min, float scale, int max_code) {
-    float q = scale > 0.f ? rintf((x - min) / scale) : 0.f;
+    float q = scale > 0.f ? rintf(quotient(x - min, scale, prim::rcp_approx(scale))) : 0.f;
     return uint32_t(fminf(fmaxf(q, 0.f), float(max_code)));
 }
 

@@ -7,18 +7,26 @@ namespace kvw {
 constexpr int ROPE_MAX_D = 256;
 
 // sin and cos of an f32 angle, each within 1e-7 for any |angle| < 2^31. sincosf keeps a table in local memory
-// for angles beyond 105615; here the nearest multiple of pi / 2 is taken off in f64, twice, and short series
-// do the rest, so that every executor rounds the same way.
+// for angles beyond 105615; here the nearest multiple k of pi / 2 is taken off with fused multiply-adds, in
+// f32 where k is small enough for three parts of pi / 2, and in f64 beyond. Every executor rounds the same
+// way.
 PRIM void sin_cos(float angle, float& sin, float& cos) {
-    constexpr double TWO_OVER_PI = 0.63661977236758134308, PI_2 = 1.57079632679489655800,
-                     PI_2_REST = 6.12323399573676603587e-17;
-    double k = rint(double(angle) * TWO_OVER_PI);
-    float r = float(fma(-k, PI_2_REST, fma(-k, PI_2, double(angle))));
+    float r;
+    int quarter;
+    if (fabsf(angle) < 65536.f) {
+        float k = rintf(__fmul_rn(angle, 0.636619747f));
+        r = fmaf(-k, 7.54979013e-8f, fmaf(-k, 1.57079625f, angle));
+        r = fmaf(-k, -1.71512451e-15f, r);
+        quarter = int(k) & 3;
+    } else {
+        double k = rint(double(angle) * 0.63661977236758134308);
+        r = float(fma(-k, 6.12323399573676603587e-17, fma(-k, 1.57079632679489655800, double(angle))));
+        quarter = int((long long)k & 3);
+    }
     float z = __fmul_rn(r, r);
     float s = fmaf(z, fmaf(z, fmaf(z, fmaf(z, 1.f / 362880, -1.f / 5040), 1.f / 120), -1.f / 6), 1.f);
     float c = fmaf(z, fmaf(z, fmaf(z, fmaf(z, 1.f / 40320, -1.f / 720), 1.f / 24), -.5f), 1.f);
     s = __fmul_rn(s, r);
-    int quarter = int((long long)k & 3);
     sin = quarter & 1 ? c : s;
     cos = quarter & 1 ? s : c;
     if (quarter & 2) sin = -sin;

@@ -1,0 +1,138 @@
+//! A cache on an executor, and what its bytes must be.
+
+use crate::cases::somewhere;
+use crate::exec::{Mem, Run};
+use kvwarp::ffi::{self, kvw_cache, kvw_kv_pack_params as Params};
+use kvwarp::kv_pack::pack;
+use kvwarp::pages::{Entry, ring_slabs};
+use kvwarp::slab::{Format, Layout};
+use std::ptr::{null, null_mut};
+
+pub fn cache(d: usize, group: usize, window: usize) -> kvw_cache {
+    kvw_cache {
+        pools: [somewhere(); 4].map(|_: *mut u8| null_mut()),
+        ring: somewhere(),
+        table: somewhere(),
+        indptr: null(),
+        lens: somewhere(),
+        packed: null(),
+        seqs: 1,
+        kv_heads: 1,
+        head_dim: d as i32,
+        group: group as i32,
+        window: window as i32,
+        ring_slabs: ring_slabs(window).max(1) as i32,
+        table_stride: 16,
+        table_heads: 1,
+        lens_heads: 1,
+        reserved: 0,
+    }
+}
+
+pub fn params(op: i32, cache: kvw_cache) -> Params {
+    Params {
+        struct_size: size_of::<Params>() as u32,
+        op,
+        cache,
+        k: somewhere(),
+        v: somewhere(),
+        positions: null(),
+        inv_freq: null(),
+        cu_tokens: somewhere(),
+        first: somewhere(),
+        k_stride: i64::from(cache.kv_heads * cache.head_dim),
+        v_stride: i64::from(cache.kv_heads * cache.head_dim),
+        tokens: cache.seqs,
+        max_tokens: 1,
+        pairing: ffi::KVW_ROPE_HALF,
+        kivi_exact: 0,
+    }
+}
+
+/// A cache on an executor: `seqs` sequences of `heads` heads, a table row a head, `slabs` slabs a row.
+pub struct Host {
+    pub d: usize,
+    pub group: usize,
+    pub window: usize,
+    pub heads: usize,
+    pub seqs: usize,
+    pub slabs: usize,
+}
+
+pub struct Device {
+    pub ring: Mem<u8>,
+    pub pools: Vec<(Format, Mem<u8>)>,
+    pub table: Mem<u32>,
+}
+
+impl Host {
+    pub fn layout(&self, format: Format) -> Layout {
+        Layout::new(format, self.d, self.group).unwrap()
+    }
+
+    pub fn rows(&self) -> usize {
+        self.seqs * self.heads
+    }
+
+    pub fn ring_slabs(&self, filled: bool) -> usize {
+        if filled { self.slabs } else { ring_slabs(self.window).max(1) }
+    }
+
+    /// Slab i of row r has format (r + i) mod 3, hole at i = 2 of row 1; pool order is scrambled.
+    pub fn entry(&self, row: usize, i: usize) -> Entry {
+        let index = (row * self.slabs + i) as u32;
+        match (row, i) {
+            (1, 2) => Entry::HOLE,
+            _ => Entry::new(Format::ALL[(row + i) % 3], index ^ 1),
+        }
+    }
+
+    pub fn device(&self, run: &Run, filled: bool) -> Device {
+        let slab = |f| self.layout(f).slab_bytes();
+        let bytes = self.rows() * self.ring_slabs(filled) * slab(Format::F16);
+        let count = (self.rows() * self.slabs + 1) & !1;
+        let pools = Format::ALL.map(|f| (f, run.upload("pool", &vec![0x5Au8; count * slab(f)])));
+        let entries = (0..self.rows() * self.slabs)
+            .map(|n| self.entry(n / self.slabs, n % self.slabs).0)
+            .collect::<Vec<_>>();
+        let ring = run.upload("ring", &vec![0xFFu8; bytes]);
+        Device { ring, pools: pools.into(), table: run.upload("table", &entries) }
+    }
+
+    pub fn cache(&self, device: &Device, lens: &Mem<i32>, filled: bool) -> kvw_cache {
+        let mut c = cache(self.d, self.group, self.window);
+        device.pools.iter().for_each(|(f, pool)| c.pools[*f as usize] = pool.ptr().cast());
+        c.ring = device.ring.ptr().cast();
+        c.table = device.table.ptr();
+        c.lens = lens.ptr();
+        (c.seqs, c.kv_heads) = (self.seqs as i32, self.heads as i32);
+        (c.table_heads, c.lens_heads) = (self.heads as i32, 1);
+        c.table_stride = self.slabs as i32;
+        c.ring_slabs = self.ring_slabs(filled) as i32;
+        c
+    }
+
+    /// Whether the first `packed` slabs of `row` hold what `want` (f16 slabs) packs to.
+    pub fn packed_ok(
+        &self,
+        device: &Device,
+        row: usize,
+        packed: usize,
+        want: &[u8],
+    ) -> Result<(), String> {
+        let f16_bytes = self.layout(Format::F16).slab_bytes();
+        for i in 0..packed {
+            let Some((format, index)) = self.entry(row, i).get() else { continue };
+            let layout = self.layout(format);
+            let mut slab = vec![0; layout.slab_bytes()];
+            pack(&want[i * f16_bytes..][..f16_bytes], &mut slab, &layout);
+            let pool = &device.pools.iter().find(|(f, _)| *f == format).unwrap().1;
+            let got = &pool.download()[index * slab.len()..][..slab.len()];
+            if got != slab {
+                let at = got.iter().zip(&slab).position(|(a, b)| a != b).unwrap_or(0);
+                return Err(format!("{layout:?} row {row} slab {i}: byte {at} of {}", slab.len()));
+            }
+        }
+        Ok(())
+    }
+}
