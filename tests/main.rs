@@ -4,6 +4,7 @@ mod abi;
 mod cache;
 mod cases;
 mod cpu_attn;
+mod cpu_prefill;
 mod embed;
 mod exec;
 mod kv_pack;

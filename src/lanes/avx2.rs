@@ -312,6 +312,10 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    fn fetch(self, line: &Line) {
+        cpu! { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) }
+    }
+    #[inline(always)]
     fn half(self, bytes: &[u8; 32]) -> F {
         let (low, high) = bytes.split_at(16);
         cpu! {

@@ -34,16 +34,39 @@ fn add_lanes(a: __m512i, b: __m512i, c: __m512i, d: __m512i) -> __m512i {
     }
 }
 
-/// [`add_lanes`] of floats.
+/// The same of floats, and for any operation.
+macro_rules! over_lanes {
+    ($op:ident, $a:expr, $b:expr, $c:expr, $d:expr) => {
+        cpu! {
+            let ab = $op(
+                _mm512_shuffle_f32x4::<0x88>($a, $b), _mm512_shuffle_f32x4::<0xDD>($a, $b));
+            let cd = $op(
+                _mm512_shuffle_f32x4::<0x88>($c, $d), _mm512_shuffle_f32x4::<0xDD>($c, $d));
+            $op(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd))
+        }
+    };
+}
+
+/// One vector of four results, each in all elements of its 128-bit lane.
+macro_rules! reduce4 {
+    ($op:ident, $a:expr, $b:expr, $c:expr, $d:expr) => {{
+        let x = over_lanes!($op, $a, $b, $c, $d);
+        cpu! {
+            let x = $op(x, _mm512_permute_ps::<0x4E>(x));
+            $op(x, _mm512_permute_ps::<0xB1>(x))
+        }
+    }};
+}
+
+/// The first element of each 128-bit lane.
 #[inline(always)]
-fn add_lanes_f(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+fn gather_lanes(x: __m512) -> [f32; 4] {
+    let mut out = [0.0; 4];
     cpu! {
-        let ab = _mm512_add_ps(
-            _mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b));
-        let cd = _mm512_add_ps(
-            _mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xDD>(c, d));
-        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd))
+        let first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+        _mm_storeu_ps(out.as_mut_ptr(), _mm512_castps512_ps128(_mm512_permutexvar_ps(first, x)));
     }
+    out
 }
 
 /// Sums of neighbours, the sums of `a` before those of `b` in each 128-bit lane.
@@ -279,6 +302,18 @@ impl Lanes for Avx512 {
         cpu! { _mm512_reduce_max_ps(x) }
     }
     #[inline(always)]
+    fn sums(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        gather_lanes(reduce4!(_mm512_add_ps, a, b, c, d))
+    }
+    #[inline(always)]
+    fn tops(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        gather_lanes(reduce4!(_mm512_max_ps, a, b, c, d))
+    }
+    #[inline(always)]
+    fn fetch(self, line: &Line) {
+        cpu! { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) }
+    }
+    #[inline(always)]
     fn half(self, bytes: &[u8; 32]) -> __m512 {
         cpu! { _mm512_cvtph_ps(_mm256_loadu_si256(bytes.as_ptr().cast())) }
     }
@@ -308,7 +343,8 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn tokens_half(self, [a, b, c, d, e, f, g, h]: [__m512; 8]) -> __m512 {
         let (x, y) = (add_pairs(a, b), add_pairs(c, d)); // [t / 2][w] of [e][side]
-        let sums = add_lanes_f(x, y, add_pairs(e, f), add_pairs(g, h)); // [t][e][side]
+        let (z, w) = (add_pairs(e, f), add_pairs(g, h));
+        let sums = over_lanes!(_mm512_add_ps, x, y, z, w); // [t][e][side]
         cpu! { _mm512_permute_ps::<0xD8>(sums) }
     }
     #[inline(always)]

@@ -88,6 +88,18 @@ pub(crate) trait Lanes: Copy {
     fn positive(self, s: Self::F, x: Self::F) -> Self::F;
     fn sum(self, x: Self::F) -> f32;
     fn top(self, x: Self::F) -> f32;
+    /// [`Lanes::sum`] and [`Lanes::top`] of four.
+    #[inline(always)]
+    fn sums(self, [a, b, c, d]: [Self::F; 4]) -> [f32; 4] {
+        [self.sum(a), self.sum(b), self.sum(c), self.sum(d)]
+    }
+    #[inline(always)]
+    fn tops(self, [a, b, c, d]: [Self::F; 4]) -> [f32; 4] {
+        [self.top(a), self.top(b), self.top(c), self.top(d)]
+    }
+    /// Asks for a line that is needed soon.
+    #[inline(always)]
+    fn fetch(self, _line: &Line) {}
     /// Sixteen f16.
     fn half(self, bytes: &[u8; 32]) -> Self::F;
     /// Four f16 from `at + stride * t` on, for each `t`: a tile row where `t` strides.

@@ -16,7 +16,7 @@ use std::sync::{Mutex, PoisonError};
 
 const OP: &str = "paged_attn";
 /// Most query heads a kv head.
-const MAX_GROUP: usize = 16;
+pub(crate) const MAX_GROUP: usize = 16;
 
 /// Buffers kept between calls.
 pub struct Scratch {
@@ -47,7 +47,7 @@ struct Work {
     copy: Vec<Line>,
     /// Scores, then weights, `[head][slab]` of four tile rows.
     scores: Vec<[Row<f32>; 4]>,
-    folds: Box<[[keys::Fold; 2]; MAX_GROUP]>,
+    folds: Box<[[keys::Fold; 4]; 2]>,
     weights: values::Weights,
     fanned: Vec<Row<f32>>,
 }
@@ -312,14 +312,14 @@ impl Task<'_> {
             let rows = &self.queries[(first + g) * self.shape.rows..][..self.shape.rows];
             (codes[g], halves[g]) = rows.split_at(self.shape.head_dim / 16);
         }
-        let mut out = [[Row::default(); 4]; N];
         for (s, slab) in run.iter().enumerate() {
-            match slab.layout.format {
-                Format::F16 => halves::scores(l, slab, halves, &mut out),
-                _ => keys::scores(l, slab, codes, &mut work.folds, &mut out),
+            if first == 0 {
+                slab.fetch_values(l);
             }
-            for g in 0..N {
-                work.scores[(first + g) * RUN + s] = out[g];
+            let out = &mut work.scores[first * RUN + s..];
+            match slab.layout.format {
+                Format::F16 => halves::scores(l, slab, halves, out),
+                _ => keys::scores(l, slab, codes, &mut work.folds, out),
             }
         }
     }
@@ -350,14 +350,12 @@ impl Task<'_> {
         values: &mut [f32],
     ) {
         let mut weights: [&[[Row<f32>; 4]]; N] = [&[]; N];
-        let mut out: [&mut [f32]; N] = std::array::from_fn(|_| Default::default());
-        for (g, values) in values.chunks_exact_mut(self.shape.head_dim).enumerate() {
+        for g in 0..N {
             weights[g] = &work.scores[(first + g) * RUN..][..run.len()];
-            out[g] = values;
         }
         match run[0].layout.format {
-            Format::F16 => halves::add(l, run, weights, &mut work.fanned, &mut out),
-            _ => values::add(l, run, weights, &mut work.weights, &mut out),
+            Format::F16 => halves::add(l, run, weights, &mut work.fanned, values),
+            _ => values::add(l, run, weights, &mut work.weights, values),
         }
     }
 }

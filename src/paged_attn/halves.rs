@@ -3,22 +3,22 @@
 //! A line of K or V is converted in two halves, `t` = 0, 1 and `t` = 2, 3. Queries are kept in the order of a K
 //! line, weights fanned out to that of a V line, and sums across lanes wait until eight lines `r` are done.
 
-use super::slabs::Slab;
+use super::slabs::{RUN, Slab};
 use crate::lanes::{Lanes, Line, Row};
 
 #[inline(always)]
 fn widen<L: Lanes>(l: L, line: &Line) -> [L::F; 2] {
-    let [low, high] = [0, 32].map(|at| line[at..].first_chunk());
-    [low, high].map(|half| half.map_or(l.splat(0.0), |half| l.half(half)))
+    let halves = line.as_chunks::<32>().0;
+    [l.half(&halves[0]), l.half(&halves[1])]
 }
 
-/// Base-2 scores of one slab for `N` heads: `out[head][tile]` tile rows. `queries` `[N][D / 16][2]` rows.
+/// Base-2 scores of one slab for `N` heads: `out[head * RUN][tile]` tile rows. `queries` `[N][D / 16][2]` rows.
 #[inline(always)]
 pub(super) fn scores<L: Lanes, const N: usize>(
     l: L,
     slab: &Slab<'_>,
     queries: [&[Row<f32>]; N],
-    out: &mut [[Row<f32>; 4]; N],
+    out: &mut [[Row<f32>; 4]],
 ) {
     let per_tile = slab.layout.head_dim / 16;
     for (tile, units) in slab.k.as_chunks::<8>().0.chunks_exact(per_tile).enumerate() {
@@ -37,34 +37,34 @@ pub(super) fn scores<L: Lanes, const N: usize>(
             }
         }
         for g in 0..N {
-            l.put(&mut out[g][tile].0, l.tokens_half(acc[g]));
+            l.put(&mut out[g * RUN][tile].0, l.tokens_half(acc[g]));
         }
     }
 }
 
-/// Adds `sum p v` to `out[head]` `[D]`; `weights[head][slab][tile]` are tile rows of `p`.
+/// Adds `sum p v` to `out` `[N, D]`; `weights[head][slab][tile]` are tile rows of `p`.
 #[inline(always)]
 pub(super) fn add<L: Lanes, const N: usize>(
     l: L,
     run: &[Slab<'_>],
     weights: [&[[Row<f32>; 4]]; N],
     fanned: &mut Vec<Row<f32>>,
-    out: &mut [&mut [f32]; N],
+    out: &mut [f32],
 ) {
     fanned.resize(run.len() * 4 * N * 2, Row::default());
-    let mut rows = fanned.as_chunks_mut::<2>().0.iter_mut();
     for s in 0..run.len() {
         for tile in 0..4 {
-            for (weights, rows) in weights.iter().zip(&mut rows) {
-                let [low, high] = l.fan(l.get(&weights[s][tile].0));
-                l.put(&mut rows[0].0, low);
-                l.put(&mut rows[1].0, high);
+            for g in 0..N {
+                let [low, high] = l.fan(l.get(&weights[g][s][tile].0));
+                let at = ((s * 4 + tile) * N + g) * 2;
+                l.put(&mut fanned[at].0, low);
+                l.put(&mut fanned[at + 1].0, high);
             }
         }
     }
     let per_tile = run[0].layout.head_dim / 16;
     for j in (0..per_tile).step_by(2) {
-        sum_units(l, run, per_tile, j, fanned, out);
+        sum_units::<L, N>(l, run, per_tile, j, fanned, out);
     }
 }
 
@@ -76,19 +76,19 @@ fn sum_units<L: Lanes, const N: usize>(
     per_tile: usize,
     j: usize,
     fanned: &[Row<f32>],
-    out: &mut [&mut [f32]; N],
+    out: &mut [f32],
 ) {
     let mut sums = [[[Row::default(); 8]; 2]; N]; // [head][unit][r]
     for r in 0..8 {
         let mut acc = [[[l.splat(0.0); 2]; 2]; N];
-        let mut rows = fanned.as_chunks::<2>().0.chunks_exact(N);
-        for slab in run {
-            for (units, rows) in slab.v.as_chunks::<8>().0.chunks_exact(per_tile).zip(&mut rows) {
+        for (s, slab) in run.iter().enumerate() {
+            for (tile, units) in slab.v.as_chunks::<8>().0.chunks_exact(per_tile).enumerate() {
+                let rows = &fanned[(s * 4 + tile) * N * 2..][..2 * N];
                 for k in 0..2 {
                     let [low, high] = widen(l, &units[j + k][r]);
                     for g in 0..N {
-                        acc[g][k][0] = l.fma(low, l.get(&rows[g][0].0), acc[g][k][0]);
-                        acc[g][k][1] = l.fma(high, l.get(&rows[g][1].0), acc[g][k][1]);
+                        acc[g][k][0] = l.fma(low, l.get(&rows[2 * g].0), acc[g][k][0]);
+                        acc[g][k][1] = l.fma(high, l.get(&rows[2 * g + 1].0), acc[g][k][1]);
                     }
                 }
             }
@@ -105,7 +105,7 @@ fn sum_units<L: Lanes, const N: usize>(
             for r in 0..8 {
                 lines[r] = l.get(&sums[g][k][r].0);
             }
-            let channels = &mut out[g][16 * (j + k)..][..16];
+            let channels = &mut out[16 * (g * per_tile + j + k)..][..16];
             if let Some(channels) = channels.first_chunk_mut() {
                 l.put(channels, l.add(l.get(channels), l.channels_half(lines)));
             }

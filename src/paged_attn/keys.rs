@@ -11,7 +11,7 @@
 //! through the zero point; where the rest could exceed 3e-4 (base 2), the remainders are folded once more
 //! and a second pass adds them, 65534 times finer.
 
-use super::slabs::{Quads, Slab};
+use super::slabs::{Quads, RUN, Slab};
 use crate::lanes::{Lanes, Row};
 use crate::slab::{Layout, TOKENS};
 
@@ -25,6 +25,8 @@ const NOTHING: f32 = 1e-30;
 /// One head's query folded with the scales of one K group.
 #[derive(Clone)]
 pub(super) struct Fold {
+    /// `q s`, as `queries`.
+    products: [Row<f32>; 16],
     /// Signed halves, a row a quad: the products, and their remainders.
     rows: [[Row<i32>; 8]; 2],
     /// What one step of a row is worth.
@@ -36,87 +38,127 @@ pub(super) struct Fold {
 
 impl Default for Fold {
     fn default() -> Self {
-        Self { rows: [[Row::default(); 8]; 2], unit: 0.0, zero: 0.0, coarse: false }
+        Self {
+            products: [Row::default(); 16],
+            rows: [[Row::default(); 8]; 2],
+            unit: 0.0,
+            zero: 0.0,
+            coarse: false,
+        }
     }
 }
 
-/// Base-2 scores of one slab for `N` heads: `out[head][tile]` tile rows. `queries` `[N][D / 32][2]` rows.
+/// Base-2 scores of one slab for `N` heads: `out[head * RUN][tile]` tile rows. `queries` `[N][D / 32][2]` rows.
 #[inline(always)]
 pub(super) fn scores<L: Lanes, const N: usize>(
     l: L,
     slab: &Slab<'_>,
     queries: [&[Row<f32>]; N],
-    folds: &mut [[Fold; 2]; 16],
-    out: &mut [[Row<f32>; 4]; N],
+    folds: &mut [[Fold; 4]; 2],
+    out: &mut [[Row<f32>; 4]],
 ) {
-    let layout = slab.layout;
     let mut coarse = false;
-    for group in 0..TOKENS / layout.k_group {
-        for (query, fold) in queries.iter().zip(folds.iter_mut()) {
-            fold_query(l, slab, group, query, &mut fold[group]);
-            coarse |= fold[group].coarse;
-        }
+    for (group, folds) in folds.iter_mut().enumerate().take(TOKENS / slab.layout.k_group) {
+        coarse |= fold_queries(l, slab, group, queries, folds);
     }
-    let mut sums = [[[Row::default(); 4]; N]; 2];
-    for set in 0..=usize::from(coarse) {
-        dots::<L, N>(l, slab, folds, set, &mut sums[set]);
-    }
+    let mut sums = [[Row::default(); 4]; N];
+    dots::<L, N>(l, slab, folds, 0, &mut sums);
     for g in 0..N {
         for tile in 0..4 {
-            let fold = &folds[g][tile * 16 / layout.k_group];
-            let zero = l.splat(fold.zero);
-            let mut s = l.fma(l.float(l.get_int(&sums[0][g][tile])), l.splat(fold.unit), zero);
-            if coarse {
-                let step = l.splat(fold.unit / FINER);
-                s = l.fma(l.float(l.get_int(&sums[1][g][tile])), step, s);
-            }
-            l.put(&mut out[g][tile].0, s);
+            let fold = &folds[k_group(slab, tile)][g];
+            let sum = l.float(l.get_int(&sums[g][tile]));
+            l.put(&mut out[g * RUN][tile].0, l.fma(sum, l.splat(fold.unit), l.splat(fold.zero)));
+        }
+    }
+    if coarse {
+        add_remainders::<L, N>(l, slab, folds, out);
+    }
+}
+
+#[inline(always)]
+fn add_remainders<L: Lanes, const N: usize>(
+    l: L,
+    slab: &Slab<'_>,
+    folds: &[[Fold; 4]; 2],
+    out: &mut [[Row<f32>; 4]],
+) {
+    let mut sums = [[Row::default(); 4]; N];
+    dots::<L, N>(l, slab, folds, 1, &mut sums);
+    for g in 0..N {
+        for tile in 0..4 {
+            let step = l.splat(folds[k_group(slab, tile)][g].unit / FINER);
+            let (sum, row) = (l.float(l.get_int(&sums[g][tile])), &mut out[g * RUN][tile].0);
+            l.put(row, l.fma(sum, step, l.get(row)));
         }
     }
 }
 
-/// Where the scales of `quad` lie in the metadata of a group: pairs 0, 1 and pairs 2, 3 of each `t`.
+/// The K group of a tile.
 #[inline(always)]
-fn meta<L: Lanes>(l: L, slab: &Slab<'_>, at: usize) -> [L::F; 2] {
-    [l.half_quads(slab.k_meta, at, 16), l.half_quads(slab.k_meta, at + 8, 16)]
+fn k_group(slab: &Slab<'_>, tile: usize) -> usize {
+    if slab.layout.k_group == TOKENS { 0 } else { tile / 2 }
 }
 
+/// Folds `N` queries with one group's scales; whether any of them is coarse.
 #[inline(always)]
-fn fold_query<L: Lanes>(l: L, slab: &Slab<'_>, group: usize, query: &[Row<f32>], fold: &mut Fold) {
+fn fold_queries<L: Lanes, const N: usize>(
+    l: L,
+    slab: &Slab<'_>,
+    group: usize,
+    queries: [&[Row<f32>]; N],
+    folds: &mut [Fold; 4],
+) -> bool {
     let Layout { head_dim, format, .. } = *slab.layout;
     let levels = ((1 << format.bits()) - 1) as f32;
-    let (mut top, mut zero, mut rest) = (l.splat(0.0), l.splat(0.0), l.splat(0.0));
-    for (quad, q) in query.as_chunks::<2>().0.iter().enumerate() {
-        let at = group * head_dim * 4 + quad * 64;
-        let (scale, min) = (meta(l, slab, at), meta(l, slab, at + 2 * head_dim));
-        for i in 0..2 {
-            let q = l.get(&q[i].0);
-            top = l.max(l.abs(l.mul(q, scale[i])), top);
-            zero = l.fma(q, min[i], zero);
+    let (mut top, mut zero) = ([l.splat(0.0); 4], [l.splat(0.0); 4]);
+    for i in 0..head_dim / 16 {
+        // A quad's unit of scales holds pairs 0, 1 and pairs 2, 3 of each `t`.
+        let at = group * head_dim * 4 + i / 2 * 64 + i % 2 * 8;
+        let scale = l.half_quads(slab.k_meta, at, 16);
+        let min = l.half_quads(slab.k_meta, at + 2 * head_dim, 16);
+        for g in 0..N {
+            let q = l.get(&queries[g][i].0);
+            let product = l.mul(q, scale);
+            l.put(&mut folds[g].products[i].0, product);
+            top[g] = l.max(l.abs(product), top[g]);
+            zero[g] = l.fma(q, min, zero[g]);
         }
     }
-    let top = l.top(top);
-    fold.unit = top / 32767.0;
-    fold.coarse = fold.unit * levels * (head_dim as f32).sqrt() > COARSE;
+    let top = l.tops(top);
+    let mut coarse = false;
+    for g in 0..N {
+        let fold = &mut folds[g];
+        fold.unit = top[g] / 32767.0;
+        fold.coarse = fold.unit * levels * (head_dim as f32).sqrt() > COARSE;
+        coarse |= fold.coarse;
+        let rest = round_products(l, head_dim, top[g], fold);
+        let mean = if fold.coarse { 0.0 } else { 0.5 * levels * fold.unit };
+        zero[g] = l.fma(rest, l.splat(mean), zero[g]);
+    }
+    let zero = l.sums(zero);
+    for g in 0..N {
+        folds[g].zero = zero[g];
+    }
+    coarse
+}
+
+/// `rows` from `products`, the largest of which is `top`; returns sums of the remainders.
+#[inline(always)]
+fn round_products<L: Lanes>(l: L, head_dim: usize, top: f32, fold: &mut Fold) -> L::F {
     let steps = l.splat(if top > NOTHING { 32767.0 / top } else { 0.0 });
-    for (quad, q) in query.as_chunks::<2>().0.iter().enumerate() {
-        let scale = meta(l, slab, group * head_dim * 4 + quad * 64);
-        let x0 = l.mul(l.mul(l.get(&q[0].0), scale[0]), steps);
-        let x1 = l.mul(l.mul(l.get(&q[1].0), scale[1]), steps);
+    let mut rest = l.splat(0.0);
+    for quad in 0..head_dim / 32 {
+        let x0 = l.mul(l.get(&fold.products[2 * quad].0), steps);
+        let x1 = l.mul(l.get(&fold.products[2 * quad + 1].0), steps);
         let (n0, n1) = (l.round(x0), l.round(x1));
         l.put_int(&mut fold.rows[0][quad], l.pack(n0, n1));
         let (x0, x1) = (l.sub(x0, l.float(n0)), l.sub(x1, l.float(n1)));
         rest = l.add(rest, l.add(x0, x1));
-        if fold.coarse {
-            let finer = l.splat(FINER);
-            let (n0, n1) = (l.round(l.mul(x0, finer)), l.round(l.mul(x1, finer)));
-            l.put_int(&mut fold.rows[1][quad], l.pack(n0, n1));
-        } else {
-            l.put_int(&mut fold.rows[1][quad], l.int(0));
-        }
+        let finer = l.splat(if fold.coarse { FINER } else { 0.0 });
+        let (n0, n1) = (l.round(l.mul(x0, finer)), l.round(l.mul(x1, finer)));
+        l.put_int(&mut fold.rows[1][quad], l.pack(n0, n1));
     }
-    let mean = if fold.coarse { 0.0 } else { 0.5 * levels * fold.unit };
-    fold.zero = l.sum(l.fma(rest, l.splat(mean), zero));
+    rest
 }
 
 /// Adds the dot products of every token's codes with row set `set` to `sums[head][tile]`.
@@ -124,7 +166,7 @@ fn fold_query<L: Lanes>(l: L, slab: &Slab<'_>, group: usize, query: &[Row<f32>],
 fn dots<L: Lanes, const N: usize>(
     l: L,
     slab: &Slab<'_>,
-    folds: &[[Fold; 2]; 16],
+    folds: &[[Fold; 4]; 2],
     set: usize,
     sums: &mut [[Row<i32>; 4]; N],
 ) {
@@ -141,12 +183,11 @@ fn dots<L: Lanes, const N: usize>(
 fn unit_dots<L: Lanes, const N: usize, const SLOTS: usize>(
     l: L,
     slab: &Slab<'_>,
-    folds: &[[Fold; 2]; 16],
+    folds: &[[Fold; 4]; 2],
     set: usize,
     sums: &mut [[Row<i32>; 4]; N],
 ) {
     let (quads, bits) = (Quads::of(slab.layout), slab.layout.format.bits());
-    let group = |tile: usize| tile * 16 / slab.layout.k_group;
     let mask = l.int(((1 << bits) - 1) * 0x0001_0001);
     for (unit, lines) in slab.k.as_chunks::<8>().0.iter().enumerate() {
         for first in (0..quads.per_word).step_by(SLOTS / 4) {
@@ -154,8 +195,8 @@ fn unit_dots<L: Lanes, const N: usize, const SLOTS: usize>(
             for g in 0..N {
                 for h in 0..SLOTS / 4 {
                     let [(ta, qa), (tb, qb)] = quads.places(unit, first + h);
-                    let a = l.get_int(&folds[g][group(ta)].rows[set][qa]);
-                    let b = l.get_int(&folds[g][group(tb)].rows[set][qb]);
+                    let a = l.get_int(&folds[k_group(slab, ta)][g].rows[set][qa]);
+                    let b = l.get_int(&folds[k_group(slab, tb)][g].rows[set][qb]);
                     let spread = l.spread(a, b);
                     for i in 0..4 {
                         rows[g][4 * h + i] = spread[i];
@@ -165,11 +206,15 @@ fn unit_dots<L: Lanes, const N: usize, const SLOTS: usize>(
             let mut acc = [[l.int(0); 8]; N];
             for (r, line) in lines.iter().enumerate() {
                 let line = l.shr(l.line(line), first * 4 * bits);
+                let mut dots = [l.int(0); N];
                 for slot in 0..SLOTS {
                     let codes = l.and(l.shr(line, slot * bits), mask);
                     for g in 0..N {
-                        acc[g][r] = l.dot(acc[g][r], codes, rows[g][slot]);
+                        dots[g] = l.dot(dots[g], codes, rows[g][slot]);
                     }
+                }
+                for g in 0..N {
+                    acc[g][r] = dots[g];
                 }
             }
             let [(ta, _), (tb, _)] = quads.places(unit, first);

@@ -8,9 +8,10 @@ mod cpu;
 mod halves;
 mod keys;
 mod oracle;
-mod slabs;
+pub(crate) mod slabs;
 mod values;
 
+pub(crate) use cpu::{MAX_GROUP, check_head};
 pub use cpu::{Scratch, cpu};
 pub use oracle::oracle;
 pub(crate) use oracle::{Keys, attend};

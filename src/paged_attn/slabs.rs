@@ -1,15 +1,15 @@
 //! Slabs as the kernels walk them: lines, metadata, and where a quad of slots lies.
 
-use crate::lanes::Line;
+use crate::lanes::{Lanes, Line};
 use crate::pages::HeadView;
 use crate::slab::{Format, Layout, TOKENS};
 
 /// Most slabs of one format that are worked on together, and slabs a task.
-pub(super) const RUN: usize = 8;
+pub(crate) const RUN: usize = 8;
 
 /// One slab, taken apart.
 #[derive(Clone, Copy)]
-pub(super) struct Slab<'a> {
+pub(crate) struct Slab<'a> {
     pub layout: &'a Layout,
     /// First token.
     pub start: usize,
@@ -30,6 +30,12 @@ impl<'a> Slab<'a> {
             Self { layout, start: i * TOKENS, k: k.as_chunks().0, k_meta, v: &[], v_meta: &[] };
         slab.set_values(values);
         Some(slab)
+    }
+
+    /// Asks for V, which is read when the scores of a whole run are done.
+    #[inline(always)]
+    pub fn fetch_values<L: Lanes>(&self, l: L) {
+        self.v.iter().chain(self.v_meta.as_chunks().0).for_each(|line| l.fetch(line));
     }
 
     fn set_values(&mut self, values: &'a [u8]) {
@@ -78,27 +84,54 @@ fn clear_lines(bytes: &mut [u8], held: usize, head_dim: usize) {
     }
 }
 
-/// Four consecutive slots of a word: four pairs `j` of one tile.
+/// Four consecutive slots of a word are a *quad*: four pairs `j` of one tile.
 #[derive(Clone, Copy)]
-pub(super) struct Quads {
+pub(crate) struct Quads {
     pub per_tile: usize,
     pub per_word: usize,
+    places: &'static [[[(u8, u8); 2]; 2]; 16],
 }
 
+/// Tile, and quad within the tile, `[bits 2 or 4][D][unit][quad of the word][parity of the word]`: a table,
+/// since the kernels ask for each unit and a division costs as much as eight lines.
+static PLACES: [[[[[(u8, u8); 2]; 2]; 16]; 4]; 2] = {
+    let (mut all, dims) = ([[[[[(0, 0); 2]; 2]; 16]; 4]; 2], [64, 96, 128, 256]);
+    let mut i = 0;
+    while i < 2 * 4 * 16 * 2 * 2 {
+        let (bits, d, unit, h, w) = (i / 256, i / 64 % 4, i / 4 % 16, i / 2 % 2, i % 2);
+        let (per_word, per_tile) = (2 - bits, dims[d] / 32);
+        let quad = (2 * unit + w) * per_word + h;
+        all[bits][d][unit][h][w] = ((quad / per_tile) as u8, (quad % per_tile) as u8);
+        i += 1;
+    }
+    all
+};
+
 impl Quads {
-    pub const fn of(layout: &Layout) -> Self {
-        Self { per_tile: layout.head_dim / 32, per_word: 4 / layout.format.bits() }
+    #[inline(always)]
+    pub fn of(layout: &Layout) -> Self {
+        let per_word = 4 / layout.format.bits();
+        let dim = match layout.head_dim {
+            64 => 0,
+            96 => 1,
+            128 => 2,
+            _ => 3,
+        };
+        Self { per_tile: layout.head_dim / 32, per_word, places: &PLACES[2 - per_word][dim] }
     }
 
     /// Tile, and quad within the tile, of quad `h` of a unit's words, for either parity of the word.
-    pub const fn places(self, unit: usize, h: usize) -> [(usize, usize); 2] {
-        let (a, b) = (2 * unit * self.per_word + h, (2 * unit + 1) * self.per_word + h);
-        [(a / self.per_tile, a % self.per_tile), (b / self.per_tile, b % self.per_tile)]
+    #[inline(always)]
+    pub fn places(self, unit: usize, h: usize) -> [(usize, usize); 2] {
+        let [(ta, qa), (tb, qb)] = self.places[unit][h];
+        [(ta.into(), qa.into()), (tb.into(), qb.into())]
     }
 
     /// Units after which the quads within the tiles repeat.
     pub const fn period(self) -> usize {
-        let units = self.per_tile.div_ceil(2 * self.per_word);
-        if self.per_tile == 3 { 3 } else { units }
+        match (self.per_tile, self.per_word) {
+            (3, _) => 3,
+            (tile, word) => tile.div_ceil(2 * word),
+        }
     }
 }

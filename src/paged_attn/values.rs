@@ -32,19 +32,19 @@ pub(super) struct Weights {
     units: [[f32; 8]; 4],
 }
 
-/// Adds `sum p v` to `out[head]` `[D]`; `weights[head][slab][tile]` are tile rows of `p`.
+/// Adds `sum p v` to `out` `[N, D]`; `weights[head][slab][tile]` are tile rows of `p`.
 #[inline(always)]
 pub(super) fn add<L: Lanes, const N: usize>(
     l: L,
     run: &[Slab<'_>],
     weights: [&[[Row<f32>; 4]]; N],
     w: &mut Weights,
-    out: &mut [&mut [f32]; N],
+    out: &mut [f32],
 ) {
     let layout = run[0].layout;
-    w.products.resize(N * RUN * 4, Row::default());
-    w.origins.resize(RUN * 4, Row::default());
-    w.steps.resize(N * layout.v_groups() * RUN * 4, Row::default());
+    grow(&mut w.products, N * RUN * 4);
+    grow(&mut w.origins, RUN * 4);
+    grow(&mut w.steps, N * layout.v_groups() * RUN * 4);
     for group in 0..layout.v_groups() {
         weigh(l, run, group, weights, w, out);
     }
@@ -52,8 +52,15 @@ pub(super) fn add<L: Lanes, const N: usize>(
     let quads = Quads::of(layout);
     for phase in 0..quads.period() {
         for h in 0..quads.per_word {
-            sum_quad(l, run, phase, h, w, out);
+            sum_quad::<L, N>(l, run, phase, h, w, out);
         }
+    }
+}
+
+#[inline(always)]
+fn grow<T: Clone + Default>(rows: &mut Vec<T>, n: usize) {
+    if rows.len() < n {
+        rows.resize(n, T::default());
     }
 }
 
@@ -65,12 +72,12 @@ fn weigh<L: Lanes, const N: usize>(
     group: usize,
     weights: [&[[Row<f32>; 4]]; N],
     w: &mut Weights,
-    out: &mut [&mut [f32]; N],
+    out: &mut [f32],
 ) {
     let layout = run[0].layout;
     let stride = layout.v_groups() * 8;
     let levels = ((1 << layout.format.bits()) - 1) as f32;
-    let (mut top, mut zero) = ([l.splat(0.0); N], [l.splat(0.0); N]);
+    let (mut top, mut zero) = ([l.splat(0.0); 4], [l.splat(0.0); 4]);
     for (s, slab) in run.iter().enumerate() {
         for tile in 0..4 {
             let at = tile * 4 * stride + group * 8;
@@ -89,8 +96,9 @@ fn weigh<L: Lanes, const N: usize>(
         }
     }
     let channels = group * layout.v_group..layout.head_dim.min((group + 1) * layout.v_group);
+    let top = l.tops(top);
     for g in 0..N {
-        let top = l.top(top[g]);
+        let top = top[g];
         let unit = top / 32767.0;
         let per_unit = l.splat(if top > NOTHING { 32767.0 / top } else { 0.0 });
         let mut rest = l.splat(0.0);
@@ -103,8 +111,11 @@ fn weigh<L: Lanes, const N: usize>(
             l.put_int(step, n);
         }
         w.units[g][group] = unit;
-        let zero = l.sum(l.fma(rest, l.splat(unit), zero[g]));
-        out[g][channels.clone()].iter_mut().for_each(|o| *o += zero);
+        zero[g] = l.fma(rest, l.splat(unit), zero[g]);
+    }
+    let zero = l.sums(zero);
+    for g in 0..N {
+        out[g * layout.head_dim..][channels.clone()].iter_mut().for_each(|o| *o += zero[g]);
     }
 }
 
@@ -113,18 +124,19 @@ fn weigh<L: Lanes, const N: usize>(
 fn arrange<L: Lanes, const N: usize>(l: L, run: &[Slab<'_>], w: &mut Weights) {
     let layout = run[0].layout;
     let (quads, units) = (Quads::of(layout), run[0].v.len() / 8);
-    w.pairs.resize(RUN * units * quads.per_word * N, Row::default());
-    let mut pairs = w.pairs.iter_mut();
+    grow(&mut w.pairs, RUN * units * quads.per_word * N);
+    let mut at = 0;
     for s in 0..run.len() {
         for unit in 0..units {
             for h in 0..quads.per_word {
-                let [a, b] = quads.places(unit, h);
-                for (g, pair) in (0..N).zip(&mut pairs) {
-                    let step = |(tile, quad): (usize, usize)| {
-                        let group = g * layout.v_groups() + v_group(layout, quad);
-                        &w.steps[(group * RUN + s) * 4 + tile]
-                    };
-                    l.put_int(pair, l.pack(l.get_int(step(a)), l.get_int(step(b))));
+                let [(ta, qa), (tb, qb)] = quads.places(unit, h);
+                let (ga, gb) = (v_group(layout, qa), v_group(layout, qb));
+                for g in 0..N {
+                    let first = g * layout.v_groups();
+                    let a = l.get_int(&w.steps[((first + ga) * RUN + s) * 4 + ta]);
+                    let b = l.get_int(&w.steps[((first + gb) * RUN + s) * 4 + tb]);
+                    l.put_int(&mut w.pairs[at], l.pack(a, b));
+                    at += 1;
                 }
             }
         }
@@ -134,7 +146,12 @@ fn arrange<L: Lanes, const N: usize>(l: L, run: &[Slab<'_>], w: &mut Weights) {
 /// The group of a quad's channels.
 #[inline(always)]
 fn v_group(layout: &Layout, quad: usize) -> usize {
-    quad * 32 / layout.v_group
+    match layout.v_group {
+        32 => quad,
+        64 => quad / 2,
+        128 => quad / 4,
+        _ => 0,
+    }
 }
 
 /// The channels of quad `h` of the words of units `phase`, `phase + period`, ...
@@ -145,7 +162,7 @@ fn sum_quad<L: Lanes, const N: usize>(
     phase: usize,
     h: usize,
     w: &Weights,
-    out: &mut [&mut [f32]; N],
+    out: &mut [f32],
 ) {
     let layout = run[0].layout;
     let (quads, bits, units) = (Quads::of(layout), layout.format.bits(), run[0].v.len() / 8);
@@ -173,7 +190,6 @@ fn sum_quad<L: Lanes, const N: usize>(
     }
     let [(_, a), (_, b)] = quads.places(phase, h);
     for g in 0..N {
-        let unit = [a, b].map(|quad| w.units[g][v_group(layout, quad)]);
         for i in 0..4 {
             let mut lines = [l.int(0); 8];
             for r in 0..8 {
@@ -181,8 +197,9 @@ fn sum_quad<L: Lanes, const N: usize>(
             }
             let mut sum = [0.0; 16]; // [w][r]
             l.put(&mut sum, l.float(l.channels(lines)));
-            for ((quad, unit), sum) in [a, b].into_iter().zip(unit).zip(sum.as_chunks::<8>().0) {
-                let channels = &mut out[g][32 * quad + 8 * i..][..8];
+            for (quad, sum) in [a, b].into_iter().zip(sum.as_chunks::<8>().0) {
+                let unit = w.units[g][v_group(layout, quad)];
+                let channels = &mut out[g * layout.head_dim + 32 * quad + 8 * i..][..8];
                 channels.iter_mut().zip(sum).for_each(|(o, s)| *o += s * unit);
             }
         }

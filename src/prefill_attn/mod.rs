@@ -4,7 +4,11 @@
 //! tokens before it and itself. The chunk's own K and V are f16 slabs in the ring (a long staging ring, `packed`
 //! explicit); what came before lies behind the page table, in any format.
 
+mod block;
+mod cpu;
 mod oracle;
+mod tile;
 
 pub use crate::paged_attn::Mask;
+pub use cpu::{LseRows, Scratch, cpu};
 pub use oracle::oracle;
