@@ -1,7 +1,10 @@
 //! sample: hand-worked distributions, draws against the oracle's probabilities, edges.
 
-use crate::cases::Noise;
+use crate::cases::{Noise, somewhere};
+use crate::exec::{Exec, Run, assert_caught, executors, op};
+use kvwarp::ffi::{self, kvw_sample_params as Params};
 use kvwarp::sample::{Sampling, cpu, draw, oracle};
+use std::ptr::null;
 
 fn sampling(temperature: f32, top_k: usize, top_p: f32, min_p: f32) -> Sampling {
     Sampling { temperature, top_k, top_p, min_p }
@@ -105,4 +108,128 @@ fn fields_out_of_range_are_named() {
     assert!(refused(sampling(1.0, 0, 0.0, 0.0)).contains("`top_p` is 0"));
     assert!(refused(sampling(1.0, 0, 1.0, 1.0)).contains("`min_p` is 1"));
     assert!(cpu(&[], &Sampling::GREEDY, 0).is_err());
+}
+
+#[test]
+fn c_checks_need_no_gpu() {
+    let valid = Params {
+        struct_size: size_of::<Params>() as u32,
+        seqs: 2,
+        logits: somewhere(),
+        tokens: somewhere(),
+        seeds: somewhere(),
+        steps: somewhere(),
+        temperature: somewhere(),
+        top_p: somewhere(),
+        min_p: somewhere(),
+        top_k: somewhere(),
+        vocab: 1000,
+        reserved: 0,
+    };
+    op!(kvw_sample).refuses(
+        valid,
+        &[
+            ("struct_size", |p| p.struct_size = 4, ffi::KVW_ERR_STRUCT),
+            ("seqs", |p| p.seqs = 0, ffi::KVW_ERR_SHAPE),
+            ("logits", |p| p.logits = null(), ffi::KVW_ERR_NULL),
+            ("tokens", |p| p.tokens = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
+            ("seeds", |p| p.seeds = null(), ffi::KVW_ERR_NULL),
+            ("steps", |p| p.steps = null(), ffi::KVW_ERR_NULL),
+            ("temperature", |p| p.temperature = null(), ffi::KVW_ERR_NULL),
+            ("top_p", |p| p.top_p = null(), ffi::KVW_ERR_NULL),
+            ("min_p", |p| p.min_p = null(), ffi::KVW_ERR_NULL),
+            ("top_k", |p| p.top_k = null(), ffi::KVW_ERR_NULL),
+            ("logits unaligned", |p| p.logits = 4 as _, ffi::KVW_ERR_ALIGN),
+            ("top_k unaligned", |p| p.top_k = 4 as _, ffi::KVW_ERR_ALIGN),
+            ("vocab", |p| p.vocab = 0, ffi::KVW_ERR_SHAPE),
+            ("vocab beyond 2^22", |p| p.vocab = (1 << 22) + 1, ffi::KVW_ERR_SHAPE),
+            ("reserved", |p| p.reserved = 9, ffi::KVW_ERR_SHAPE),
+        ],
+    );
+    assert_eq!(op!(kvw_sample).bytes(&valid), 2 * (4000 + 32));
+    assert_eq!(op!(kvw_sample).workspace(&valid), 0);
+}
+
+/// Every sampling on its own copy of `logits`, drawn at `step`: the same tokens as the CPU path.
+fn same_as_cpu(run: &Run, logits: &[f32], samplings: &[Sampling], step: i32) -> Result<(), String> {
+    let n = samplings.len();
+    let column = |f: fn(&Sampling) -> f32| -> Vec<f32> { samplings.iter().map(f).collect() };
+    let seeds: Vec<u64> = (0..n as u64).map(|s| s << 40 | 5).collect();
+    let all = run.upload("logits", &logits.repeat(n));
+    let out = run.alloc::<i32>("tokens", n);
+    let top_k: Vec<i32> = samplings.iter().map(|s| s.top_k as i32).collect();
+    let (d_seeds, d_steps) = (run.upload("seeds", &seeds), run.upload("steps", &vec![step; n]));
+    let temperature = run.upload("temperature", &column(|s| s.temperature));
+    let (top_p, min_p) =
+        (run.upload("top_p", &column(|s| s.top_p)), run.upload("min_p", &column(|s| s.min_p)));
+    let d_top_k = run.upload("top_k", &top_k);
+    let params = Params {
+        struct_size: size_of::<Params>() as u32,
+        seqs: n as i32,
+        logits: all.ptr(),
+        tokens: out.ptr(),
+        seeds: d_seeds.ptr(),
+        steps: d_steps.ptr(),
+        temperature: temperature.ptr(),
+        top_p: top_p.ptr(),
+        min_p: min_p.ptr(),
+        top_k: d_top_k.ptr(),
+        vocab: logits.len() as i32,
+        reserved: 0,
+    };
+    run.call(&op!(kvw_sample), &params)?;
+    for ((s, got), &seed) in samplings.iter().zip(out.download()).zip(&seeds) {
+        let want = cpu(logits, s, draw(seed, step)).unwrap();
+        if got != want as i32 {
+            return Err(format!("{} logits, {s:?}, step {step}: {got}, want {want}", logits.len()));
+        }
+    }
+    Ok(())
+}
+
+const SAMPLINGS: [Sampling; 7] = [
+    Sampling::GREEDY,
+    Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
+    Sampling { temperature: 0.7, top_k: 40, top_p: 0.95, min_p: 0.05 },
+    Sampling { temperature: 2.5, top_k: 0, top_p: 0.9, min_p: 0.0 },
+    Sampling { temperature: 4.0, top_k: 9, top_p: 1.0, min_p: 0.0 },
+    Sampling { temperature: 1.3, top_k: 3, top_p: 0.5, min_p: 0.0 },
+    Sampling { temperature: 0.9, top_k: 0, top_p: 1.0, min_p: 0.2 },
+];
+
+/// Noise, many equal values, and rows of NaN and infinities.
+fn rows() -> Vec<Vec<f32>> {
+    let mut noise = Noise(16);
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let mut rows = vec![noise.values(1), noise.values(37), noise.values(1100)];
+    rows.push((0..700).map(|i| (i % 4) as f32 / 4.0).collect());
+    rows.push(vec![0.5; 600]);
+    rows.push((0..300).map(|i| if i % 3 == 0 { nan } else { -(i as f32) / 9.0 }).collect());
+    rows.push(vec![nan; 40]);
+    rows.push(vec![nan, -inf, -inf, nan]);
+    rows.push(vec![0.0, inf, 3.0, inf, nan]);
+    rows.push((0..200).map(|i| if i % 2 == 0 { 0.0 } else { -0.0 }).collect());
+    rows
+}
+
+#[test]
+fn executors_match_oracle() {
+    for exec in executors(2) {
+        let run = exec.start();
+        for (step, row) in rows().iter().enumerate() {
+            for again in 0..if exec == Exec::SimtPlain { 8 } else { 1 } {
+                same_as_cpu(&run, row, &SAMPLINGS, (step * 10 + again) as i32).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn faults_are_caught() {
+    let ties: Vec<f32> = (0..600).map(|i| (i % 3) as f32).collect();
+    let all = |run: &Run| (0..4).try_for_each(|step| same_as_cpu(run, &ties, &SAMPLINGS, step));
+    assert_caught(321, "no barrier between the histogram and its search", all);
+    assert_caught(322, "ties go to the highest id", all);
+    assert_caught(324, "top-p counts what top-k has dropped", all);
+    assert_caught(323, "the walk of a stretch forgets the ids before the current 32", all);
 }
