@@ -33,94 +33,16 @@
 #include "common/attend.cuh"
 #include "common/check.cuh"
 #include "common/launch.cuh"
+#include "common/steps.cuh"
 #include <algorithm>
 #include <cmath>
 
 namespace {
 using namespace kvw;
 
-constexpr int WARPS = 4, ALL_FORMATS = 1 << KVW_SLAB_F16 | 1 << KVW_SLAB_Q4 | 1 << KVW_SLAB_Q2;
+constexpr int WARPS = 4;
 constexpr int MOST_SPLITS = 1024;
-constexpr int F16_TILES = 1; // tiles of an f16 slab in a step; a quantised slab is one step
-
-// Bytes of a step of a cache: what a buffer must hold.
-__host__ __device__ inline int step_bytes(const kvw_cache& c) {
-    size_t most = F16_TILES * 64 * c.head_dim;
-    for (int f = KVW_SLAB_Q4; f <= KVW_SLAB_Q2; f++) {
-        if (c.pools[f] && slab_bytes(f, c.head_dim, c.group) > most)
-            most = slab_bytes(f, c.head_dim, c.group);
-    }
-    return int(most);
-}
-
-// What a warp takes at a time. All members are the same in every lane.
-struct Step {
-    SlabAddress slab; // 0: no more
-    int first;        // token
-};
-
-// The steps of one warp: every `stride`-th slab of next .. end, holes left out.
-template <int D, int GROUP> struct Walk {
-    const Head<D, GROUP>& head;
-    int next, end, stride, low; // low: first token that anything sees
-    SlabAddress mine = 0;       // of this lane in the batch of 32 slabs at hand
-    unsigned left = 0;          // lanes whose slab is still to come
-    int batch = 0;              // slab of lane 0
-
-    PRIM Step start() {
-        int lane = threadIdx.x % 32;
-        while (left == 0 && next < end) {
-            int i = next + lane * stride;
-            mine = i < end ? head.slab(i) : 0;
-            left = __ballot_sync(~0u, mine != 0);
-            batch = next;
-            next += 32 * stride;
-        }
-        if (left == 0) return {0, 0};
-        int from = __ffs(int(left)) - 1;
-        left &= left - 1;
-        Step step = {__shfl_sync(~0u, mine, from), (batch + from * stride) * TOKENS};
-        if (format_of(step.slab) == KVW_SLAB_F16) step.first = max(step.first, low / 16 * 16);
-        return step;
-    }
-
-    PRIM Step after(Step step) {
-        if (format_of(step.slab) == KVW_SLAB_F16) {
-            step.first += 16 * F16_TILES;
-            if (step.first % TOKENS != 0 && step.first < head.len) return step;
-        }
-        return start();
-    }
-};
-
-// This lane's share of a copy by one warp.
-template <int BYTES> PRIM void copy(unsigned char* to, const unsigned char* from) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int at = 0; at < BYTES; at += UNIT_BYTES) {
-        if (at + UNIT_BYTES <= BYTES || at + lane * 16 < BYTES)
-            prim::cp_async16(to + at + lane * 16, from + at + lane * 16);
-    }
-}
-
-template <int FORMATS, int FORMAT> PRIM bool is(int format) {
-    return FORMATS == 1 << FORMAT || ((FORMATS >> FORMAT & 1) && format == FORMAT);
-}
-
-template <int D, int GROUP, int FORMATS> PRIM void fetch(Step step, unsigned char* to) {
-    const unsigned char* slab = bytes_of(step.slab);
-    int format = format_of(step.slab);
-    if (is<FORMATS, KVW_SLAB_Q2>(format)) {
-        copy<Slab<KVW_SLAB_Q2, D, GROUP>::BYTES>(to, slab);
-    } else if (is<FORMATS, KVW_SLAB_Q4>(format)) {
-        copy<Slab<KVW_SLAB_Q4, D, GROUP>::BYTES>(to, slab);
-    } else {
-        constexpr int PART = F16_TILES * 32 * D;
-        slab += step.first % TOKENS / 16 * (32 * D);
-        copy<PART>(to, slab);
-        copy<PART>(to + PART, slab + Slab<KVW_SLAB_F16, D, GROUP>::V_CODES);
-    }
-}
+constexpr int F16_TILES = 1;
 
 template <int FORMAT, int TILES, int D, int GROUP, int NT>
 PRIM void attend(Attend<D, GROUP, NT>& a, unsigned char* kc, unsigned char* vc, int first, int low, int len) {
@@ -141,7 +63,7 @@ __global__ void __launch_bounds__(WARPS * 32, NT == 1 && D <= 128 ? 3 : 2)
     attn(const __grid_constant__ kvw_paged_attn_params p) {
     KVW_DYN_SHARED(unsigned char, raw);
     prim::Carve carve(raw);
-    int warp = threadIdx.x / 32, warps = blockDim.x / 32, bytes = step_bytes(p.cache);
+    int warp = threadIdx.x / 32, warps = blockDim.x / 32, bytes = step_bytes<F16_TILES>(p.cache);
     unsigned char* buffer = carve.take<unsigned char, 128>(2 * bytes * warps) + 2 * bytes * warp;
     uint4* shared_q = carve.take<uint4>(Queries<D, NT>::SHARED_BYTES / 16);
 
@@ -155,16 +77,17 @@ __global__ void __launch_bounds__(WARPS * 32, NT == 1 && D <= 128 ? 3 : 2)
         slabs = head.slabs();
     int share = (slabs - low / TOKENS + p.splits - 1) / p.splits, begin = low / TOKENS + split * share;
 
-    Walk<D, GROUP> walk{head, begin + warp, min(begin + share, slabs), warps, low};
+    Walk<D, GROUP, F16_TILES> walk{head, begin + warp, min(begin + share, slabs), warps, low, head.len};
+    int lane = threadIdx.x % 32;
     Step step = walk.start();
-    if (step.slab) fetch<D, GROUP, FORMATS>(step, buffer);
+    if (step.slab) fetch<D, GROUP, FORMATS, F16_TILES>(step, buffer, lane, 32);
     prim::cp_async_commit();
 
     Attend<D, GROUP, NT> a;
     const __half* rows[NT];
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        int column = 8 * n + threadIdx.x % 32 / 4;
+        int column = 8 * n + lane / 4;
         size_t from = KVW_FAULT(106) ? size_t(s) * p.q_heads + column * p.cache.kv_heads + h : row + column;
         rows[n] = column < columns ? static_cast<const __half*>(p.q) + from * D : nullptr;
     }
@@ -175,7 +98,7 @@ __global__ void __launch_bounds__(WARPS * 32, NT == 1 && D <= 128 ? 3 : 2)
         a.use_format(step.slab ? format_of(step.slab) : KVW_SLAB_F16);
         if (!step.slab) break;
         Step next = walk.after(step);
-        if (next.slab) fetch<D, GROUP, FORMATS>(next, buffer + (at ^ bytes));
+        if (next.slab) fetch<D, GROUP, FORMATS, F16_TILES>(next, buffer + (at ^ bytes), lane, 32);
         prim::cp_async_commit();
         if (!KVW_FAULT(100)) prim::cp_async_wait<1>();
         __syncwarp();
@@ -223,7 +146,7 @@ template <int D> __global__ void __launch_bounds__(D) merge(const __grid_constan
 
 template <int D, int GROUP, int NT> kvw_status launch(const kvw_paged_attn_params& p, kvw_stream stream) {
     // Four warps where two steps of each fit 100 KB, which every architecture has, else two.
-    int bytes = step_bytes(p.cache), warps = 2 * WARPS * bytes <= 96 * 1024 ? WARPS : WARPS / 2;
+    int bytes = step_bytes<F16_TILES>(p.cache), warps = 2 * WARPS * bytes <= 96 * 1024 ? WARPS : WARPS / 2;
     size_t shared = 2 * size_t(bytes) * warps + Queries<D, NT>::SHARED_BYTES;
     int blocks = (p.q_heads / p.cache.kv_heads + 8 * NT - 1) / (8 * NT);
     dim3 grid(p.splits, p.cache.kv_heads * blocks, p.cache.seqs);

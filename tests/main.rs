@@ -10,6 +10,7 @@ mod exec;
 mod kv_pack;
 mod linear;
 mod paged_attn;
+mod prefill_attn;
 mod rms_norm;
 mod rope_select;
 mod sample;

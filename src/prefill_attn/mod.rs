@@ -12,3 +12,9 @@ mod tile;
 pub use crate::paged_attn::Mask;
 pub use cpu::{LseRows, Scratch, cpu};
 pub use oracle::oracle;
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_prefill_attn, kvw_prefill_attn_params, "prefill_attn"
+}

@@ -1,0 +1,222 @@
+// prefill_attn: causal attention of a chunk of queries over slabs that already hold the chunk's own K and V.
+//
+// Math      s[i, t] = scale * (q[i] . k[t]) for the tokens t <= position(i) = len - n + i that the sliding
+// window
+//           leaves;  out[i] = sum_t softmax(s[i])[t] * v[t]
+// Shapes    q, out [T, H * G, D] f16, n rows a sequence; lse [S, lse_rows, H * G] f32, of each sequence's
+// last rows Layout    slabs of common/slab.cuh: history through the table in any format, the chunk in the
+// ring, f16 Bytes     q, out and the chunk's own K and V; the host does not know how long the history is
+//                                                                                    ->
+//                                                                                    kvw_prefill_attn_bytes()
+// Launch    grid (ceil(max_tokens * G / COLUMNS), H, S), 4 warps; COLUMNS = 64, 32 at D = 256
+// Workspace none
+// Order     deterministic: a column's tokens are added in order by one warp
+// Oracle    src/prefill_attn/oracle.rs
+//
+// Why it looks like this:
+// 1. The decode kernel's warp (common/attend.cuh) with other columns: column x of a kv head is query row x /
+// G of
+//    query head x % G, 16 a warp (8 at D = 256). Grouped heads fill columns, so K and V are unpacked once for
+//    them.
+// 2. The CTA's warps share each step: two buffers filled by all threads, a barrier before and after use.
+// 3. A step that no column of a warp sees is skipped, and only steps on the diagonal, at the window's edge or
+// at
+//    the end pay for masks. CTAs with the longest rows start first.
+// 4. Not yet tuned: 8-column tiles reload A fragments more often than a 64-row tile of Q would.
+#include "kvwarp.h"
+#include "common/attend.cuh"
+#include "common/check.cuh"
+#include "common/launch.cuh"
+#include "common/steps.cuh"
+#include <cmath>
+
+namespace {
+using namespace kvw;
+
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr int F16_TILES = 2;
+
+template <int D> constexpr int COLUMN_TILES = D < 256 ? 2 : 1;                     // a warp
+template <int D> constexpr int ROW_FLOATS = 8 * COLUMN_TILES<D> * (D + ROW_EXTRA); // partial rows of a warp
+
+template <int D> size_t buffer_bytes(const kvw_cache& c) {
+    return std::max(2 * size_t(step_bytes<F16_TILES>(c)), size_t(WARPS) * ROW_FLOATS<D> * 4);
+}
+
+// Query columns of one (sequence, kv head).
+struct Columns {
+    int first_row, rows, group, len, sliding_window;
+
+    PRIM bool exists(int column) const { return column / group < rows; }
+
+    // One past the last token that a column sees.
+    PRIM int to(int column) const {
+        return exists(column) ? len - rows + column / group + 1 + KVW_FAULT(120) : 0;
+    }
+
+    PRIM int from(int column) const {
+        return sliding_window > 0 ? max(0, to(column) - sliding_window + KVW_FAULT(127)) : 0;
+    }
+
+    // Row of q and out, [T, H * G].
+    PRIM size_t row(int column, int q_heads, int h) const {
+        int query = KVW_FAULT(126) ? column % rows : column / group,
+            g = KVW_FAULT(126) ? column / rows : column % group;
+        return size_t(first_row + query) * q_heads + h * group + g;
+    }
+};
+
+// One warp's part of a step: columns first_column .. first_column + 8 NT - 1.
+template <int FORMAT, int TILES, int D, int GROUP, int NT>
+PRIM void attend(Attend<D, GROUP, NT>& a, const Columns& columns, int first_column, unsigned char* kc,
+                 unsigned char* vc, int first) {
+    int last = min(first_column + 8 * NT, columns.rows * columns.group) - 1, end = first + TILES * 16;
+    if (last < first_column || first >= columns.to(last) || end <= columns.from(first_column)) return;
+    bool edge =
+        last + 1 < first_column + 8 * NT || end > columns.to(first_column) || first < columns.from(last);
+    int from[NT][2] = {}, to[NT][2] = {};
+    if (edge) {
+#pragma unroll
+        for (int i = 0; i < NT * 2; i++) {
+            int column = first_column + i / 2 * 8 + 2 * a.t + i % 2;
+            from[i / 2][i % 2] = columns.from(column) - first, to[i / 2][i % 2] = columns.to(column) - first;
+        }
+    }
+    a.template step<FORMAT, TILES>(kc, vc, edge, from, to);
+}
+
+// The same by the CTA; bytes past the length are cleared first.
+template <int FORMAT, int TILES, int D, int GROUP, int NT>
+PRIM void attend_together(Attend<D, GROUP, NT>& a, const Columns& columns, int first_column,
+                          unsigned char* kc, unsigned char* vc, int first) {
+    if (first + TILES * 16 > columns.len && !KVW_FAULT(125)) {
+        clear_past<FORMAT, D, GROUP, TILES>(vc, columns.len - first, threadIdx.x, THREADS);
+        __syncthreads();
+    }
+    a.use_format(FORMAT);
+    attend<FORMAT, TILES>(a, columns, first_column, kc, vc, first);
+}
+
+template <int D, int GROUP>
+__global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_prefill_attn_params p) {
+    constexpr int NT = COLUMN_TILES<D>;
+    KVW_DYN_SHARED(unsigned char, raw);
+    prim::Carve carve(raw);
+    int bytes = step_bytes<F16_TILES>(p.cache), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    unsigned char* buffer = carve.take<unsigned char, 128>(max(2 * bytes, WARPS * ROW_FLOATS<D> * 4));
+    uint4* shared_q = carve.take<uint4>(WARPS * Queries<D, NT>::SHARED_BYTES / 16);
+
+    int h = blockIdx.y, s = blockIdx.z;
+    Head<D, GROUP> head(p.cache, s, h);
+    int first_row = p.cu_tokens[s], rows = p.cu_tokens[s + 1] - first_row,
+        group = p.q_heads / p.cache.kv_heads;
+    Columns columns{first_row, rows, group, head.len, p.sliding_window};
+    int begin = int(gridDim.x - 1 - blockIdx.x) * (8 * NT * WARPS), mine = begin + warp * 8 * NT;
+    if (!columns.exists(begin)) return;
+
+    Attend<D, GROUP, NT> a;
+    const __half* q[NT];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        int column = mine + 8 * n + lane / 4;
+        q[n] = columns.exists(column)
+                   ? static_cast<const __half*>(p.q) + columns.row(column, p.q_heads, h) * D
+                   : nullptr;
+    }
+    a.begin(q, p.scale, shared_q + warp * (Queries<D, NT>::SHARED_BYTES / 16), true);
+    __syncwarp();
+
+    int low = columns.from(begin), high = columns.to(min(begin + 8 * NT * WARPS, rows * group) - 1);
+    Walk<D, GROUP, F16_TILES> walk{head, low / TOKENS, (min(high, head.len) + TOKENS - 1) / TOKENS,
+                                   1,    low,          high};
+    Step step = walk.start();
+    if (step.slab) fetch<D, GROUP, ALL_FORMATS, F16_TILES>(step, buffer, threadIdx.x, THREADS);
+    prim::cp_async_commit();
+    for (int at = 0; step.slab; at ^= bytes) {
+        Step next = walk.after(step);
+        if (next.slab)
+            fetch<D, GROUP, ALL_FORMATS, F16_TILES>(next, buffer + (at ^ bytes), threadIdx.x, THREADS);
+        prim::cp_async_commit();
+        if (!KVW_FAULT(122)) prim::cp_async_wait<1>();
+        __syncthreads();
+        unsigned char* data = buffer + at;
+        int format = format_of(step.slab);
+        if (format == KVW_SLAB_F16) {
+            attend_together<KVW_SLAB_F16, F16_TILES>(a, columns, mine, data, data + F16_TILES * 32 * D,
+                                                     step.first);
+        } else if (format == KVW_SLAB_Q2) {
+            constexpr int V = Slab<KVW_SLAB_Q2, D, GROUP>::V_CODES;
+            attend_together<KVW_SLAB_Q2, 4>(a, columns, mine, data, data + V, step.first);
+        } else {
+            constexpr int V = Slab<KVW_SLAB_Q4, D, GROUP>::V_CODES;
+            attend_together<KVW_SLAB_Q4, 4>(a, columns, mine, data, data + V, step.first);
+        }
+        if (!KVW_FAULT(121)) __syncthreads(); // before the buffer is filled again
+        step = next;
+    }
+    a.use_format(KVW_SLAB_F16);
+
+    float* parts = reinterpret_cast<float*>(buffer) + warp * ROW_FLOATS<D>;
+    a.store(parts);
+    __syncwarp();
+    for (int i = lane; i < 8 * NT * D; i += 32) {
+        int column = mine + i / D, c = i % D;
+        if (!columns.exists(column)) break;
+        Merged x = merge_rows<D>(parts + i / D * (D + ROW_EXTRA), 1, 0, c);
+        size_t row = columns.row(column, p.q_heads, h);
+        static_cast<__half*>(p.out)[row * D + c] = normalised(x);
+        int kept = column / group - (rows - p.lse_rows) + KVW_FAULT(123); // row of lse
+        if (c == 0 && p.lse && kept >= 0) {
+            p.lse[(size_t(s) * p.lse_rows + kept) * p.q_heads + row % p.q_heads] = log_sum_exp(x);
+        }
+    }
+}
+
+template <int D, int GROUP> kvw_status launch(const kvw_prefill_attn_params& p, kvw_stream stream) {
+    constexpr int NT = COLUMN_TILES<D>, COLUMNS = 8 * NT * WARPS;
+    size_t shared = buffer_bytes<D>(p.cache) + WARPS * Queries<D, NT>::SHARED_BYTES;
+    int64_t columns = int64_t(p.max_tokens) * (p.q_heads / p.cache.kv_heads);
+    dim3 grid(unsigned((columns + COLUMNS - 1) / COLUMNS), p.cache.kv_heads, p.cache.seqs);
+    return KVW_LAUNCH((attn<D, GROUP>), grid, THREADS, shared, stream, p);
+}
+
+template <int D> kvw_status launch_group(const kvw_prefill_attn_params& p, kvw_stream stream) {
+    if (p.cache.group == 32) return launch<D, 32>(p, stream);
+    if (p.cache.group == 64 || D == 64) return launch<D, 64>(p, stream);
+    return launch<D, 128>(p, stream);
+}
+} // namespace
+
+kvw_status kvw_prefill_attn_check(const kvw_prefill_attn_params* p) {
+    if (!p) return KVW_ERR_NULL;
+    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
+    KVW_TRY(check_cache(p->cache));
+    if (any_null({p->q, p->out, p->cu_tokens, p->cache.packed})) return KVW_ERR_NULL;
+    if (!aligned({p->q, p->out, p->lse, p->cu_tokens})) return KVW_ERR_ALIGN;
+    int group = p->q_heads / p->cache.kv_heads;
+    if (p->q_heads < 1 || p->q_heads % p->cache.kv_heads != 0 || group > 16) return KVW_ERR_SHAPE;
+    if (p->tokens < 1 || p->max_tokens < 1 || p->max_tokens > p->tokens || p->tokens > INT32_MAX / 16)
+        return KVW_ERR_SHAPE;
+    if (p->lse_rows < 0 || (p->lse && p->lse_rows < 1) || p->reserved != 0) return KVW_ERR_SHAPE;
+    if (p->sliding_window < 0 || !std::isfinite(p->scale) || p->scale < 0.f) return KVW_ERR_SHAPE;
+    return KVW_OK;
+}
+
+size_t kvw_prefill_attn_workspace(const kvw_prefill_attn_params*) { return 0; }
+
+size_t kvw_prefill_attn_bytes(const kvw_prefill_attn_params* p) {
+    if (kvw_prefill_attn_check(p) != KVW_OK) return 0;
+    return size_t(p->tokens) * (2 * p->q_heads + 2 * p->cache.kv_heads) * p->cache.head_dim * 2;
+}
+
+kvw_status kvw_prefill_attn(const kvw_prefill_attn_params* p, kvw_stream stream) {
+    KVW_TRY(kvw_prefill_attn_check(p));
+    kvw_prefill_attn_params resolved = *p;
+    if (p->scale == 0.f) resolved.scale = 1.f / sqrtf(float(p->cache.head_dim));
+    switch (p->cache.head_dim) {
+    case 64: return launch_group<64>(resolved, stream);
+    case 96: return launch_group<96>(resolved, stream);
+    case 128: return launch_group<128>(resolved, stream);
+    default: return launch_group<256>(resolved, stream);
+    }
+}

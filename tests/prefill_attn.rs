@@ -1,0 +1,206 @@
+//! prefill_attn: every executor against the f64 oracle over the dequantised cache.
+
+use crate::cache::{Cache, Spec};
+use crate::cases::{Noise, close, relative_l2, somewhere, widen};
+use crate::exec::{Run, assert_caught, executors, op};
+use half::f16;
+use kvwarp::ffi::{self, kvw_prefill_attn_params as Params};
+use kvwarp::pages::{HeadView, Pools};
+use kvwarp::prefill_attn::{Mask, oracle};
+use kvwarp::slab::Format::{F16, Q2, Q4};
+use kvwarp::slab::encode;
+
+/// How the op is called on a cache; `rows[s]` query rows, `lse_rows` of them with a log-sum-exp.
+#[derive(Clone)]
+struct Call {
+    g: usize,
+    rows: Vec<usize>,
+    lse_rows: usize,
+    sliding_window: usize,
+}
+
+fn queries(cache: &Cache, call: &Call) -> Vec<f16> {
+    let n = call.rows.iter().sum::<usize>() * cache.spec.heads * call.g * cache.spec.head_dim;
+    let mut noise = Noise(78);
+    (0..n).map(|_| f16::from_f32(0.5 * noise.unit())).collect()
+}
+
+fn matches(run: &Run, spec: &Spec, call: &Call) -> Result<(), String> {
+    let cache = Cache::new(spec, 6);
+    let (device, q) = (cache.upload(run), queries(&cache, call));
+    let q_heads = spec.heads * call.g;
+    let (q_mem, out) = (run.upload("q", &q), run.alloc::<f16>("out", q.len()));
+    let lse = run.upload("lse", &vec![7.0f32; spec.lens.len() * call.lse_rows * q_heads]);
+    let mut starts = vec![0];
+    call.rows.iter().for_each(|n| starts.push(starts.last().unwrap() + *n as i32));
+    let cu_tokens = run.upload("cu_tokens", &starts);
+    let params = Params {
+        struct_size: size_of::<Params>() as u32,
+        q_heads: q_heads as i32,
+        cache: device.params(),
+        q: q_mem.ptr().cast(),
+        out: out.ptr().cast(),
+        lse: lse.ptr(),
+        cu_tokens: cu_tokens.ptr(),
+        tokens: *starts.last().unwrap(),
+        max_tokens: *call.rows.iter().max().unwrap() as i32,
+        lse_rows: call.lse_rows as i32,
+        sliding_window: call.sliding_window as i32,
+        scale: 0.2,
+        reserved: 0,
+    };
+    run.call(&op!(kvw_prefill_attn), &params)?;
+
+    let mask = Mask { sliding_window: (call.sliding_window > 0).then_some(call.sliding_window) };
+    let (mut want, mut want_lse) = (Vec::new(), Vec::new());
+    let (mut rest, q) = (0, widen(&q));
+    for (s, &n) in call.rows.iter().enumerate() {
+        let size = n * q_heads * spec.head_dim;
+        let (o, l) = oracle(&q[rest..rest + size], n, &cache.heads(s), 0.2, mask);
+        rest += size;
+        want.extend(o);
+        let kept = n.min(call.lse_rows);
+        want_lse.extend(vec![7.0; (call.lse_rows - kept) * q_heads]);
+        want_lse.extend(&l[(n - kept) * q_heads..]);
+    }
+    close("lse", &lse.download(), &want_lse, 2e-3, 1e-3)?;
+    let error = relative_l2(&widen(&out.download()), &want);
+    if error <= 1e-3 { Ok(()) } else { Err(format!("relative L2 {error:.2e}")) }
+}
+
+/// History in every format and a hole, then a chunk of 150 rows that ends in a tail.
+fn chunk() -> (Spec, Call) {
+    let formats = vec![Some(Q2), None, Some(F16), Some(Q4), Some(Q2)];
+    let (lens, outlier) = (vec![64 * 5 + 150], 4.0);
+    let spec = Spec { formats, lens, packed: Some(5), heads: 1, outlier, ..Spec::default() };
+    (spec, Call { g: 3, rows: vec![150], lse_rows: 8, sliding_window: 0 })
+}
+
+#[test]
+fn oracle_hand_worked() {
+    // Keys alike: row i averages V over the tokens up to its own, or over the newest two.
+    let pools = Pools::new(64, 32).unwrap();
+    let (k, mut v) = (vec![f16::ZERO; 64 * 64], vec![f16::NAN; 64 * 64]);
+    (0..3).for_each(|t| v[t * 64..][..64].fill(f16::from_f32((t * t) as f32)));
+    let mut ring = vec![0; pools.layout(F16).slab_bytes()];
+    encode(pools.layout(F16), &k, &v, &mut ring);
+    let head = HeadView { pools: &pools, table: &[], ring: &ring, len: 3, packed: 0 };
+    let (out, lse) = oracle(&[1.0; 128], 2, &[head], 0.0, Mask::default());
+    assert!((out[0] - 0.5).abs() < 1e-12 && (out[64] - 5.0 / 3.0).abs() < 1e-12);
+    assert!((lse[0] - 2f64.ln()).abs() < 1e-12 && (lse[1] - 3f64.ln()).abs() < 1e-12);
+    let (out, _) = oracle(&[1.0; 128], 2, &[head], 0.0, Mask { sliding_window: Some(2) });
+    assert!((out[64] - 2.5).abs() < 1e-12);
+}
+
+#[test]
+fn c_checks_need_no_gpu() {
+    let cache = ffi::kvw_cache {
+        ring: somewhere(),
+        lens: somewhere::<i32>(),
+        packed: somewhere::<i32>(),
+        seqs: 1,
+        kv_heads: 2,
+        head_dim: 64,
+        group: 32,
+        ring_slabs: 40,
+        table_heads: 1,
+        lens_heads: 2,
+        ..Default::default()
+    };
+    let valid = Params {
+        struct_size: size_of::<Params>() as u32,
+        q_heads: 6,
+        cache,
+        q: somewhere::<u8>().cast(),
+        out: somewhere(),
+        cu_tokens: somewhere::<i32>(),
+        tokens: 100,
+        max_tokens: 100,
+        ..Default::default()
+    };
+    let op = op!(kvw_prefill_attn);
+    op.refuses(
+        valid,
+        &[
+            ("struct_size", |p| p.struct_size = 0, ffi::KVW_ERR_STRUCT),
+            ("q", |p| p.q = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("out", |p| p.out = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
+            ("cu_tokens", |p| p.cu_tokens = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("packed", |p| p.cache.packed = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("a pool without a table", |p| p.cache.pools[0] = 16 as _, ffi::KVW_ERR_NULL),
+            ("q unaligned", |p| p.q = 2 as _, ffi::KVW_ERR_ALIGN),
+            ("out unaligned", |p| p.out = 2 as _, ffi::KVW_ERR_ALIGN),
+            ("cu_tokens unaligned", |p| p.cu_tokens = 4 as _, ffi::KVW_ERR_ALIGN),
+            ("group", |p| p.cache.group = 48, ffi::KVW_ERR_FORMAT),
+            ("head_dim", |p| p.cache.head_dim = 32, ffi::KVW_ERR_SHAPE),
+            ("q_heads", |p| p.q_heads = 5, ffi::KVW_ERR_SHAPE),
+            ("17 query heads a kv head", |p| p.q_heads = 34, ffi::KVW_ERR_SHAPE),
+            ("tokens", |p| p.tokens = 0, ffi::KVW_ERR_SHAPE),
+            ("max_tokens", |p| p.max_tokens = 101, ffi::KVW_ERR_SHAPE),
+            ("no max_tokens", |p| p.max_tokens = 0, ffi::KVW_ERR_SHAPE),
+            ("lse_rows", |p| p.lse_rows = -1, ffi::KVW_ERR_SHAPE),
+            ("lse without rows", |p| p.lse = somewhere(), ffi::KVW_ERR_SHAPE),
+            ("sliding_window", |p| p.sliding_window = -1, ffi::KVW_ERR_SHAPE),
+            ("scale", |p| p.scale = f32::INFINITY, ffi::KVW_ERR_SHAPE),
+            ("reserved", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
+        ],
+    );
+    assert_eq!(op.bytes(&valid), 100 * 64 * 2 * (6 + 6 + 2 + 2));
+    assert_eq!(op.workspace(&valid), 0);
+}
+
+#[test]
+fn executors_match_oracle() {
+    for exec in executors(7) {
+        let run = exec.start();
+        let check = |what: &str, (spec, call): (Spec, Call)| {
+            matches(&run, &spec, &call).unwrap_or_else(|e| panic!("{exec:?}: {what}: {e}"));
+        };
+        let (spec, call) = chunk();
+        check("a chunk", chunk());
+        check("sliding", (spec.clone(), Call { sliding_window: 70, ..call.clone() }));
+        let alone = Spec { packed: Some(0), lens: vec![150], heads: 2, ..spec.clone() };
+        check("without history", (alone, Call { lse_rows: 200, ..call.clone() }));
+        let lens = vec![1, 65, 200, 130];
+        let ragged = Spec { lens, packed: Some(1), shared_rows: true, csr: true, ..spec };
+        check("ragged", (ragged, Call { g: 2, rows: vec![1, 3, 100, 66], ..call }));
+    }
+}
+
+#[test]
+fn every_shape_matches_oracle() {
+    for exec in executors(0) {
+        let check = |spec: &Spec, call: &Call| {
+            let what = format!("{exec:?}: D {} group {} G {}", spec.head_dim, spec.group, call.g);
+            matches(&exec.start(), spec, call).unwrap_or_else(|e| panic!("{what}: {e}"));
+        };
+        let (spec, call) = chunk();
+        for head_dim in [64, 96, 128, 256] {
+            for group in [32, 64, 128] {
+                check(&Spec { head_dim, group, ..spec.clone() }, &call);
+            }
+        }
+        for g in [1, 2, 4, 5, 6, 7, 8, 12, 16] {
+            check(&spec, &Call { g, rows: vec![70], ..call.clone() });
+        }
+    }
+}
+
+#[test]
+fn faults_are_caught() {
+    let plain = |run: &Run| matches(run, &chunk().0, &chunk().1);
+    let sliding = |run: &Run| {
+        let (spec, call) = chunk();
+        matches(run, &spec, &Call { sliding_window: 70, ..call })
+    };
+    assert_caught(102, "registers 1 and 2 of an A fragment are swapped", plain);
+    assert_caught(105, "the ring's slabs are taken one slot late", plain);
+    assert_caught(107, "outputs are not rescaled when the maximum grows", plain);
+    assert_caught(120, "a row sees the token after it", plain);
+    assert_caught(121, "a buffer is filled again while warps still read it", plain);
+    assert_caught(122, "a step is read before its copy has landed", plain);
+    assert_caught(123, "log-sum-exps are a row late", plain);
+    assert_caught(125, "V past the length is used as it lies there", plain);
+    assert_caught(126, "columns run over rows first, then heads", plain);
+    assert_caught(127, "the sliding window is a token short", sliding);
+}
