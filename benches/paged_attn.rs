@@ -15,8 +15,13 @@ const HEADS: usize = 3;
 const GROUP: usize = 3;
 const D: usize = 64;
 
+pub fn team() -> Team {
+    let threads = std::env::var("KVW_THREADS").ok().and_then(|n| n.parse().ok());
+    Team::new(threads.unwrap_or_else(physical_cores))
+}
+
 /// Noise in [-1, 1).
-fn noise(n: usize) -> Vec<f32> {
+pub fn noise(n: usize) -> Vec<f32> {
     let mut state = 1u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -30,8 +35,7 @@ fn halves(n: usize) -> Vec<f16> {
 }
 
 fn decode(c: &mut Criterion) {
-    let threads = std::env::var("KVW_THREADS").ok().and_then(|n| n.parse().ok());
-    let team = Team::new(threads.unwrap_or_else(physical_cores));
+    let team = team();
     let q = noise(HEADS * GROUP * D);
     for format in Format::ALL {
         let mut group = c.benchmark_group(format!("cpu/paged_attn/{format:?}/d64g3"));

@@ -165,7 +165,7 @@ fn decode_of_each_shape_and_format() {
                     let mut cache = Cache::new(d, quant);
                     cache.push(1000, 1, Data::Outlier, &mut noise, |_| Some(format));
                     let what = format!("d {d} group {quant} {format:?} G {group}");
-                    let off = check_decode(&what, &cache, group, Mask::default(), &mut noise);
+                    check_decode(&what, &cache, group, Mask::default(), &mut noise);
                 }
             }
         }

@@ -8,6 +8,7 @@ mod cpu_prefill;
 mod embed;
 mod exec;
 mod kv_pack;
+mod kv_pack_cpu;
 mod linear;
 mod paged_attn;
 mod prefill_attn;

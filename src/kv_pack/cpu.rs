@@ -1,6 +1,9 @@
 //! Tokens into ring slabs, ring slabs into packed ones, on the host.
 
-use crate::slab::{Format, Layout, TOKENS, encode};
+use super::quantise::Pack;
+use crate::lanes;
+use crate::simd::Level;
+use crate::slab::{Format, Layout, TOKENS};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -56,20 +59,19 @@ pub fn fill(
 }
 
 /// Pack one f16 slab into `to`, a slab of `layout`: a copy for f16, otherwise what [`encode`] gives.
+///
+/// [`encode`]: crate::slab::encode
 pub fn pack(from_f16: &[u8], to: &mut [u8], layout: &Layout) {
+    pack_at(Level::detect(), from_f16, to, layout);
+}
+
+/// [`pack`] with the instructions of `level`, or of the best one below it that this CPU has.
+pub fn pack_at(level: Level, from_f16: &[u8], to: &mut [u8], layout: &Layout) {
     if layout.format == Format::F16 {
         to.copy_from_slice(&from_f16[..to.len()]);
-        return;
+    } else {
+        lanes::dispatch(level, Pack { from: from_f16, to, layout });
     }
-    let (d, from) = (layout.head_dim, Layout { format: Format::F16, ..*layout });
-    let (mut k, mut v) = (vec![f16::ZERO; TOKENS * d], vec![f16::ZERO; TOKENS * d]);
-    for token in 0..TOKENS {
-        for channel in 0..d {
-            k[token * d + channel] = get(from_f16, from.k_at(token, channel).0);
-            v[token * d + channel] = get(from_f16, from.v_codes() + from.v_at(token, channel).0);
-        }
-    }
-    encode(layout, &k, &v, to);
 }
 
 /// One decode step of one head, as `KVW_PACK_APPEND` does it: write token `len - 1`, and where that makes a

@@ -9,8 +9,9 @@
 
 mod cpu;
 mod kivi;
+mod quantise;
 
-pub use cpu::{Rows, append, fill, pack, step};
+pub use cpu::{Rows, append, fill, pack, pack_at, step};
 pub use kivi::{advance, boundaries};
 
 #[cfg(kvw_cuda)]

@@ -1,7 +1,11 @@
 //! [`Lanes`] in two 256-bit registers: lanes `t` = 0, 1 and `t` = 2, 3 of a line.
 
+#[macro_use]
+mod sums;
+
 use super::{Kernel, Lanes, Line, Row};
 use std::arch::x86_64::*;
+use sums::{add_lanes, add_pairs, join, transpose_half};
 
 /// Made only by [`run`].
 #[derive(Clone, Copy)]
@@ -17,80 +21,36 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) {
 type I = [__m256i; 2];
 type F = [__m256; 2];
 
-/// One intrinsic: an `Avx2` exists only inside [`run`], so the CPU has it.
-macro_rules! cpu {
-    ($($body:tt)*) => {{
-        // SAFETY: an `Avx2` proves the instructions; pointers come from references of the right size.
-        unsafe { $($body)* }
-    }};
-}
-
-/// The same intrinsic on both registers.
-macro_rules! both {
-    ($f:expr, $($x:expr),+) => { cpu! { [$f($($x[0]),+), $f($($x[1]),+)] } };
-}
-
-/// `[r / 2][r % 2]` of `[w][side]`: sums over `t` of eight lines.
-#[inline(always)]
-fn add_lanes(lines: [I; 8]) -> [__m256i; 4] {
-    cpu! {
-        let mut out = [_mm256_setzero_si256(); 4];
-        for (i, out) in out.iter_mut().enumerate() {
-            let [a, b] = [lines[2 * i], lines[2 * i + 1]];
-            let (a, b) = (_mm256_add_epi32(a[0], a[1]), _mm256_add_epi32(b[0], b[1]));
-            let (low, high) =
-                (_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b));
-            *out = _mm256_add_epi32(low, high);
-        }
-        out
-    }
-}
-
-/// Sums of neighbours, the sums of `a` before those of `b` in each 128-bit lane.
-#[inline(always)]
-fn add_pairs(a: __m256, b: __m256) -> __m256 {
-    cpu! { _mm256_add_ps(_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xDD>(a, b)) }
-}
-
-#[inline(always)]
-fn join(low: __m256, high: __m256) -> __m256 {
-    cpu! {
-        let (a, b) = (
-            _mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high));
-        _mm256_add_ps(a, b)
-    }
-}
-
-/// One half of [`Lanes::transpose`]: `t2` and `w` of eight lines, `[side][r]`.
-#[inline(always)]
-fn transpose_half(r: [__m256i; 8]) -> [I; 4] {
-    cpu! {
-        let mut out = [[r[0]; 2]; 4];
-        for w in 0..2 {
-            let mut quads = [[r[0]; 2]; 2]; // [r / 4][side] of [t2][r % 4]
-            for (i, quad) in quads.iter_mut().enumerate() {
-                let r = [r[4 * i], r[4 * i + 1], r[4 * i + 2], r[4 * i + 3]];
-                let (a, b) = if w == 0 {
-                    (_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpacklo_epi32(r[2], r[3]))
-                } else {
-                    (_mm256_unpackhi_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[2], r[3]))
-                };
-                *quad = [_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)];
-            }
-            for side in 0..2 {
-                let (a, b) = (quads[0][side], quads[1][side]);
-                out[w][side] = _mm256_permute2x128_si256::<0x20>(a, b);
-                out[2 + w][side] = _mm256_permute2x128_si256::<0x31>(a, b);
-            }
-        }
-        out
-    }
+/// Methods that are one intrinsic for each register.
+macro_rules! ops {
+    ($(fn $name:ident($($x:ident: $t:ty),+) -> $out:ty = $f:expr;)+) => {
+        $(#[inline(always)]
+        fn $name(self, $($x: $t),+) -> $out {
+            both!($f, $($x),+)
+        })+
+    };
 }
 
 impl Lanes for Avx2 {
     type I = I;
     type F = F;
     const HEADS: usize = 2;
+
+    ops! {
+        fn add_int(a: I, b: I) -> I = _mm256_add_epi32;
+        fn and(a: I, b: I) -> I = _mm256_and_si256;
+        fn or(a: I, b: I) -> I = _mm256_or_si256;
+        fn pack(a: I, b: I) -> I = _mm256_packs_epi32;
+        fn float(x: I) -> F = _mm256_cvtepi32_ps;
+        fn round(x: F) -> I = _mm256_cvtps_epi32;
+        fn add(a: F, b: F) -> F = _mm256_add_ps;
+        fn sub(a: F, b: F) -> F = _mm256_sub_ps;
+        fn mul(a: F, b: F) -> F = _mm256_mul_ps;
+        fn div(a: F, b: F) -> F = _mm256_div_ps;
+        fn fma(a: F, b: F, c: F) -> F = _mm256_fmadd_ps;
+        fn max(a: F, b: F) -> F = _mm256_max_ps;
+        fn min(a: F, b: F) -> F = _mm256_min_ps;
+    }
 
     #[inline(always)]
     fn int(self, x: i32) -> I {
@@ -115,18 +75,6 @@ impl Lanes for Avx2 {
             _mm256_store_si256(low.as_mut_ptr().cast(), x[0]);
             _mm256_store_si256(high.as_mut_ptr().cast(), x[1]);
         }
-    }
-    #[inline(always)]
-    fn add_int(self, a: I, b: I) -> I {
-        both!(_mm256_add_epi32, a, b)
-    }
-    #[inline(always)]
-    fn and(self, a: I, b: I) -> I {
-        both!(_mm256_and_si256, a, b)
-    }
-    #[inline(always)]
-    fn or(self, a: I, b: I) -> I {
-        both!(_mm256_or_si256, a, b)
     }
     #[inline(always)]
     fn shr(self, x: I, n: usize) -> I {
@@ -154,10 +102,6 @@ impl Lanes for Avx2 {
         self.add_int(acc, both!(_mm256_madd_epi16, a, b))
     }
     #[inline(always)]
-    fn pack(self, a: I, b: I) -> I {
-        both!(_mm256_packs_epi32, a, b)
-    }
-    #[inline(always)]
     fn narrow(self, a: I, b: I) -> I {
         cpu! {
             let (a, b) = (_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(b[0], b[1]));
@@ -167,19 +111,17 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn spread(self, a: I, b: I) -> [I; 4] {
         let [a, b]: [F; 2] = [both!(_mm256_castsi256_ps, a), both!(_mm256_castsi256_ps, b)];
-        let components: [F; 4] = [
-            both!(_mm256_shuffle_ps::<0x00>, a, b),
-            both!(_mm256_shuffle_ps::<0x55>, a, b),
-            both!(_mm256_shuffle_ps::<0xAA>, a, b),
-            both!(_mm256_shuffle_ps::<0xFF>, a, b),
-        ];
-        let [w, x, y, z] = components;
-        [
-            both!(_mm256_castps_si256, w),
-            both!(_mm256_castps_si256, x),
-            both!(_mm256_castps_si256, y),
-            both!(_mm256_castps_si256, z),
-        ]
+        macro_rules! component {
+            ($order:literal) => {{
+                let x: F = both!(_mm256_shuffle_ps::<$order>, a, b);
+                both!(_mm256_castps_si256, x)
+            }};
+        }
+        [component!(0x00), component!(0x55), component!(0xAA), component!(0xFF)]
+    }
+    #[inline(always)]
+    fn double(self, x: I) -> [I; 2] {
+        [both!(_mm256_shuffle_epi32::<0x44>, x), both!(_mm256_shuffle_epi32::<0xEE>, x)]
     }
     #[inline(always)]
     fn tokens(self, lines: [I; 8]) -> [I; 2] {
@@ -224,14 +166,6 @@ impl Lanes for Avx2 {
         [a[1], b[1]]
     }
     #[inline(always)]
-    fn float(self, x: I) -> F {
-        both!(_mm256_cvtepi32_ps, x)
-    }
-    #[inline(always)]
-    fn round(self, x: F) -> I {
-        both!(_mm256_cvtps_epi32, x)
-    }
-    #[inline(always)]
     fn power(self, n: I) -> F {
         let n = self.shl(self.add_int(n, self.int(127)), 23);
         both!(_mm256_castsi256_ps, n)
@@ -255,34 +189,6 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    fn add(self, a: F, b: F) -> F {
-        both!(_mm256_add_ps, a, b)
-    }
-    #[inline(always)]
-    fn sub(self, a: F, b: F) -> F {
-        both!(_mm256_sub_ps, a, b)
-    }
-    #[inline(always)]
-    fn mul(self, a: F, b: F) -> F {
-        both!(_mm256_mul_ps, a, b)
-    }
-    #[inline(always)]
-    fn div(self, a: F, b: F) -> F {
-        both!(_mm256_div_ps, a, b)
-    }
-    #[inline(always)]
-    fn fma(self, a: F, b: F, c: F) -> F {
-        both!(_mm256_fmadd_ps, a, b, c)
-    }
-    #[inline(always)]
-    fn max(self, a: F, b: F) -> F {
-        both!(_mm256_max_ps, a, b)
-    }
-    #[inline(always)]
-    fn min(self, a: F, b: F) -> F {
-        both!(_mm256_min_ps, a, b)
-    }
-    #[inline(always)]
     fn abs(self, x: F) -> F {
         let sign = self.splat(-0.0);
         both!(_mm256_andnot_ps, sign, x)
@@ -295,21 +201,11 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn sum(self, x: F) -> f32 {
-        cpu! {
-            let x = _mm256_add_ps(x[0], x[1]);
-            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
-        }
+        reduce!(_mm256_add_ps, _mm_add_ps, x)
     }
     #[inline(always)]
     fn top(self, x: F) -> f32 {
-        cpu! {
-            let x = _mm256_max_ps(x[0], x[1]);
-            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
-        }
+        reduce!(_mm256_max_ps, _mm_max_ps, x)
     }
     #[inline(always)]
     fn fetch(self, line: &Line) {

@@ -1,7 +1,11 @@
 //! [`Lanes`] in one 512-bit register.
 
+#[macro_use]
+mod sums;
+
 use super::{Kernel, Lanes, Line, Row};
 use std::arch::x86_64::*;
+use sums::{CHANNELS, TOKENS, add_lanes, add_pairs, dot, gather_lanes};
 
 /// Made only by [`run`].
 #[derive(Clone, Copy)]
@@ -14,102 +18,45 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) {
     kernel.run(Avx512(()));
 }
 
-/// One intrinsic: an `Avx512` exists only inside [`run`], so the CPU has it.
-macro_rules! cpu {
-    ($($body:tt)*) => {{
-        // SAFETY: an `Avx512` proves the instructions; pointers come from references of the right size.
-        unsafe { $($body)* }
-    }};
-}
-
-/// Sums over the four 128-bit lanes of four vectors: lane `i` of the result belongs to vector `i`.
-#[inline(always)]
-fn add_lanes(a: __m512i, b: __m512i, c: __m512i, d: __m512i) -> __m512i {
-    cpu! {
-        let ab = _mm512_add_epi32(
-            _mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xDD>(a, b));
-        let cd = _mm512_add_epi32(
-            _mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xDD>(c, d));
-        _mm512_add_epi32(_mm512_shuffle_i32x4::<0x88>(ab, cd), _mm512_shuffle_i32x4::<0xDD>(ab, cd))
-    }
-}
-
-/// The same of floats, and for any operation.
-macro_rules! over_lanes {
-    ($op:ident, $a:expr, $b:expr, $c:expr, $d:expr) => {
-        cpu! {
-            let ab = $op(
-                _mm512_shuffle_f32x4::<0x88>($a, $b), _mm512_shuffle_f32x4::<0xDD>($a, $b));
-            let cd = $op(
-                _mm512_shuffle_f32x4::<0x88>($c, $d), _mm512_shuffle_f32x4::<0xDD>($c, $d));
-            $op(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd))
-        }
+/// Methods that are one intrinsic.
+macro_rules! ops {
+    ($(fn $name:ident($($x:ident: $t:ty),+) -> $out:ty = $f:expr;)+) => {
+        $(#[inline(always)]
+        fn $name(self, $($x: $t),+) -> $out {
+            cpu! { $f($($x),+) }
+        })+
     };
 }
-
-/// One vector of four results, each in all elements of its 128-bit lane.
-macro_rules! reduce4 {
-    ($op:ident, $a:expr, $b:expr, $c:expr, $d:expr) => {{
-        let x = over_lanes!($op, $a, $b, $c, $d);
-        cpu! {
-            let x = $op(x, _mm512_permute_ps::<0x4E>(x));
-            $op(x, _mm512_permute_ps::<0xB1>(x))
-        }
-    }};
-}
-
-/// The first element of each 128-bit lane.
-#[inline(always)]
-fn gather_lanes(x: __m512) -> [f32; 4] {
-    let mut out = [0.0; 4];
-    cpu! {
-        let first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-        _mm_storeu_ps(out.as_mut_ptr(), _mm512_castps512_ps128(_mm512_permutexvar_ps(first, x)));
-    }
-    out
-}
-
-/// Sums of neighbours, the sums of `a` before those of `b` in each 128-bit lane.
-#[inline(always)]
-fn add_pairs(a: __m512, b: __m512) -> __m512 {
-    cpu! { _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xDD>(a, b)) }
-}
-
-/// Indices for `permutex2var` into `[r][w][side]`, for result lanes in `[t][side][e]`.
-const fn token_indices(w: i32) -> Row<i32> {
-    let mut idx = [0; 16];
-    let mut i = 0;
-    while i < 16 {
-        let (t, side, e) = (i / 4, i / 2 % 2, i % 2);
-        idx[i as usize] = 4 * (2 * t + e) + 2 * w + side;
-        i += 1;
-    }
-    Row(idx)
-}
-
-/// The same for result lanes in `[w][r]`.
-const fn channel_indices(side: i32) -> Row<i32> {
-    let mut idx = [0; 16];
-    let mut i = 0;
-    while i < 16 {
-        idx[i as usize] = 4 * (i % 8) + 2 * (i / 8) + side;
-        i += 1;
-    }
-    Row(idx)
-}
-
-static TOKENS: [Row<i32>; 2] = [token_indices(0), token_indices(1)];
-static CHANNELS: [Row<i32>; 2] = [channel_indices(0), channel_indices(1)];
 
 impl Lanes for Avx512 {
     type I = __m512i;
     type F = __m512;
     const HEADS: usize = 4;
 
-    #[inline(always)]
-    fn int(self, x: i32) -> __m512i {
-        cpu! { _mm512_set1_epi32(x) }
+    ops! {
+        fn int(x: i32) -> __m512i = _mm512_set1_epi32;
+        fn add_int(a: __m512i, b: __m512i) -> __m512i = _mm512_add_epi32;
+        fn and(a: __m512i, b: __m512i) -> __m512i = _mm512_and_si512;
+        fn or(a: __m512i, b: __m512i) -> __m512i = _mm512_or_si512;
+        fn dot(acc: __m512i, a: __m512i, b: __m512i) -> __m512i = dot;
+        fn pack(a: __m512i, b: __m512i) -> __m512i = _mm512_packs_epi32;
+        fn join_low(a: __m512i, b: __m512i) -> __m512i = _mm512_shuffle_i32x4::<0x44>;
+        fn join_high(a: __m512i, b: __m512i) -> __m512i = _mm512_shuffle_i32x4::<0xEE>;
+        fn float(x: __m512i) -> __m512 = _mm512_cvtepi32_ps;
+        fn round(x: __m512) -> __m512i = _mm512_cvtps_epi32;
+        fn splat(x: f32) -> __m512 = _mm512_set1_ps;
+        fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps;
+        fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps;
+        fn mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps;
+        fn div(a: __m512, b: __m512) -> __m512 = _mm512_div_ps;
+        fn fma(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps;
+        fn max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps;
+        fn min(a: __m512, b: __m512) -> __m512 = _mm512_min_ps;
+        fn abs(x: __m512) -> __m512 = _mm512_abs_ps;
+        fn sum(x: __m512) -> f32 = _mm512_reduce_add_ps;
+        fn top(x: __m512) -> f32 = _mm512_reduce_max_ps;
     }
+
     #[inline(always)]
     fn line(self, line: &Line) -> __m512i {
         cpu! { _mm512_loadu_si512(line.as_ptr().cast()) }
@@ -121,18 +68,6 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn put_int(self, row: &mut Row<i32>, x: __m512i) {
         cpu! { _mm512_store_si512(row.0.as_mut_ptr().cast(), x) }
-    }
-    #[inline(always)]
-    fn add_int(self, a: __m512i, b: __m512i) -> __m512i {
-        cpu! { _mm512_add_epi32(a, b) }
-    }
-    #[inline(always)]
-    fn and(self, a: __m512i, b: __m512i) -> __m512i {
-        cpu! { _mm512_and_si512(a, b) }
-    }
-    #[inline(always)]
-    fn or(self, a: __m512i, b: __m512i) -> __m512i {
-        cpu! { _mm512_or_si512(a, b) }
     }
     #[inline(always)]
     fn shr(self, x: __m512i, n: usize) -> __m512i {
@@ -149,14 +84,6 @@ impl Lanes for Avx512 {
             let n = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), _mm256_set1_epi32(high as i32));
             _mm512_srlv_epi32(x, n)
         }
-    }
-    #[inline(always)]
-    fn dot(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
-        cpu! { _mm512_dpwssd_epi32(acc, a, b) }
-    }
-    #[inline(always)]
-    fn pack(self, a: __m512i, b: __m512i) -> __m512i {
-        cpu! { _mm512_packs_epi32(a, b) }
     }
     #[inline(always)]
     fn narrow(self, a: __m512i, b: __m512i) -> __m512i {
@@ -176,6 +103,10 @@ impl Lanes for Avx512 {
                 _mm512_castps_si512(_mm512_shuffle_ps::<0xFF>(a, b)),
             ]
         }
+    }
+    #[inline(always)]
+    fn double(self, x: __m512i) -> [__m512i; 2] {
+        cpu! { [_mm512_shuffle_epi32::<0x44>(x), _mm512_shuffle_epi32::<0xEE>(x)] }
     }
     #[inline(always)]
     fn tokens(self, [a, b, c, d, e, f, g, h]: [__m512i; 8]) -> [__m512i; 2] {
@@ -219,22 +150,6 @@ impl Lanes for Avx512 {
         out
     }
     #[inline(always)]
-    fn join_low(self, a: __m512i, b: __m512i) -> __m512i {
-        cpu! { _mm512_shuffle_i32x4::<0x44>(a, b) }
-    }
-    #[inline(always)]
-    fn join_high(self, a: __m512i, b: __m512i) -> __m512i {
-        cpu! { _mm512_shuffle_i32x4::<0xEE>(a, b) }
-    }
-    #[inline(always)]
-    fn float(self, x: __m512i) -> __m512 {
-        cpu! { _mm512_cvtepi32_ps(x) }
-    }
-    #[inline(always)]
-    fn round(self, x: __m512) -> __m512i {
-        cpu! { _mm512_cvtps_epi32(x) }
-    }
-    #[inline(always)]
     fn power(self, n: __m512i) -> __m512 {
         cpu! {
             let biased = _mm512_add_epi32(n, _mm512_set1_epi32(127));
@@ -242,10 +157,6 @@ impl Lanes for Avx512 {
         }
     }
 
-    #[inline(always)]
-    fn splat(self, x: f32) -> __m512 {
-        cpu! { _mm512_set1_ps(x) }
-    }
     #[inline(always)]
     fn get(self, row: &[f32; 16]) -> __m512 {
         cpu! { _mm512_loadu_ps(row.as_ptr()) }
@@ -255,51 +166,11 @@ impl Lanes for Avx512 {
         cpu! { _mm512_storeu_ps(row.as_mut_ptr(), x) }
     }
     #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        cpu! { _mm512_add_ps(a, b) }
-    }
-    #[inline(always)]
-    fn sub(self, a: __m512, b: __m512) -> __m512 {
-        cpu! { _mm512_sub_ps(a, b) }
-    }
-    #[inline(always)]
-    fn mul(self, a: __m512, b: __m512) -> __m512 {
-        cpu! { _mm512_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    fn div(self, a: __m512, b: __m512) -> __m512 {
-        cpu! { _mm512_div_ps(a, b) }
-    }
-    #[inline(always)]
-    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
-        cpu! { _mm512_fmadd_ps(a, b, c) }
-    }
-    #[inline(always)]
-    fn max(self, a: __m512, b: __m512) -> __m512 {
-        cpu! { _mm512_max_ps(a, b) }
-    }
-    #[inline(always)]
-    fn min(self, a: __m512, b: __m512) -> __m512 {
-        cpu! { _mm512_min_ps(a, b) }
-    }
-    #[inline(always)]
-    fn abs(self, x: __m512) -> __m512 {
-        cpu! { _mm512_abs_ps(x) }
-    }
-    #[inline(always)]
     fn positive(self, s: __m512, x: __m512) -> __m512 {
         cpu! {
             let yes = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(s, _mm512_setzero_ps());
             _mm512_maskz_mov_ps(yes, x)
         }
-    }
-    #[inline(always)]
-    fn sum(self, x: __m512) -> f32 {
-        cpu! { _mm512_reduce_add_ps(x) }
-    }
-    #[inline(always)]
-    fn top(self, x: __m512) -> f32 {
-        cpu! { _mm512_reduce_max_ps(x) }
     }
     #[inline(always)]
     fn sums(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
@@ -326,6 +197,15 @@ impl Lanes for Avx512 {
             i64::from_le_bytes(quad)
         };
         cpu! { _mm512_cvtph_ps(_mm256_set_epi64x(quad(3), quad(2), quad(1), quad(0))) }
+    }
+    #[inline(always)]
+    fn half_pairs(self, line: &Line) -> [__m512; 2] {
+        cpu! {
+            let order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+            let quads = _mm512_permutexvar_epi64(order, self.line(line));
+            let odd = _mm512_extracti64x4_epi64::<1>(quads);
+            [_mm512_cvtph_ps(_mm512_castsi512_si256(quads)), _mm512_cvtph_ps(odd)]
+        }
     }
     #[inline(always)]
     fn half_low(self, x: __m512i) -> __m512 {

@@ -56,6 +56,8 @@ pub(crate) trait Lanes: Copy {
     fn narrow(self, a: Self::I, b: Self::I) -> Self::I;
     /// Element `i` of each four lanes: of `a` into the lower two, of `b` into the upper two.
     fn spread(self, a: Self::I, b: Self::I) -> [Self::I; 4];
+    /// The lower two of each four lanes twice, and the upper two.
+    fn double(self, x: Self::I) -> [Self::I; 2];
     /// `[t][w][side]` of lines `r`, summed over `t`: the tile rows of `w` = 0 and 1, `r = 2 t + e`.
     fn tokens(self, lines: [Self::I; 8]) -> [Self::I; 2];
     /// `[t][w][side]` of lines `r`, summed over `t` and `side`: `[w][r]`.
@@ -104,6 +106,11 @@ pub(crate) trait Lanes: Copy {
     fn half(self, bytes: &[u8; 32]) -> Self::F;
     /// Four f16 from `at + stride * t` on, for each `t`: a tile row where `t` strides.
     fn half_quads(self, bytes: &[u8], at: usize, stride: usize) -> Self::F;
+    /// The even and the odd fours of f16 of a line.
+    #[inline(always)]
+    fn half_pairs(self, line: &Line) -> [Self::F; 2] {
+        [self.half_quads(line, 0, 16), self.half_quads(line, 8, 16)]
+    }
     /// The f16 in the low half of each lane.
     fn half_low(self, x: Self::I) -> Self::F;
     /// Rounded to f16, ties to even.
@@ -125,7 +132,9 @@ pub(crate) trait Lanes: Copy {
         let n = self.round(x);
         let r = self.sub(x, self.float(n));
         let mut p = self.splat(1.540_353e-4);
-        for c in [1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 0.240_226_5, 0.693_147_2, 1.0] {
+        // ln(2)^k / k!
+        const LN_2: f32 = std::f32::consts::LN_2;
+        for c in [1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 0.240_226_5, LN_2, 1.0] {
             p = self.fma(p, r, self.splat(c));
         }
         self.mul(p, self.power(n))

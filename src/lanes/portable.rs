@@ -121,6 +121,11 @@ impl Lanes for Portable {
         out
     }
     #[inline(always)]
+    fn double(self, x: I) -> [I; 2] {
+        let half = |first: usize| lanes!(i => x[i / 4 * 4 + first + i % 2]);
+        [half(0), half(2)]
+    }
+    #[inline(always)]
     fn tokens(self, lines: [I; 8]) -> [I; 2] {
         let mut out = [[0; 16]; 2];
         for (w, out) in out.iter_mut().enumerate() {

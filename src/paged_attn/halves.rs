@@ -3,6 +3,8 @@
 //! A line of K or V is converted in two halves, `t` = 0, 1 and `t` = 2, 3. Queries are kept in the order of a K
 //! line, weights fanned out to that of a V line, and sums across lanes wait until eight lines `r` are done.
 
+#![allow(clippy::needless_range_loop)] // Constant counts, indices into several arrays at once.
+
 use super::slabs::{RUN, Slab};
 use crate::lanes::{Lanes, Line, Row};
 
@@ -26,6 +28,7 @@ pub(super) fn scores<L: Lanes, const N: usize>(
         for r in 0..8 {
             let mut sums = [l.splat(0.0); N];
             for (j, lines) in units.iter().enumerate() {
+                slab.fetch(l, (tile * per_tile + j) * 8 + r);
                 let [low, high] = widen(l, &lines[r]);
                 for g in 0..N {
                     sums[g] = l.fma(low, l.get(&queries[g][2 * j].0), sums[g]);

@@ -11,6 +11,8 @@
 //! through the zero point; where the rest could exceed 3e-4 (base 2), the remainders are folded once more
 //! and a second pass adds them, 65534 times finer.
 
+#![allow(clippy::needless_range_loop)] // Constant counts, indices into several arrays at once.
+
 use super::slabs::{Quads, RUN, Slab};
 use crate::lanes::{Lanes, Row};
 use crate::slab::{Layout, TOKENS};
@@ -23,8 +25,8 @@ const FINER: f32 = 65534.0;
 const NOTHING: f32 = 1e-30;
 
 /// One head's query folded with the scales of one K group.
-#[derive(Clone)]
-pub(super) struct Fold {
+#[derive(Clone, Copy)]
+struct Fold {
     /// `q s`, as `queries`.
     products: [Row<f32>; 16],
     /// Signed halves, a row a quad: the products, and their remainders.
@@ -36,15 +38,22 @@ pub(super) struct Fold {
     coarse: bool,
 }
 
-impl Default for Fold {
+/// Room for the queries of a block of heads, `[K group][head]`, and for sums `[head][r]`.
+pub(super) struct Folds {
+    folds: [[Fold; 4]; 2],
+    lines: [[Row<i32>; 8]; 4],
+}
+
+impl Default for Folds {
     fn default() -> Self {
-        Self {
-            products: [Row::default(); 16],
-            rows: [[Row::default(); 8]; 2],
+        const FOLD: Fold = Fold {
+            products: [Row([0.0; 16]); 16],
+            rows: [[Row([0; 16]); 8]; 2],
             unit: 0.0,
             zero: 0.0,
             coarse: false,
-        }
+        };
+        Self { folds: [[FOLD; 4]; 2], lines: [[Row::default(); 8]; 4] }
     }
 }
 
@@ -54,15 +63,16 @@ pub(super) fn scores<L: Lanes, const N: usize>(
     l: L,
     slab: &Slab<'_>,
     queries: [&[Row<f32>]; N],
-    folds: &mut [[Fold; 4]; 2],
+    room: &mut Folds,
     out: &mut [[Row<f32>; 4]],
 ) {
+    let Folds { folds, lines } = room;
     let mut coarse = false;
     for (group, folds) in folds.iter_mut().enumerate().take(TOKENS / slab.layout.k_group) {
         coarse |= fold_queries(l, slab, group, queries, folds);
     }
     let mut sums = [[Row::default(); 4]; N];
-    dots::<L, N>(l, slab, folds, 0, &mut sums);
+    dots::<L, N>(l, slab, folds, 0, lines, &mut sums);
     for g in 0..N {
         for tile in 0..4 {
             let fold = &folds[k_group(slab, tile)][g];
@@ -71,7 +81,7 @@ pub(super) fn scores<L: Lanes, const N: usize>(
         }
     }
     if coarse {
-        add_remainders::<L, N>(l, slab, folds, out);
+        add_remainders::<L, N>(l, slab, folds, lines, out);
     }
 }
 
@@ -80,10 +90,11 @@ fn add_remainders<L: Lanes, const N: usize>(
     l: L,
     slab: &Slab<'_>,
     folds: &[[Fold; 4]; 2],
+    lines: &mut [[Row<i32>; 8]; 4],
     out: &mut [[Row<f32>; 4]],
 ) {
     let mut sums = [[Row::default(); 4]; N];
-    dots::<L, N>(l, slab, folds, 1, &mut sums);
+    dots::<L, N>(l, slab, folds, 1, lines, &mut sums);
     for g in 0..N {
         for tile in 0..4 {
             let step = l.splat(folds[k_group(slab, tile)][g].unit / FINER);
@@ -111,25 +122,28 @@ fn fold_queries<L: Lanes, const N: usize>(
     let Layout { head_dim, format, .. } = *slab.layout;
     let levels = ((1 << format.bits()) - 1) as f32;
     let (mut top, mut zero) = ([l.splat(0.0); 4], [l.splat(0.0); 4]);
-    for i in 0..head_dim / 16 {
-        // A quad's unit of scales holds pairs 0, 1 and pairs 2, 3 of each `t`.
-        let at = group * head_dim * 4 + i / 2 * 64 + i % 2 * 8;
-        let scale = l.half_quads(slab.k_meta, at, 16);
-        let min = l.half_quads(slab.k_meta, at + 2 * head_dim, 16);
-        for g in 0..N {
-            let q = l.get(&queries[g][i].0);
-            let product = l.mul(q, scale);
-            l.put(&mut folds[g].products[i].0, product);
-            top[g] = l.max(l.abs(product), top[g]);
-            zero[g] = l.fma(q, min, zero[g]);
+    // A line of metadata holds a quad's pairs 0, 1 and pairs 2, 3 of each `t`.
+    let (scales, mins) = slab.k_meta[group * head_dim * 4..][..head_dim * 4].split_at(head_dim * 2);
+    let meta = scales.as_chunks::<64>().0.iter().zip(mins.as_chunks::<64>().0);
+    for (quad, (scale, min)) in meta.enumerate() {
+        let (scale, min) = (l.half_pairs(scale), l.half_pairs(min));
+        for i in 0..2 {
+            for g in 0..N {
+                let q = l.get(&queries[g][2 * quad + i].0);
+                let product = l.mul(q, scale[i]);
+                l.put(&mut folds[g].products[2 * quad + i].0, product);
+                top[g] = l.max(l.abs(product), top[g]);
+                zero[g] = l.fma(q, min[i], zero[g]);
+            }
         }
     }
+    let limit = COARSE / (levels * (head_dim as f32).sqrt());
     let top = l.tops(top);
     let mut coarse = false;
     for g in 0..N {
         let fold = &mut folds[g];
         fold.unit = top[g] / 32767.0;
-        fold.coarse = fold.unit * levels * (head_dim as f32).sqrt() > COARSE;
+        fold.coarse = fold.unit > limit;
         coarse |= fold.coarse;
         let rest = round_products(l, head_dim, top[g], fold);
         let mean = if fold.coarse { 0.0 } else { 0.5 * levels * fold.unit };
@@ -168,14 +182,15 @@ fn dots<L: Lanes, const N: usize>(
     slab: &Slab<'_>,
     folds: &[[Fold; 4]; 2],
     set: usize,
+    acc: &mut [[Row<i32>; 8]; 4],
     sums: &mut [[Row<i32>; 4]; N],
 ) {
     let quads = Quads::of(slab.layout);
     // At D = 96 the two quads of a word may lie in different tiles: one at a time.
     if quads.per_word == 2 && quads.per_tile != 3 {
-        unit_dots::<L, N, 8>(l, slab, folds, set, sums);
+        unit_dots::<L, N, 8>(l, slab, folds, set, acc, sums);
     } else {
-        unit_dots::<L, N, 4>(l, slab, folds, set, sums);
+        unit_dots::<L, N, 4>(l, slab, folds, set, acc, sums);
     }
 }
 
@@ -185,6 +200,7 @@ fn unit_dots<L: Lanes, const N: usize, const SLOTS: usize>(
     slab: &Slab<'_>,
     folds: &[[Fold; 4]; 2],
     set: usize,
+    acc: &mut [[Row<i32>; 8]; 4],
     sums: &mut [[Row<i32>; 4]; N],
 ) {
     let (quads, bits) = (Quads::of(slab.layout), slab.layout.format.bits());
@@ -203,8 +219,8 @@ fn unit_dots<L: Lanes, const N: usize, const SLOTS: usize>(
                     }
                 }
             }
-            let mut acc = [[l.int(0); 8]; N];
             for (r, line) in lines.iter().enumerate() {
+                slab.fetch(l, unit * 8 + r);
                 let line = l.shr(l.line(line), first * 4 * bits);
                 let mut dots = [l.int(0); N];
                 for slot in 0..SLOTS {
@@ -214,12 +230,16 @@ fn unit_dots<L: Lanes, const N: usize, const SLOTS: usize>(
                     }
                 }
                 for g in 0..N {
-                    acc[g][r] = dots[g];
+                    l.put_int(&mut acc[g][r], dots[g]);
                 }
             }
             let [(ta, _), (tb, _)] = quads.places(unit, first);
             for g in 0..N {
-                let [a, b] = l.tokens(acc[g]);
+                let mut of_head = [l.int(0); 8];
+                for r in 0..8 {
+                    of_head[r] = l.get_int(&acc[g][r]);
+                }
+                let [a, b] = l.tokens(of_head);
                 let sum = l.add_int(l.get_int(&sums[g][ta]), a);
                 l.put_int(&mut sums[g][ta], sum);
                 let sum = l.add_int(l.get_int(&sums[g][tb]), b);

@@ -9,6 +9,7 @@ mod halves;
 mod keys;
 mod oracle;
 pub(crate) mod slabs;
+mod task;
 mod values;
 
 pub(crate) use cpu::{MAX_GROUP, check_head};

@@ -17,6 +17,8 @@ pub(crate) struct Slab<'a> {
     pub k_meta: &'a [u8],
     pub v: &'a [Line],
     pub v_meta: &'a [u8],
+    /// What is read soon after K, as many lines: V, and K of the next slab.
+    pub soon: [&'a [Line]; 2],
 }
 
 impl<'a> Slab<'a> {
@@ -26,16 +28,29 @@ impl<'a> Slab<'a> {
         let (layout, bytes) = (slab.layout, slab.bytes);
         let (keys, values) = bytes.split_at(layout.v_codes());
         let (k, k_meta) = keys.split_at(layout.k_meta());
-        let mut slab =
-            Self { layout, start: i * TOKENS, k: k.as_chunks().0, k_meta, v: &[], v_meta: &[] };
+        let (k, none) = (k.as_chunks().0, &[] as &[Line]);
+        let start = i * TOKENS;
+        let mut slab = Self { layout, start, k, k_meta, v: none, v_meta: &[], soon: [none; 2] };
         slab.set_values(values);
+        slab.soon = [slab.v, none];
         Some(slab)
     }
 
-    /// Asks for V, which is read when the scores of a whole run are done.
+    /// Asks for line `i` of what is read soon. K and V of a run are not read in the order in which they lie, so
+    /// that the hardware would ask late.
     #[inline(always)]
-    pub fn fetch_values<L: Lanes>(&self, l: L) {
-        self.v.iter().chain(self.v_meta.as_chunks().0).for_each(|line| l.fetch(line));
+    pub fn fetch<L: Lanes>(&self, l: L, i: usize) {
+        for lines in self.soon {
+            if let Some(line) = lines.get(i) {
+                l.fetch(line);
+            }
+        }
+    }
+
+    /// Asks for the metadata of V.
+    #[inline(always)]
+    pub fn fetch_meta<L: Lanes>(&self, l: L) {
+        self.v_meta.as_chunks().0.iter().for_each(|line| l.fetch(line));
     }
 
     fn set_values(&mut self, values: &'a [u8]) {
@@ -89,12 +104,14 @@ fn clear_lines(bytes: &mut [u8], held: usize, head_dim: usize) {
 pub(crate) struct Quads {
     pub per_tile: usize,
     pub per_word: usize,
-    places: &'static [[[(u8, u8); 2]; 2]; 16],
+    places: &'static Places,
 }
 
-/// Tile, and quad within the tile, `[bits 2 or 4][D][unit][quad of the word][parity of the word]`: a table,
-/// since the kernels ask for each unit and a division costs as much as eight lines.
-static PLACES: [[[[[(u8, u8); 2]; 2]; 16]; 4]; 2] = {
+/// Tile, and quad within the tile, `[unit][quad of the word][parity of the word]`.
+type Places = [[[(u8, u8); 2]; 2]; 16];
+
+/// By bits (2, 4) and D: a table, since the kernels ask for each unit and a division costs as much as eight lines.
+static PLACES: [[Places; 4]; 2] = {
     let (mut all, dims) = ([[[[[(0, 0); 2]; 2]; 16]; 4]; 2], [64, 96, 128, 256]);
     let mut i = 0;
     while i < 2 * 4 * 16 * 2 * 2 {

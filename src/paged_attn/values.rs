@@ -11,6 +11,8 @@
 //! of the value 0, negated), so that it multiplies the value and not the code, which may be far larger: the sum
 //! moves by 2e-4 of the root of its squared terms at most, 512 errors of half a unit against a term of 32767.
 
+#![allow(clippy::needless_range_loop)] // Constant counts, indices into several arrays at once.
+
 use super::slabs::{Quads, RUN, Slab};
 use crate::lanes::{Lanes, Row};
 use crate::slab::Layout;
@@ -22,14 +24,16 @@ const NOTHING: f32 = 1e-30;
 pub(super) struct Weights {
     /// `p s` of one group and block of heads, `[head][slab][tile]`.
     products: Vec<Row<f32>>,
-    /// The code of value 0, if there is one, `[slab][tile]`.
-    origins: Vec<Row<f32>>,
+    /// Tile rows of scales, minima and the code of value 0 if there is one, `[group][slab][tile]`.
+    meta: Vec<[Row<f32>; 3]>,
     /// The same in units, `[head][group][slab][tile]`.
     steps: Vec<Row<i32>>,
     /// As the words want them, `[slab][unit][quad of the word][head]`.
     pairs: Vec<Row<i32>>,
     /// What a step is worth, `[head][group]`.
     units: [[f32; 8]; 4],
+    /// Sums of a quad, `[head][i][r]`.
+    sums: [[[Row<i32>; 8]; 4]; 4],
 }
 
 /// Adds `sum p v` to `out` `[N, D]`; `weights[head][slab][tile]` are tile rows of `p`.
@@ -43,8 +47,9 @@ pub(super) fn add<L: Lanes, const N: usize>(
 ) {
     let layout = run[0].layout;
     grow(&mut w.products, N * RUN * 4);
-    grow(&mut w.origins, RUN * 4);
     grow(&mut w.steps, N * layout.v_groups() * RUN * 4);
+    grow(&mut w.meta, layout.v_groups() * RUN * 4);
+    convert_meta(l, run, &mut w.meta);
     for group in 0..layout.v_groups() {
         weigh(l, run, group, weights, w, out);
     }
@@ -64,6 +69,28 @@ fn grow<T: Clone + Default>(rows: &mut Vec<T>, n: usize) {
     }
 }
 
+#[inline(always)]
+fn convert_meta<L: Lanes>(l: L, run: &[Slab<'_>], meta: &mut [[Row<f32>; 3]]) {
+    let layout = run[0].layout;
+    let (groups, levels) = (layout.v_groups(), ((1 << layout.format.bits()) - 1) as f32);
+    for (s, slab) in run.iter().enumerate() {
+        let (scales, mins) = slab.v_meta.split_at(layout.v_meta_bytes() / 2);
+        for tile in 0..4 {
+            for group in 0..groups {
+                let at = tile * groups * 32 + group * 8;
+                let scale = l.half_quads(scales, at, groups * 8);
+                let min = l.half_quads(mins, at, groups * 8);
+                let origin = l.div(l.sub(l.splat(0.0), min), scale);
+                let origin = l.min(l.max(origin, l.splat(0.0)), l.splat(levels));
+                let rows = &mut meta[(group * RUN + s) * 4 + tile];
+                l.put(&mut rows[0].0, scale);
+                l.put(&mut rows[1].0, min);
+                l.put(&mut rows[2].0, origin);
+            }
+        }
+    }
+}
+
 /// Steps and unit of one group, and its zero points.
 #[inline(always)]
 fn weigh<L: Lanes, const N: usize>(
@@ -75,24 +102,16 @@ fn weigh<L: Lanes, const N: usize>(
     out: &mut [f32],
 ) {
     let layout = run[0].layout;
-    let stride = layout.v_groups() * 8;
-    let levels = ((1 << layout.format.bits()) - 1) as f32;
+    let meta = &w.meta[group * RUN * 4..][..run.len() * 4];
     let (mut top, mut zero) = ([l.splat(0.0); 4], [l.splat(0.0); 4]);
-    for (s, slab) in run.iter().enumerate() {
-        for tile in 0..4 {
-            let at = tile * 4 * stride + group * 8;
-            let scale = l.half_quads(slab.v_meta, at, stride);
-            let min = l.half_quads(slab.v_meta, at + layout.v_meta_bytes() / 2, stride);
-            let origin = l.div(l.sub(l.splat(0.0), min), scale);
-            let origin = l.min(l.max(origin, l.splat(0.0)), l.splat(levels));
-            l.put(&mut w.origins[s * 4 + tile].0, origin);
-            for g in 0..N {
-                let p = l.get(&weights[g][s][tile].0);
-                let product = l.mul(p, scale);
-                top[g] = l.max(product, top[g]);
-                zero[g] = l.fma(p, min, zero[g]);
-                l.put(&mut w.products[(g * RUN + s) * 4 + tile].0, product);
-            }
+    for (i, [scale, min, _]) in meta.iter().enumerate() {
+        let (scale, min) = (l.get(&scale.0), l.get(&min.0));
+        for g in 0..N {
+            let p = l.get(&weights[g].as_flattened()[i].0);
+            let product = l.mul(p, scale);
+            top[g] = l.max(product, top[g]);
+            zero[g] = l.fma(p, min, zero[g]);
+            l.put(&mut w.products[g * RUN * 4 + i].0, product);
         }
     }
     let channels = group * layout.v_group..layout.head_dim.min((group + 1) * layout.v_group);
@@ -104,7 +123,7 @@ fn weigh<L: Lanes, const N: usize>(
         let mut rest = l.splat(0.0);
         let products = &w.products[g * RUN * 4..][..run.len() * 4];
         let steps = &mut w.steps[(g * layout.v_groups() + group) * RUN * 4..][..run.len() * 4];
-        for ((step, product), origin) in steps.iter_mut().zip(products).zip(&w.origins) {
+        for ((step, product), [_, _, origin]) in steps.iter_mut().zip(products).zip(meta) {
             let x = l.mul(l.get(&product.0), per_unit);
             let n = l.round(x);
             rest = l.fma(l.sub(x, l.float(n)), l.get(&origin.0), rest);
@@ -161,19 +180,19 @@ fn sum_quad<L: Lanes, const N: usize>(
     run: &[Slab<'_>],
     phase: usize,
     h: usize,
-    w: &Weights,
+    w: &mut Weights,
     out: &mut [f32],
 ) {
     let layout = run[0].layout;
     let (quads, bits, units) = (Quads::of(layout), layout.format.bits(), run[0].v.len() / 8);
     let mask = l.int(((1 << bits) - 1) * 0x0001_0001);
-    let mut sums = [[[Row::default(); 8]; 4]; N]; // [head][i][r]
+    let Weights { pairs, sums, units: worth, .. } = w;
     for r in 0..8 {
         let mut acc = [[l.int(0); 4]; N];
         for (s, slab) in run.iter().enumerate() {
             for unit in (phase..units).step_by(quads.period()) {
                 let line = l.shr(l.line(&slab.v[unit * 8 + r]), 4 * bits * h);
-                let pairs = &w.pairs[((s * units + unit) * quads.per_word + h) * N..][..N];
+                let pairs = &pairs[((s * units + unit) * quads.per_word + h) * N..][..N];
                 for i in 0..4 {
                     let codes = l.and(l.shr(line, bits * i), mask);
                     for g in 0..N {
@@ -198,7 +217,7 @@ fn sum_quad<L: Lanes, const N: usize>(
             let mut sum = [0.0; 16]; // [w][r]
             l.put(&mut sum, l.float(l.channels(lines)));
             for (quad, sum) in [a, b].into_iter().zip(sum.as_chunks::<8>().0) {
-                let unit = w.units[g][v_group(layout, quad)];
+                let unit = worth[g][v_group(layout, quad)];
                 let channels = &mut out[g * layout.head_dim + 32 * quad + 8 * i..][..8];
                 channels.iter_mut().zip(sum).for_each(|(o, s)| *o += s * unit);
             }

@@ -3,6 +3,8 @@
 //! A matrix of a block is cut into panels of 32 columns, `[panel][M][32]`, so that a product is a loop over
 //! the panels of its left factor with `M` x 32 sums in registers.
 
+#![allow(clippy::needless_range_loop)] // Constant counts, indices into several arrays at once.
+
 use super::tile::Tile;
 use crate::lanes::{Lanes, Row};
 use crate::slab::TOKENS;

@@ -1,5 +1,7 @@
 //! A slab as f32, in the order in which the matrix kernel wants it: keys `[D][64]`, values `[64][D]`.
 
+#![allow(clippy::needless_range_loop)] // Constant counts, indices into several arrays at once.
+
 use crate::lanes::{Lanes, Line, Row};
 use crate::paged_attn::slabs::{Quads, Slab};
 use crate::slab::{Format, TOKENS};
