@@ -251,9 +251,7 @@ impl Lanes for Avx2 {
                 _mm_storeu_si128(out.as_mut_ptr().cast(), halves);
             }
         }
-        let mut flat = [0; 16];
-        flat.copy_from_slice(out.as_flattened());
-        flat
+        bytemuck::cast(out)
     }
     #[inline(always)]
     fn tokens_half(self, lines: [F; 8]) -> F {
