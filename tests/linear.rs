@@ -1,8 +1,13 @@
 //! Products with weights in GGUF block formats, against f64 over the decoded weights.
 
 mod edges;
+mod kernel;
 
+use crate::cases::somewhere;
+use crate::exec::{assert_caught, executors, op};
 use half::f16;
+use kernel::{Case, close_to_oracle, params};
+use kvwarp::ffi;
 use kvwarp::linear::{Activations, Cpu, WeightType, Weights, dequantize_row, matmul, oracle};
 use kvwarp::simd::Level;
 use kvwarp::threads::Team;
@@ -159,7 +164,7 @@ fn golden_blocks_decode_exactly() {
 
 /// One block of each 32-element format, worked out by hand: d = 0.5, m = -1.
 #[test]
-fn hand_worked_blocks() {
+fn oracle_hand_worked() {
     let team = Team::new(1);
     let d = f16::from_f32(0.5).to_le_bytes();
     let m = f16::from_f32(-1.0).to_le_bytes();
@@ -191,4 +196,67 @@ fn hand_worked_blocks() {
             }
         }
     }
+}
+
+const CASE: Case = Case {
+    kind: WeightType::F16,
+    tokens: 3,
+    rows: 33,
+    cols: 72,
+    y_f32: true,
+    bias: true,
+    accumulate: true,
+};
+
+#[test]
+fn c_checks_need_no_gpu() {
+    let mut valid = params(CASE);
+    (valid.weight, valid.x, valid.y) = (somewhere(), somewhere(), somewhere());
+    op!(kvw_linear).refuses(
+        valid,
+        &[
+            ("struct_size", |p| p.struct_size = 0, ffi::KVW_ERR_STRUCT),
+            ("dtype", |p| p.dtype = ffi::KVW_F32, ffi::KVW_ERR_FORMAT),
+            ("y_dtype", |p| p.y_dtype = ffi::KVW_BF16, ffi::KVW_ERR_FORMAT),
+            ("accumulate in f16", |p| p.y_dtype = ffi::KVW_F16, ffi::KVW_ERR_FORMAT),
+            ("accumulate", |p| p.accumulate = 2, ffi::KVW_ERR_SHAPE),
+            ("weight", |p| p.weight = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("x", |p| p.x = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("y", |p| p.y = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
+            ("weight unaligned", |p| p.weight = 8 as _, ffi::KVW_ERR_ALIGN),
+            ("bias unaligned", |p| p.bias = 4 as _, ffi::KVW_ERR_ALIGN),
+            ("tokens", |p| p.tokens = 17, ffi::KVW_ERR_SHAPE),
+            ("rows", |p| p.rows = 0, ffi::KVW_ERR_SHAPE),
+            ("cols", |p| p.cols = 68, ffi::KVW_ERR_SHAPE),
+            ("reserved", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
+        ],
+    );
+    assert_eq!(op!(kvw_linear).bytes(&valid), 33 * 72 * 2 + 3 * 72 * 2 + 2 * 3 * 33 * 4);
+    assert_eq!(op!(kvw_linear).workspace(&valid), 0);
+}
+
+#[test]
+fn executors_match_oracle() {
+    for exec in executors(2) {
+        let run = exec.start();
+        for kind in [WeightType::F16, WeightType::BF16] {
+            for tokens in [1, 2, 8, 9, 16] {
+                for (rows, cols) in [(33, 72), (1, 8), (16, 2056), (20, 1024)] {
+                    let y_f32 = cols % 9 != 0;
+                    let (bias, accumulate) = (rows > 16, y_f32 && rows % 2 == 0);
+                    let case = Case { kind, tokens, rows, cols, y_f32, bias, accumulate };
+                    close_to_oracle(&run, case).unwrap();
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn faults_are_caught() {
+    let body = |run: &crate::exec::Run| close_to_oracle(run, CASE);
+    assert_caught(331, "no barrier between the warps' sums and their sum", body);
+    assert_caught(332, "columns past the end of a row are read", body);
+    assert_caught(333, "rows g and g + 8 of a tile change places", body);
+    assert_caught(334, "y is overwritten where it should be added to", body);
 }

@@ -6,6 +6,8 @@
 //! floats ([`Activations::F32`], weights decoded); float weights always meet floats.
 
 mod blocks;
+#[cfg(kvw_cuda)]
+pub mod cuda;
 mod gemm;
 mod gemv;
 mod kind;
