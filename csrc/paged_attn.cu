@@ -168,12 +168,13 @@ template <int D> kvw_status launch_group(const kvw_paged_attn_params& p, kvw_str
     return launch_tiles<D, 128>(p, stream);
 }
 
-// CTAs a (sequence, head): enough to fill a large GPU three times over, as long as a warp gets two slabs.
+// CTAs a (sequence, head): enough to fill a large GPU three times over, as long as a warp gets two slabs, and
+// no more partial rows than a merge adds quickly.
 int splits_of(const kvw_paged_attn_params& p) {
     if (p.splits > 0) return p.splits;
     constexpr int64_t TARGET = 3 * 132, MOST = 64;
     int64_t heads = int64_t(p.cache.seqs) * p.cache.kv_heads,
-            useful = (p.max_slabs + 2 * WARPS - 1) / (2 * WARPS);
+            seen = slabs_seen(p.max_slabs, p.sliding_window), useful = (seen + 2 * WARPS - 1) / (2 * WARPS);
     return int(std::min({(TARGET + heads - 1) / heads, std::max<int64_t>(useful, 1), MOST}));
 }
 

@@ -3,7 +3,7 @@
  * A slab is 64 tokens of one kv head of one layer, K and V together, contiguous, 128-byte aligned. Token t of
  * a (sequence, head) lies in slab t / 64. The first `packed` slabs of a (sequence, head) are found through the
  * page table, each in its own format; the later ones, still f16, lie in the ring at slot (slab % ring_slabs).
- * Slabs are stored in the order in which mma.m16n8k16 lanes consume them; common/codec.cuh gives the layout.
+ * Slabs are stored in the order in which mma.m16n8k16 lanes consume them; common/slab.cuh gives the layout.
  */
 #ifndef KVWARP_SLAB_H
 #define KVWARP_SLAB_H

@@ -89,6 +89,11 @@ fn c_checks_need_no_gpu() {
             ("table", |p| p.cache.table = null(), ffi::KVW_ERR_NULL),
             ("max_tokens", |p| p.max_tokens = 0, ffi::KVW_ERR_SHAPE),
             ("first unaligned", |p| p.first = 4 as _, ffi::KVW_ERR_ALIGN),
+            (
+                "lengths past int32",
+                |p| (p.cache.seqs, p.cache.kv_heads) = (65535, 65535),
+                ffi::KVW_ERR_SHAPE,
+            ),
         ],
     );
 }

@@ -198,6 +198,11 @@ fn c_checks_need_no_gpu() {
     assert_eq!(op.workspace(&Params { splits: 3, ..valid }), 8 * 3 * (128 + 4) * 4);
     assert_eq!(op.workspace(&Params { splits: 1, ..valid }), 0);
     assert_eq!(op.workspace(&valid), op.workspace(&Params { splits: 2, ..valid }));
+    // The largest numbers that are accepted; 200 tokens lie in at most five slabs, too few to split.
+    assert_eq!(op.bytes(&Params { sliding_window: i32::MAX, ..valid }), op.bytes(&valid));
+    let longest = Params { max_slabs: i32::MAX, ..valid };
+    assert_eq!(op.workspace(&longest), op.workspace(&Params { splits: 64, ..valid }));
+    assert_eq!(op.workspace(&Params { sliding_window: 200, ..longest }), 0);
 }
 
 #[test]

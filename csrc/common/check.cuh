@@ -30,6 +30,7 @@ inline kvw_status check_cache(const kvw_cache& c) {
     bool head_dim = slab_bytes(KVW_SLAB_F16, c.head_dim, 32) != 0;
     if (c.seqs < 1 || c.seqs > GRID_YZ_MAX || c.kv_heads < 1 || c.kv_heads > GRID_YZ_MAX || !head_dim)
         return KVW_ERR_SHAPE;
+    if (int64_t(c.seqs) * c.kv_heads > INT32_MAX) return KVW_ERR_SHAPE; // indices of lens
     if (slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) == 0) return KVW_ERR_FORMAT;
     bool table_used = c.table || c.pools[KVW_SLAB_F16] || c.pools[KVW_SLAB_Q4] || c.pools[KVW_SLAB_Q2];
     if (any_null({c.ring, c.lens}) || (table_used && !c.table)) return KVW_ERR_NULL;
@@ -44,10 +45,16 @@ inline kvw_status check_cache(const kvw_cache& c) {
     return KVW_OK;
 }
 
+// Slabs out of `slabs` that hold the newest sliding_window tokens (0 = all), wherever they begin.
+inline int slabs_seen(int slabs, int sliding_window) {
+    return sliding_window > 0 ? int(std::min<int64_t>(slabs, (int64_t(sliding_window) + 126) / TOKENS))
+                              : slabs;
+}
+
 // Bytes of the slabs that one (sequence, head) reads if it holds `slabs` slabs and sees `sliding_window`
 // tokens (0 = all): the ring's share is f16, the rest of the narrowest format in use.
 inline size_t slab_bytes_held(const kvw_cache& c, int slabs, int sliding_window) {
-    if (sliding_window > 0) slabs = std::min(slabs, (sliding_window + 126) / TOKENS);
+    slabs = slabs_seen(slabs, sliding_window);
     int f16 = std::min(slabs, ring_slabs(c.window));
     int narrowest = c.pools[KVW_SLAB_Q2] ? KVW_SLAB_Q2 : c.pools[KVW_SLAB_Q4] ? KVW_SLAB_Q4 : KVW_SLAB_F16;
     return f16 * slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) +

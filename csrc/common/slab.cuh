@@ -54,7 +54,7 @@ __host__ __device__ constexpr size_t slab_bytes(int format, int d, int group) {
     return size_t(2 * TOKENS * d * code_bits(format) / 8 + meta + 127) / 128 * 128;
 }
 
-constexpr int ring_slabs(int window) { return (window + 126) / 64; }
+constexpr int ring_slabs(int window) { return int((int64_t(window) + 126) / 64); }
 
 // Address of a slab with its format in the low bits (pools are 16-byte aligned); 0 where there is no slab.
 using SlabAddress = uint64_t;

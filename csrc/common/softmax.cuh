@@ -9,8 +9,8 @@
 
 namespace kvw {
 
-constexpr int ROW_EXTRA = 4;       // m, l, k and padding that spreads rows over shared memory banks
-constexpr float NO_SCORE = -1e30f; // below every raw score, and finite: no inf - inf
+constexpr int ROW_EXTRA = 4;       // m, l and padding that spreads rows over shared memory banks
+constexpr float NO_SCORE = -1e30f; // below every score, and finite: no inf - inf
 
 struct Merged {
     float o, m, l;
