@@ -1,34 +1,32 @@
 // paged_attn: one decode step of attention over mixed-format slabs and the f16 ring, split over slabs.
 //
-// Math      s[t] = scale * (q . k[t]);  out = sum_t softmax(s)[t] * v[t];  k, v = code * scale + minimum (q4,
-// q2) Shapes    q, out [S, H * G, D] f16, query head h * G + g reads kv head h; lse [S, H * G] f32 Layout
-// slabs of common/slab.cuh, each in its own format; a page table row, then the ring Bytes     every slab
-// once, as stored, q and out                                       -> kvw_paged_attn_bytes() Launch    grid
-// (splits, H, S), 4 warps (2 where steps are large), 8 columns a warp, 16 for G > 8; dynamic shared
-//           memory for two steps a warp: 64 KB at D = 128 for q2 and f16, 80 KB with q4. D = 256, G > 8: 2 H
-//           CTAs
+// Math      s[t] = scale * (q . k[t]);  out = sum_t softmax(s)[t] * v[t];  k, v = code * scale + minimum
+// Shapes    q, out [S, H * G, D] f16, query head h * G + g reads kv head h; lse [S, H * G] f32
+// Layout    slabs of common/slab.cuh, each in its own format; a page table row, then the ring
+// Bytes     every slab once, as stored, q and out                           -> kvw_paged_attn_bytes()
+// Launch    grid (splits, H, S), 4 warps (2 where steps are large), 8 columns a warp, 16 for G > 8;
+//           D = 256, G > 8: two CTAs a kv head. Dynamic shared memory for two steps a warp: 64 KB at
+//           D = 128 for q2 and f16 (3 CTAs an SM on sm_90, 2 on sm_80, 1 on sm_89), 80 KB with q4
 // Workspace S * H * G * splits * (D + 4) * 4 bytes of partial rows (softmax.cuh); none with one split
 // Order     deterministic: warps, then splits, are added in index order
 // Oracle    src/paged_attn/oracle.rs
 //
 // Why it looks like this:
-// 1. A warp takes whole slabs alone, every fourth of its CTA's range, and keeps its own running softmax: no
-// barrier
-//    in the loop. The warps' partial rows meet once in shared memory.
+// 1. A warp takes whole slabs alone, every fourth of its CTA's range, and keeps its own running softmax:
+//    no barrier in the loop. The warps' partial rows meet once in shared memory.
 // 2. Table entries are read 32 at a time, one a lane, and become addresses there; holes cost one ballot.
-// 3. A step is a slab, or 16 tokens of an f16 slab, whose 8 to 16 KB are then no larger than a quantised
-// slab. Two
-//    step buffers a warp, filled by cp.async, 16 bytes a lane: 48 to 96 KB in flight an SM.
-// 4. Format is a warp-uniform branch round inlined bodies. Outputs accumulate in the unit of the format read
-// last
-//    (attend.cuh); a change of format rescales them by powers of two, which is exact.
-// 5. Masks and the clearing of bytes past the length are off the path of every slab but the first and last.
+// 3. A step is a slab, or 16 tokens of an f16 slab, whose bytes are then about those of a quantised slab.
+//    Two step buffers a warp, filled by cp.async, 16 bytes a lane, keep 6 to 8 KB a warp in flight.
+// 4. Format is a warp-uniform branch round inlined bodies. Outputs accumulate in the unit of the format
+//    read last (attend.cuh); a change of format rescales them by powers of two, which is exact.
+// 5. Masks and the clearing of bytes past the length are off the path of all slabs but the outermost.
 // 6. The running maximum is a whole number of powers of two: partial results differ by exact factors, and
-// outputs
-//    for 1 to 9 splits agree to 1e-5 although probabilities are f16.
-// 7. Hot path, D = 128, group 32, G <= 8, a q2 slab of 64 tokens, SASS instructions (84 of them HMMA), loop
-//    overhead included; predicted 714 without it: tests/sass.txt holds the measured numbers. No run on a GPU
-//    yet.
+//    outputs for 1 to 9 splits agree to 1e-5 although probabilities are f16.
+// 7. Hot path, a q2 slab of 64 tokens at D = 128, group 32, G <= 8: predicted 714 SASS instructions without
+//    loop overhead, budget 760 with it; measured
+//    710 on sm_80, 712 on sm_89, 742 on sm_90a, 84 of them HMMA, with 158, 168 and 164 registers
+//    (tests/sass.txt): three CTAs an SM.
+//    No run on a GPU yet.
 #include "kvwarp.h"
 #include "common/attend.cuh"
 #include "common/check.cuh"
@@ -164,8 +162,10 @@ template <int D, int GROUP> kvw_status launch_tiles(const kvw_paged_attn_params&
 
 template <int D> kvw_status launch_group(const kvw_paged_attn_params& p, kvw_stream stream) {
     if (p.cache.group == 32) return launch_tiles<D, 32>(p, stream);
-    if (p.cache.group == 64 || D == 64) return launch_tiles<D, 64>(p, stream);
-    return launch_tiles<D, 128>(p, stream);
+    if constexpr (D > 64) { // groups of 64 and of 128 are the same at D = 64
+        if (p.cache.group == 128) return launch_tiles<D, 128>(p, stream);
+    }
+    return launch_tiles<D, 64>(p, stream);
 }
 
 // CTAs a (sequence, head): enough to fill a large GPU three times over, as long as a warp gets two slabs, and

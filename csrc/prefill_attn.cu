@@ -1,28 +1,24 @@
-// prefill_attn: causal attention of a chunk of queries over slabs that already hold the chunk's own K and V.
+// prefill_attn: causal attention of a chunk of queries over slabs that already hold its own K and V.
 //
 // Math      s[i, t] = scale * (q[i] . k[t]) for the tokens t <= position(i) = len - n + i that the sliding
-// window
-//           leaves;  out[i] = sum_t softmax(s[i])[t] * v[t]
-// Shapes    q, out [T, H * G, D] f16, n rows a sequence; lse [S, lse_rows, H * G] f32, of each sequence's
-// last rows Layout    slabs of common/slab.cuh: history through the table in any format, the chunk in the
-// ring, f16 Bytes     q, out and the chunk's own K and V; the host does not know how long the history is
-//                                                                                    ->
-//                                                                                    kvw_prefill_attn_bytes()
+//           window leaves;  out[i] = sum_t softmax(s[i])[t] * v[t]
+// Shapes    q, out [T, H * G, D] f16, n rows a sequence; lse [S, lse_rows, H * G] f32, of the last rows
+// Layout    slabs of common/slab.cuh: history through the table in any format, the chunk in the ring, f16
+// Bytes     q, out and the chunk's own K and V; the host does not know how long the history is
+//                                                                          -> kvw_prefill_attn_bytes()
 // Launch    grid (ceil(max_tokens * G / COLUMNS), H, S), 4 warps; COLUMNS = 64, 32 at D = 256
 // Workspace none
 // Order     deterministic: a column's tokens are added in order by one warp
 // Oracle    src/prefill_attn/oracle.rs
 //
 // Why it looks like this:
-// 1. The decode kernel's warp (common/attend.cuh) with other columns: column x of a kv head is query row x /
-// G of
-//    query head x % G, 16 a warp (8 at D = 256). Grouped heads fill columns, so K and V are unpacked once for
-//    them.
+// 1. The decode kernel's warp (common/attend.cuh) with other columns: column x of a kv head is query row
+//    x / G of query head x % G, 16 a warp (8 at D = 256). Heads of a group share unpacked K and V.
 // 2. The CTA's warps share each step: two buffers filled by all threads, a barrier before and after use.
-// 3. A step that no column of a warp sees is skipped, and only steps on the diagonal, at the window's edge or
-// at
-//    the end pay for masks. CTAs with the longest rows start first.
-// 4. Not yet tuned: 8-column tiles reload A fragments more often than a 64-row tile of Q would.
+// 3. A step that no column of a warp sees is skipped, and only steps on the diagonal, at the window's edge
+//    or at the end pay for masks. CTAs with the longest rows start first.
+// 4. Correct before fast: a warp reads each A fragment for 16 columns, so shared memory bandwidth, not
+//    mma, is expected to bound it. Registers are in tests/sass.txt; no run on a GPU yet.
 #include "kvwarp.h"
 #include "common/attend.cuh"
 #include "common/check.cuh"
@@ -182,8 +178,10 @@ template <int D, int GROUP> kvw_status launch(const kvw_prefill_attn_params& p, 
 
 template <int D> kvw_status launch_group(const kvw_prefill_attn_params& p, kvw_stream stream) {
     if (p.cache.group == 32) return launch<D, 32>(p, stream);
-    if (p.cache.group == 64 || D == 64) return launch<D, 64>(p, stream);
-    return launch<D, 128>(p, stream);
+    if constexpr (D > 64) { // groups of 64 and of 128 are the same at D = 64
+        if (p.cache.group == 128) return launch<D, 128>(p, stream);
+    }
+    return launch<D, 64>(p, stream);
 }
 } // namespace
 

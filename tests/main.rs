@@ -15,6 +15,7 @@ mod prefill_attn;
 mod rms_norm;
 mod rope_select;
 mod sample;
+mod sass;
 mod simd;
 mod simt;
 mod simt_self;

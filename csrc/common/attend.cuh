@@ -3,13 +3,13 @@
 // mma.m16n8k16 with swapped operands: K tokens and V channels are the 16 rows (A, straight from slab bytes),
 // query columns are the 8 columns (B). With r = lane / 4 and t = lane % 4 a lane owns
 //   queries    channels 8 j + 2 t + {0, 1} of column r            words j, B fragments of K's mma
-//   scores     tokens r, r + 8 of a tile, columns 2 t, 2 t + 1     C fragments
-//   outputs    channels 16 i + r, + 8, columns 2 t, 2 t + 1        C fragments of V's mma
+//   scores     tokens r, r + 8 of a tile, columns 2 t, 2 t + 1    C fragments
+//   outputs    channels 16 i + r, + 8, columns 2 t, 2 t + 1       C fragments of V's mma
 // Codes enter the mma as subnormals (codec.cuh). Their powers of two and the scales are folded into the B
 // side: K's scale and power into the query words, V's scale into the probabilities; V's power stays in the
-// accumulator until the format changes. K's minima make one extra mma an A tile of channels, all rows alike;
-// V's minima and the sum of probabilities share one extra mma a tile of tokens (rows 0 to 7: minima of V
-// groups; 8 to 15: ones).
+// accumulator until the format changes. q . minima of a K group is D / 16 more mma whose result every row
+// shares; V's minima and the sum of probabilities share one more mma a tile of tokens (rows 0 to 7: minima of
+// V groups; rows 8 to 15: ones).
 #pragma once
 #include "codec.cuh"
 #include "slab.cuh"
