@@ -28,7 +28,8 @@ pub(super) fn scores<L: Lanes, const N: usize>(
         for r in 0..8 {
             let mut sums = [l.splat(0.0); N];
             for (j, lines) in units.iter().enumerate() {
-                slab.fetch(l, (tile * per_tile + j) * 8 + r);
+                // In the order of addresses, unlike the lines read here: memory answers that much faster.
+                slab.fetch(l, (tile * 8 + r) * per_tile + j);
                 let [low, high] = widen(l, &lines[r]);
                 for g in 0..N {
                     sums[g] = l.fma(low, l.get(&queries[g][2 * j].0), sums[g]);

@@ -145,6 +145,7 @@ impl Task<'_> {
             let rows = &self.queries[(first + g) * self.shape.rows..][..self.shape.rows];
             (codes[g], halves[g]) = rows.split_at(self.shape.head_dim / 16);
         }
+        run[0].k.iter().for_each(|line| l.fetch(line));
         for (s, slab) in run.iter().enumerate() {
             slab.fetch_meta(l);
             let out = &mut work.scores[first * RUN + s..];
