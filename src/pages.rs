@@ -28,7 +28,7 @@ impl Entry {
 struct Line([u8; 64]);
 
 /// Slabs of one size in host memory: grows on demand, reuses freed slabs, newest first.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Pool {
     lines: Vec<Line>,
     slab_lines: usize,
@@ -39,6 +39,11 @@ impl Pool {
     /// An empty pool of slabs of `layout.slab_bytes()` bytes.
     pub fn new(layout: &Layout) -> Self {
         Self { lines: Vec::new(), slab_lines: layout.slab_bytes() / 64, free: Vec::new() }
+    }
+
+    /// Make room for `slabs` more without another allocation.
+    pub fn reserve(&mut self, slabs: usize) {
+        self.lines.reserve_exact(slabs.saturating_sub(self.free.len()) * self.slab_lines);
     }
 
     /// A slab, its bytes zero or stale; `None` when 2^28 are in use.
@@ -77,6 +82,7 @@ impl Pool {
 }
 
 /// The host pools of a cache, one a format, with their layouts.
+#[derive(Clone)]
 pub struct Pools {
     /// By position in [`Format::ALL`].
     pools: [(Layout, Pool); 3],

@@ -195,6 +195,10 @@ fn json_seeds() -> Vec<Vec<u8>> {
     vec![config("llama3"), config("qwen2"), small.to_string().into_bytes(), whole.into_bytes()]
 }
 
+fn spec_seeds() -> Vec<Vec<u8>> {
+    ["f16", "q4,window=64,sinks=4", "q2,window=128,group=32,kivi_exact"].map(Vec::from).to_vec()
+}
+
 /// One test, so that nothing else allocates meanwhile.
 #[test]
 fn mutated_files_neither_panic_nor_swell() {
@@ -216,6 +220,7 @@ fn mutated_files_neither_panic_nor_swell() {
         ("gguf", targets::gguf as Target, gguf_seeds()),
         ("safetensors", targets::safetensors, safetensors_seeds()),
         ("json", targets::json, json_seeds()),
+        ("spec", targets::spec, spec_seeds()),
     ] {
         let runs = drive(name, target, &seeds);
         eprintln!("{name}: {runs} inputs");

@@ -2,6 +2,7 @@
 //! bound.
 
 use kvwarp_engine::config::Config;
+use kvwarp_engine::spec::CacheSpec;
 use kvwarp_engine::tokenizer::Tokenizer;
 use kvwarp_engine::{gguf, safetensors};
 
@@ -29,6 +30,15 @@ pub fn json(data: &[u8]) {
     let _ = Config::from_json(text);
     if let Ok(tokenizer) = Tokenizer::from_json(text, &[text]) {
         use_tokenizer(&tokenizer);
+    }
+}
+
+/// A cache spec: it is read or refused in a short message, and survives being written.
+pub fn spec(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match text.parse::<CacheSpec>() {
+        Ok(spec) => assert_eq!(spec.to_string().parse(), Ok(spec)),
+        Err(error) => assert!(error.to_string().len() < 1024),
     }
 }
 

@@ -1,0 +1,148 @@
+//! What one kv head of one layer holds, and when its slabs leave the ring.
+
+use kvwarp::pages::{Entry, HeadView, Pools, packed_slabs};
+use kvwarp::slab::{Format, TOKENS};
+use kvwarp::{Error, kv_pack};
+
+use crate::spec::CacheSpec;
+
+/// When a slab leaves the ring, and for which format.
+#[derive(Clone, Copy)]
+pub struct Rules {
+    pub store: Format,
+    pub window: usize,
+    /// Slabs at the start that stay f16.
+    pub sink_slabs: usize,
+    pub kivi_exact: bool,
+}
+
+impl Rules {
+    pub fn new(spec: &CacheSpec) -> Self {
+        let CacheSpec { store, window, sinks, kivi_exact, .. } = *spec;
+        Self { store, window, sink_slabs: sinks.div_ceil(TOKENS), kivi_exact }
+    }
+
+    /// Format of slab `index` once it is packed.
+    pub fn format(&self, index: usize) -> Format {
+        if index < self.sink_slabs { Format::F16 } else { self.store }
+    }
+
+    /// Packed slabs of each format that `len` tokens need; `kivi_exact` opens a slab while it is still in the ring.
+    pub fn slabs(&self, len: usize) -> [(Format, usize); 2] {
+        let packed = match self.kivi_exact {
+            true => (len - len % self.window).div_ceil(TOKENS),
+            false => packed_slabs(len, self.window),
+        };
+        let sinks = packed.min(self.sink_slabs);
+        [(Format::F16, sinks), (self.store, packed - sinks)]
+    }
+}
+
+/// One head's tokens.
+#[derive(Clone, Default)]
+pub struct Head {
+    /// Entries of packed slabs; with `kivi_exact` also of slabs that are partly quantised.
+    pub table: Vec<Entry>,
+    /// Tokens held.
+    pub len: usize,
+    /// Slabs found through the table; later ones lie in the ring.
+    pub packed: usize,
+    /// With `kivi_exact`, the tokens whose K and V are quantised.
+    pub settled: (usize, usize),
+}
+
+impl Head {
+    /// To be called before a token is written: frees the ring slot that it may need.
+    pub fn before_append(
+        &mut self,
+        rules: &Rules,
+        ring: &mut [u8],
+        pools: &mut Pools,
+    ) -> Result<(), Error> {
+        if rules.kivi_exact {
+            return self.settle(rules, ring, pools);
+        }
+        self.pack(
+            rules,
+            packed_slabs(self.len + 1, rules.window).min(self.len / TOKENS),
+            ring,
+            pools,
+        )
+    }
+
+    /// To be called when a token was written: packs the slab that it pushed out of the window.
+    pub fn after_append(
+        &mut self,
+        rules: &Rules,
+        ring: &[u8],
+        pools: &mut Pools,
+    ) -> Result<(), Error> {
+        if rules.kivi_exact {
+            return Ok(());
+        }
+        self.pack(rules, packed_slabs(self.len, rules.window), ring, pools)
+    }
+
+    /// To be called when many tokens were written and attended to.
+    pub fn after_fill(
+        &mut self,
+        rules: &Rules,
+        ring: &mut [u8],
+        pools: &mut Pools,
+    ) -> Result<(), Error> {
+        if rules.kivi_exact {
+            return self.settle(rules, ring, pools);
+        }
+        self.after_append(rules, ring, pools)
+    }
+
+    /// Packs slabs from the ring until `target` are.
+    fn pack(
+        &mut self,
+        rules: &Rules,
+        target: usize,
+        ring: &[u8],
+        pools: &mut Pools,
+    ) -> Result<(), Error> {
+        while self.packed < target {
+            let (format, index) = (rules.format(self.packed), self.packed);
+            let slot = take(pools, format)?;
+            let layout = *pools.layout(format);
+            let from = &ring[ring_slot(pools, ring.len(), index)..];
+            let bytes = pools.layout(Format::F16).slab_bytes();
+            kv_pack::pack(&from[..bytes], pools.pool_mut(format).slab_mut(slot as usize), &layout);
+            self.table.push(Entry::new(format, slot));
+            self.packed += 1;
+        }
+        Ok(())
+    }
+
+    /// Copies the slabs that are not packed from one ring to another, which may have another number of slots.
+    pub fn move_ring(&self, from: &[u8], to: &mut [u8], slab: usize) {
+        for index in self.packed..self.len.div_ceil(TOKENS) {
+            let (at, then) = (index % (from.len() / slab) * slab, index % (to.len() / slab) * slab);
+            to[then..then + slab].copy_from_slice(&from[at..at + slab]);
+        }
+    }
+
+    /// What a kernel reads.
+    pub fn view<'a>(&'a self, pools: &'a Pools, ring: &'a [u8]) -> HeadView<'a> {
+        HeadView { pools, table: &self.table, ring, len: self.len, packed: self.packed }
+    }
+
+    /// Tokens that can no longer be forgotten.
+    pub fn fixed(&self) -> usize {
+        (self.packed * TOKENS).max(self.settled.0).max(self.settled.1)
+    }
+}
+
+/// Byte offset of slab `index` in a ring of `bytes`.
+pub fn ring_slot(pools: &Pools, bytes: usize, index: usize) -> usize {
+    let slab = pools.layout(Format::F16).slab_bytes();
+    index % (bytes / slab) * slab
+}
+
+/// A slab of `format`.
+pub fn take(pools: &mut Pools, format: Format) -> Result<u32, Error> {
+    pools.pool_mut(format).take().ok_or(Error::TooBig { op: "cache", size: 1 << 28 })
+}

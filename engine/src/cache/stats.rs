@@ -1,0 +1,67 @@
+//! What a cache costs, counted where the memory is taken.
+
+use super::head::Rules;
+use super::{Cache, CacheError, Shape};
+use crate::spec::CacheSpec;
+use kvwarp::pages::{Entry, ring_slabs};
+use kvwarp::slab::{Format, Layout};
+
+/// Memory of a cache, in bytes from the allocator unless said otherwise.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CacheStats {
+    /// Tokens held; the most of any head.
+    pub tokens: usize,
+    /// Slabs in use, rings and page tables.
+    pub used_bytes: usize,
+    /// Most of `used_bytes` and staging so far.
+    pub peak_bytes: usize,
+    /// Everything taken from the allocator, used or not.
+    pub capacity_bytes: usize,
+    /// Bits of `used_bytes` for each element of K and V held; 0 when nothing is.
+    pub effective_bits: f64,
+}
+
+impl Cache {
+    /// What it costs now.
+    pub fn stats(&self) -> CacheStats {
+        let held: usize = self.heads.iter().map(|head| head.len).sum();
+        let elements = 2 * held * self.shape.head_dim;
+        let used_bytes = self.used_bytes();
+        CacheStats {
+            tokens: self.heads.iter().map(|head| head.len).max().unwrap_or(0),
+            used_bytes,
+            peak_bytes: self.peak.max(used_bytes),
+            capacity_bytes: self.capacity_bytes(),
+            effective_bits: if held == 0 { 0.0 } else { (used_bytes * 8) as f64 / elements as f64 },
+        }
+    }
+
+    pub(super) fn note_peak(&mut self) {
+        self.peak = self.peak.max(self.used_bytes() + self.staging.len());
+    }
+
+    fn used_bytes(&self) -> usize {
+        let pools: usize = Format::ALL.iter().map(|&f| self.pools.pool(f).used_bytes()).sum();
+        let tables: usize = self.heads.iter().map(|head| size_of_val(&head.table[..])).sum();
+        pools + self.rings.len() + tables
+    }
+
+    fn capacity_bytes(&self) -> usize {
+        let pools: usize = Format::ALL.iter().map(|&f| self.pools.pool(f).capacity_bytes()).sum();
+        let tables = self.heads.iter().map(|head| head.table.capacity() * size_of::<Entry>());
+        pools + self.rings.capacity() + self.staging.capacity() + tables.sum::<usize>()
+    }
+}
+
+/// Bytes of a cache of `spec` that holds `shape.context` tokens.
+///
+/// # Errors
+/// [`CacheError::Kernel`] for a head size that no slab has.
+pub fn full_bytes(spec: &CacheSpec, shape: Shape) -> Result<usize, CacheError> {
+    let layout = |format| Layout::new(format, shape.head_dim, spec.group).map(|l| l.slab_bytes());
+    let mut head = ring_slabs(spec.window) * layout(Format::F16)?;
+    for (format, slabs) in Rules::new(spec).slabs(shape.context) {
+        head += slabs * (layout(format)? + size_of::<Entry>());
+    }
+    Ok(head * shape.layers * shape.kv_heads)
+}
