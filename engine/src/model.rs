@@ -1,0 +1,274 @@
+//! The forward pass of Llama, Mistral and Qwen2: one kernel family a line, activations in f32.
+//!
+//! A prefill is layer-major: the whole prompt goes through one layer, a few hundred rows at a time, and then that
+//! layer's cache is compressed, so memory holds the prompt's residual stream, one piece's activations and one layer of
+//! uncompressed K and V. A decode step is the same layer with one row.
+
+mod error;
+mod layers;
+mod rows;
+mod work;
+
+use std::ops::Range;
+
+use kvwarp::linear::{Activations, Cpu, matmul};
+use kvwarp::paged_attn::Mask;
+use kvwarp::rope_select::{Angles, Pairing};
+use kvwarp::threads::Team;
+use kvwarp::{linear, paged_attn, prefill_attn, rms_norm, swiglu};
+
+use crate::cache::{Cache, Shape};
+use crate::config::{self, Config};
+use crate::source::Source;
+use crate::spec::CacheSpec;
+use crate::watch::Watch;
+pub use error::ModelError;
+use layers::Layer;
+use rows::{each_row, project, residual, row};
+pub use work::Work;
+
+/// Rows of a prompt that pass through a layer together: enough to use each weight many times while it is in cache,
+/// few enough that their activations stay small.
+const ROWS: usize = 512;
+/// Rows of logits computed together: 64 rows of 49,152 are 12.6 MB.
+const LOGIT_ROWS: usize = 64;
+
+/// A model whose weights stay in the mapped file.
+pub struct Model<'a> {
+    config: &'a Config,
+    embedding: linear::Weights<'a>,
+    layers: Vec<Layer<'a>>,
+    output_norm: Vec<f32>,
+    output: linear::Weights<'a>,
+    /// Radians a position for each pair, scaling applied.
+    inv_freq: Vec<f32>,
+    pairing: Pairing,
+    mask: Mask,
+    team: Team,
+    activations: Activations,
+}
+
+/// Some rows of a prompt on their way through a layer.
+struct Piece<'a> {
+    /// Residual stream, `[rows, width]`.
+    x: &'a mut [f32],
+    angles: &'a Angles,
+    /// First row in `angles`.
+    first: usize,
+    rows: usize,
+    /// The layer's ring is staged for many tokens.
+    staged: bool,
+}
+
+impl<'a> Model<'a> {
+    /// Views of the weights of `source`; `threads` share every product.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Weights`] for a tensor type that no kernel multiplies.
+    pub fn new(
+        source: &'a Source,
+        threads: usize,
+        activations: Activations,
+    ) -> crate::error::Result<Self> {
+        let config = &source.config;
+        let embedding = layers::matrix(&source.weights, "token_embd", config.vocab, config.width)?;
+        let output = match config.tied_embeddings {
+            true => embedding,
+            false => layers::matrix(&source.weights, "output", config.vocab, config.width)?,
+        };
+        let layer = |n| Layer::new(&source.weights, config, n);
+        Ok(Self {
+            config,
+            embedding,
+            layers: (0..config.layers).map(layer).collect::<Result<_, _>>()?,
+            output_norm: source.weights.vector("output_norm", config.width)?,
+            output,
+            inv_freq: config.rope.frequencies(config.head_dim),
+            pairing: match config.rope.pairing {
+                config::Pairing::Interleaved => Pairing::Interleaved,
+                config::Pairing::HalfSplit => Pairing::Half,
+            },
+            mask: Mask { sliding_window: config.sliding_window },
+            team: Team::new(threads),
+            activations,
+        })
+    }
+
+    /// Shape and constants.
+    pub fn config(&self) -> &'a Config {
+        self.config
+    }
+
+    /// Threads at work.
+    pub fn threads(&self) -> usize {
+        self.team.workers()
+    }
+
+    /// Bytes of weights that a decoded token reads.
+    pub fn bytes_a_token(&self) -> usize {
+        self.layers.iter().map(Layer::bytes).sum::<usize>() + self.output.bytes()
+    }
+
+    /// An empty cache for this model that holds `context` tokens.
+    ///
+    /// # Errors
+    /// [`ModelError::Context`] over the model's limit; [`ModelError::Cache`] for a head size that no slab has.
+    pub fn cache(&self, spec: &CacheSpec, context: usize) -> Result<Cache, ModelError> {
+        let Config { layers, kv_heads, head_dim, context: limit, .. } = *self.config;
+        if context > limit {
+            return Err(ModelError::Context { asked: context, limit });
+        }
+        Ok(Cache::new(spec, Shape { layers, kv_heads, head_dim, context })?)
+    }
+
+    /// Reads `tokens` after what `cache` holds; the logits of the last are then in `work`.
+    ///
+    /// # Errors
+    /// [`ModelError`]; after one the cache must not be used.
+    pub fn prefill(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        work: &mut Work,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ModelError> {
+        let x = self.read(tokens, cache, work, watch)?;
+        self.logits(&x[x.len() - self.config.width..], work)
+    }
+
+    /// Reads `tokens` after what `cache` holds, and gives each one's logits `[vocab]` to `take`, in order.
+    ///
+    /// # Errors
+    /// [`ModelError`]; after one the cache must not be used.
+    pub fn score(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        work: &mut Work,
+        watch: &mut Watch<'_>,
+        take: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), ModelError> {
+        let x = self.read(tokens, cache, work, watch)?;
+        for x in x.chunks(LOGIT_ROWS * self.config.width) {
+            self.logits(x, work)?;
+            work.logits.chunks_exact(self.config.vocab).for_each(&mut *take);
+            watch.step(0)?;
+        }
+        Ok(())
+    }
+
+    /// All layers over `tokens`, layer by layer; returns the residual stream `[tokens, width]`.
+    fn read(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        work: &mut Work,
+        watch: &mut Watch<'_>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let (n, width) = (tokens.len(), self.config.width);
+        let mut x = self.embed(tokens)?;
+        let first = cache.advance(n)?;
+        let angles = self.angles(first..first + n);
+        for (index, layer) in self.layers.iter().enumerate() {
+            cache.stage(index, n);
+            for (i, x) in x.chunks_mut(ROWS * width).enumerate() {
+                let rows = x.len() / width;
+                let piece = Piece { x, angles: &angles, first: i * ROWS, rows, staged: true };
+                self.layer(index, layer, piece, cache, work)?;
+                watch.step(rows)?;
+            }
+            cache.compress(index)?;
+        }
+        cache.unstage();
+        Ok(x)
+    }
+
+    /// Reads one token after what `cache` holds; its logits are then in `work`.
+    ///
+    /// # Errors
+    /// [`ModelError`]; after one the cache must not be used.
+    pub fn decode(&self, token: u32, cache: &mut Cache, work: &mut Work) -> Result<(), ModelError> {
+        let mut x = self.embed(&[token])?;
+        let position = cache.advance(1)?;
+        let angles = self.angles(position..position + 1);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let piece = Piece { x: &mut x, angles: &angles, first: 0, rows: 1, staged: false };
+            self.layer(index, layer, piece, cache, work)?;
+        }
+        self.logits(&x, work)
+    }
+
+    /// One layer, in the order of the math.
+    fn layer(
+        &self,
+        index: usize,
+        layer: &Layer<'_>,
+        piece: Piece<'_>,
+        cache: &mut Cache,
+        work: &mut Work,
+    ) -> Result<(), ModelError> {
+        let Piece { x, angles, first, rows, staged } = piece;
+        let (cpu, eps) = (self.cpu(), self.config.rms_eps);
+        work.resize(self.config, rows);
+        let Work { h, q, k, v, mix, gate, up, add, .. } = work;
+
+        let team = &self.team;
+        each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), &layer.attn_norm, eps, h))?;
+        project(&cpu, [&layer.q, &layer.k, &layer.v], h, rows, [q, k, v])?;
+        each_row(team, q, rows, |i, q| angles.rotate(first + i, q, self.pairing))?;
+        each_row(team, k, rows, |i, k| angles.rotate(first + i, k, self.pairing))?;
+        if staged {
+            cache.fill(index, k, v, rows);
+            let views = cache.staged_views(index);
+            prefill_attn::cpu(team, q, rows, &views, 0.0, self.mask, mix, None, &mut work.prefill)?;
+        } else {
+            cache.append(index, k, v)?;
+            paged_attn::cpu(team, q, &cache.views(index), 0.0, self.mask, mix, &mut work.decode)?;
+        }
+        matmul(&cpu, &layer.o.weights, mix, rows, add)?;
+        residual(x, add);
+
+        each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), &layer.ffn_norm, eps, h))?;
+        project(&cpu, [&layer.gate, &layer.up], h, rows, [gate, up])?;
+        each_row(team, gate, rows, |i, gate| swiglu::cpu(gate, row(up, i, rows)))?;
+        matmul(&cpu, &layer.down.weights, gate, rows, add)?;
+        residual(x, add);
+        Ok(())
+    }
+
+    /// Rows of the embedding, `[tokens, width]`.
+    fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let Config { width, vocab, .. } = *self.config;
+        if tokens.is_empty() {
+            return Err(ModelError::Empty);
+        }
+        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab) {
+            return Err(ModelError::Token { token, vocab });
+        }
+        let mut x = vec![0.0; tokens.len() * width];
+        for (x, &token) in x.chunks_exact_mut(width).zip(tokens) {
+            linear::dequantize_row(&self.embedding, token as usize, x)?;
+        }
+        Ok(x)
+    }
+
+    /// Logits `[rows, vocab]` of the residual stream `x` `[rows, width]`, into `work.logits`.
+    fn logits(&self, x: &[f32], work: &mut Work) -> Result<(), ModelError> {
+        let Config { width, vocab, rms_eps, .. } = *self.config;
+        let rows = x.len() / width;
+        work.h.resize(x.len(), 0.0);
+        work.logits.resize(rows * vocab, 0.0);
+        rms_norm::cpu(x, &self.output_norm, rms_eps, &mut work.h)?;
+        Ok(matmul(&self.cpu(), &self.output, &work.h, rows, &mut work.logits)?)
+    }
+
+    fn angles(&self, positions: Range<usize>) -> Angles {
+        // The context is at most 2^24 positions.
+        let positions: Vec<i32> = positions.map(|p| p as i32).collect();
+        Angles::new(&positions, &self.inv_freq)
+    }
+
+    fn cpu(&self) -> Cpu<'_> {
+        Cpu { activations: self.activations, ..Cpu::new(&self.team) }
+    }
+}

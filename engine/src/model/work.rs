@@ -1,0 +1,54 @@
+//! Activations of one piece of a forward pass.
+
+use kvwarp::{paged_attn, prefill_attn};
+
+use crate::config::Config;
+
+/// Buffers that live as long as a generation; a row is a token.
+#[derive(Default)]
+pub struct Work {
+    /// Normalised residual stream, `[rows, width]`.
+    pub(super) h: Vec<f32>,
+    /// `[rows, heads, head_dim]`
+    pub(super) q: Vec<f32>,
+    /// `[rows, kv_heads, head_dim]`
+    pub(super) k: Vec<f32>,
+    /// `[rows, kv_heads, head_dim]`
+    pub(super) v: Vec<f32>,
+    /// What attention gives, `[rows, heads, head_dim]`.
+    pub(super) mix: Vec<f32>,
+    /// `[rows, ffn]`
+    pub(super) gate: Vec<f32>,
+    /// `[rows, ffn]`
+    pub(super) up: Vec<f32>,
+    /// What a block adds to the residual stream, `[rows, width]`.
+    pub(super) add: Vec<f32>,
+    /// `[rows, vocab]` of the last rows asked for.
+    pub(super) logits: Vec<f32>,
+    pub(super) decode: paged_attn::Scratch,
+    pub(super) prefill: prefill_attn::Scratch,
+}
+
+impl Work {
+    /// Logits of the newest token read, `[vocab]`.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    pub(super) fn resize(&mut self, config: &Config, rows: usize) {
+        let Config { width, ffn, heads, kv_heads, head_dim, .. } = *config;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        for (buffer, len) in [
+            (&mut self.h, width),
+            (&mut self.q, q),
+            (&mut self.k, kv),
+            (&mut self.v, kv),
+            (&mut self.mix, q),
+            (&mut self.gate, ffn),
+            (&mut self.up, ffn),
+            (&mut self.add, width),
+        ] {
+            buffer.resize(rows * len, 0.0);
+        }
+    }
+}
