@@ -14,7 +14,7 @@ use std::time::UNIX_EPOCH;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::{Error, Result};
-pub use pip::Tool;
+pub use pip::{TOOLS, Tool};
 
 /// A model inside a Python package.
 #[derive(Debug, Clone)]

@@ -1,12 +1,21 @@
 //! A small Llama, Mistral and Qwen2 engine on the kvwarp kernels.
 
+pub mod bench;
+pub mod cache;
 pub mod chat;
+pub mod cli;
 pub mod config;
 pub mod data;
 pub mod error;
 pub mod fetch;
+pub mod generate;
 pub mod gguf;
+pub mod model;
+pub mod perplexity;
 pub mod safetensors;
+pub mod sampler;
 pub mod source;
+pub mod spec;
 pub mod tokenizer;
+pub mod watch;
 pub mod weights;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The program `kvwarp`.
+
+fn main() -> std::process::ExitCode {
+    kvwarp_engine::cli::main()
+}

@@ -1,0 +1,150 @@
+//! Arguments that several commands share.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use kvwarp::linear::Activations;
+use kvwarp::sample::Sampling;
+use kvwarp::threads::physical_cores;
+
+use super::Usage;
+use crate::spec::CacheSpec;
+
+/// Which model, and how to run it.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// GGUF file, or folder with safetensors and config.json [default: SmolLM2-135M-Instruct, obtained with pip]
+    #[arg(short, long, value_name = "PATH", env = "KVWARP_MODEL")]
+    pub model: Option<PathBuf>,
+    /// Threads [default: physical cores]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    pub device: Device,
+    /// Form in which activations meet quantised weights; f32 is exact and slow
+    #[arg(long, value_enum, default_value_t = Form::Q8)]
+    pub activations: Form,
+}
+
+/// A place to run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// This machine's processor
+    Cpu,
+    /// The first NVIDIA GPU
+    Cuda,
+}
+
+/// Form of activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Form {
+    /// 8 bits, in blocks of 32
+    Q8,
+    /// Floats
+    F32,
+}
+
+impl ModelArgs {
+    /// Threads asked for, or one a physical core.
+    pub fn threads(&self) -> usize {
+        self.threads.map_or_else(physical_cores, usize::from)
+    }
+
+    /// As the kernels name it.
+    pub fn activations(&self) -> Activations {
+        match self.activations {
+            Form::Q8 => Activations::Q8,
+            Form::F32 => Activations::F32,
+        }
+    }
+}
+
+/// How to keep keys and values.
+#[derive(clap::Args)]
+pub struct CacheArgs {
+    /// Cache spec: STORE[,PART...], for example q2,window=128 (see the end of this help)
+    #[arg(long, value_name = "SPEC")]
+    pub cache: Option<CacheSpec>,
+    /// Store of K: f16, q4 or q2; -ctk for short
+    #[arg(long, value_name = "STORE")]
+    pub cache_type_k: Option<CacheSpec>,
+    /// Store of V, the same as K's; -ctv for short
+    #[arg(long, value_name = "STORE")]
+    pub cache_type_v: Option<CacheSpec>,
+    /// Store of K and V
+    #[arg(long, value_name = "STORE", conflicts_with_all = ["cache_type_k", "cache_type_v"])]
+    pub kv_cache_dtype: Option<CacheSpec>,
+}
+
+impl CacheArgs {
+    /// The spec that the flags amount to.
+    pub fn spec(&self) -> Result<CacheSpec, Usage> {
+        let stores = [&self.cache_type_k, &self.cache_type_v, &self.kv_cache_dtype];
+        if let [Some(k), Some(v), _] = stores
+            && k != v
+        {
+            return Err(unequal(k, v));
+        }
+        let store = stores.into_iter().flatten().next();
+        match (&self.cache, store) {
+            (Some(cache), Some(store)) if cache.store != store.store => Err(Usage(format!(
+                "`--cache {cache}` and `{store}` as the type of K or V contradict each other"
+            ))),
+            (Some(spec), _) | (None, Some(spec)) => Ok(spec.clone()),
+            (None, None) => Ok(CacheSpec::new(kvwarp::slab::Format::F16)),
+        }
+    }
+}
+
+/// The error for a K and a V of different stores.
+pub fn unequal(k: &CacheSpec, v: &CacheSpec) -> Usage {
+    Usage(format!("-ctk {k} and -ctv {v}: K and V of one slab have the same store"))
+}
+
+/// A count of tokens: a number, or one in units of 1,024 such as `8k`.
+pub fn tokens(text: &str) -> Result<usize, String> {
+    let (digits, unit) = match text.strip_suffix(['k', 'K']) {
+        Some(digits) => (digits, 1024),
+        None => (text, 1),
+    };
+    let number = digits.parse().ok().and_then(|n: usize| n.checked_mul(unit));
+    number
+        .filter(|n| *n <= 1 << 30)
+        .ok_or_else(|| "expected a number of tokens, such as 512 or 8k".into())
+}
+
+/// How to choose tokens.
+#[derive(clap::Args)]
+pub struct SamplingArgs {
+    /// Temperature; 0 always takes the most probable token
+    #[arg(long, value_name = "X", default_value_t = 0.8)]
+    pub temp: f32,
+    /// Keep the K most probable tokens; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    pub top_k: usize,
+    /// Keep the most probable tokens that together have probability P; 1 keeps all
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f32,
+    /// Keep tokens of at least P times the most probable one's probability; 0 keeps all
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    pub min_p: f32,
+    /// Seed of the random choices [default: a new one each run]
+    #[arg(short, long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// What the kernel takes.
+    pub fn sampling(&self) -> Result<Sampling, Usage> {
+        let Self { temp: temperature, top_k, top_p, min_p, .. } = *self;
+        let sampling = Sampling { temperature, top_k, top_p, min_p };
+        sampling.check().map(|()| sampling).map_err(|error| Usage(error.to_string()))
+    }
+
+    /// The seed given, or one from the clock.
+    pub fn seed(&self) -> u64 {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        self.seed.unwrap_or_else(|| now.map_or(0, |time| time.as_nanos() as u64 >> 10))
+    }
+}

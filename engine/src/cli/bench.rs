@@ -1,0 +1,152 @@
+//! `kvwarp bench`.
+
+mod format;
+
+use clap::ValueEnum;
+
+use super::args::{ModelArgs, tokens, unequal};
+use super::output::Progress;
+use super::{Outcome, Usage, open};
+use crate::bench::{Bench, Samples, Test};
+use crate::model::{Model, ModelError};
+use crate::spec::CacheSpec;
+use crate::watch::Watch;
+use format::Writer;
+
+/// Arguments of `kvwarp bench`. Lists separated by commas are swept.
+#[derive(clap::Args)]
+#[command(after_help = CacheSpec::help())]
+pub struct Args {
+    /// GGUF file, or folder with safetensors and config.json [default: SmolLM2-135M-Instruct, obtained with pip]
+    #[arg(short, long, value_name = "PATH", env = "KVWARP_MODEL")]
+    model: Option<std::path::PathBuf>,
+    /// Tokens of a prefill; 0 leaves the test out
+    #[arg(short = 'p', long, value_name = "N,..", default_value = "512", value_delimiter = ',', value_parser = tokens)]
+    n_prompt: Vec<usize>,
+    /// Tokens generated; 0 leaves the test out
+    #[arg(short, long, value_name = "N,..", default_value = "128", value_delimiter = ',', value_parser = tokens)]
+    n_gen: Vec<usize>,
+    /// Tokens in the cache before the test
+    #[arg(short = 'd', long, value_name = "N,..", default_value = "0", value_delimiter = ',', value_parser = tokens)]
+    n_depth: Vec<usize>,
+    /// Repetitions
+    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    repetitions: u32,
+    /// Output format
+    #[arg(short, long, value_enum, default_value_t = Output::Md)]
+    output: Output,
+    /// Threads [default: physical cores]
+    #[arg(short, long, value_name = "N,..", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Vec<u16>,
+    /// Stores of K: f16, q4, q2; -ctk for short
+    #[arg(long, value_name = "STORE,..", value_delimiter = ',')]
+    cache_type_k: Vec<CacheSpec>,
+    /// Stores of V, the same as K's; -ctv for short
+    #[arg(long, value_name = "STORE,..", value_delimiter = ',')]
+    cache_type_v: Vec<CacheSpec>,
+    /// Cache spec; may be given several times
+    #[arg(long, value_name = "SPEC")]
+    cache: Vec<CacheSpec>,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = super::args::Device::Cpu)]
+    device: super::args::Device,
+    /// Form in which activations meet quantised weights
+    #[arg(long, value_enum, default_value_t = super::args::Form::Q8)]
+    activations: super::args::Form,
+}
+
+/// Formats of the result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Markdown table
+    Md,
+    /// Comma-separated values with a header
+    Csv,
+    /// JSON array
+    Json,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<Outcome> {
+    let specs = args.specs()?;
+    let base = args.base();
+    let source = open::source(&base)?;
+    let threads: Vec<_> = match args.threads[..] {
+        [] => vec![base.threads()],
+        ref given => given.iter().map(|&n| usize::from(n)).collect(),
+    };
+    let mut writer = Writer::new(args.output, &source);
+    for &threads in &threads {
+        let model = Model::new(&source, threads, base.activations())?;
+        for spec in &specs {
+            for &depth in &args.n_depth {
+                match at_depth(args, &model, spec, depth, &mut |test, samples| {
+                    Ok(writer.row(threads, spec, depth, test, samples)?)
+                }) {
+                    Err(error) if interrupted(&error) => {
+                        writer.end()?;
+                        return Ok(Outcome::Interrupted);
+                    }
+                    done => done?,
+                }
+            }
+        }
+    }
+    writer.end()?;
+    Ok(Outcome::Done)
+}
+
+/// Every test at one depth.
+fn at_depth(
+    args: &Args,
+    model: &Model<'_>,
+    spec: &CacheSpec,
+    depth: usize,
+    report: &mut dyn FnMut(Test, &Samples) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let tests = args.tests();
+    let tokens = |test: &Test| match *test {
+        Test::Prefill(n) | Test::Decode(n) => n,
+    };
+    let room = tests.iter().map(tokens).max().unwrap_or(0);
+    let stop = open::stop_on_ctrl_c()?;
+    let mut fill = Progress::new("filling the cache", depth * model.config().layers);
+    let mut step = |rows| fill.step(rows);
+    let mut bench = Bench::new(model, spec, depth, room, &mut Watch::new(stop, &mut step))?;
+    for test in tests {
+        let mut step = |_| {};
+        let mut watch = Watch::new(stop, &mut step);
+        report(test, &bench.run(test, args.repetitions as usize, &mut watch)?)?;
+    }
+    Ok(())
+}
+
+fn interrupted(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ModelError::Interrupted(_)))
+}
+
+impl Args {
+    /// The arguments that other commands have as well.
+    fn base(&self) -> ModelArgs {
+        let (model, threads) = (self.model.clone(), None);
+        ModelArgs { model, threads, device: self.device, activations: self.activations }
+    }
+
+    fn tests(&self) -> Vec<Test> {
+        let prefills = self.n_prompt.iter().filter(|&&n| n > 0).map(|&n| Test::Prefill(n));
+        let decodes = self.n_gen.iter().filter(|&&n| n > 0).map(|&n| Test::Decode(n));
+        prefills.chain(decodes).collect()
+    }
+
+    fn specs(&self) -> Result<Vec<CacheSpec>, Usage> {
+        let (k, v) = (&self.cache_type_k, &self.cache_type_v);
+        if let Some((k, v)) = k.iter().zip(v).find(|(k, v)| k != v) {
+            return Err(unequal(k, v));
+        }
+        let types = if k.len() >= v.len() { k } else { v };
+        let mut specs: Vec<_> = self.cache.iter().chain(types).cloned().collect();
+        if specs.is_empty() {
+            specs.push(CacheSpec::new(kvwarp::slab::Format::F16));
+        }
+        Ok(specs)
+    }
+}

@@ -1,0 +1,195 @@
+//! `kvwarp generate`.
+
+use std::io::Read;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use serde_json::json;
+
+use super::args::{CacheArgs, ModelArgs, SamplingArgs, tokens};
+use super::output::{self, Progress};
+use super::{Outcome, Usage, open};
+use crate::chat::Message;
+use crate::generate::{End, Request, Stats, generate};
+use crate::model::Model;
+use crate::source::Source;
+use crate::spec::CacheSpec;
+use crate::tokenizer::Tokenizer;
+use crate::watch::Watch;
+
+/// Arguments of `kvwarp generate`.
+#[derive(clap::Args)]
+#[command(after_help = CacheSpec::help())]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Text to continue, or question to answer
+    #[arg(short, long, value_name = "TEXT", required_unless_present = "file")]
+    prompt: Option<String>,
+    /// File with the prompt, `-` for stdin
+    #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
+    file: Option<PathBuf>,
+    /// Put the prompt into the model's chat template [default: when the model has one]
+    #[arg(long, conflicts_with = "no_chat")]
+    chat: bool,
+    /// Continue the prompt as it stands
+    #[arg(long)]
+    no_chat: bool,
+    #[command(flatten)]
+    cache: CacheArgs,
+    /// Most tokens of prompt and answer; 0 is the model's limit [default: as many as needed]
+    #[arg(short, long, alias = "max-model-len", value_name = "N", value_parser = tokens)]
+    ctx_size: Option<usize>,
+    /// Most tokens to generate
+    #[arg(short, long, value_name = "N", default_value = "256", value_parser = tokens)]
+    n_predict: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Print one JSON object at the end instead of the text
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<Outcome> {
+    let (cache, sampling) = (args.cache.spec()?, args.sampling.sampling()?);
+    let prompt = args.prompt()?;
+    let source = open::source(&args.model)?;
+    let tokenizer = source.tokenizer()?;
+    let request = Request {
+        prompt: args.chatted(prompt, &source, &tokenizer)?,
+        max_tokens: args.n_predict,
+        cache,
+        context: args.ctx_size.map(|n| if n == 0 { source.config.context } else { n }),
+        sampling,
+        seed: args.sampling.seed(),
+    };
+    let model = Model::new(&source, args.model.threads(), args.model.activations())?;
+    let mut text = String::new();
+    let stats = streamed(&model, &tokenizer, &request, &mut |piece| {
+        text.push_str(piece);
+        if args.json { Ok(()) } else { output::put(piece) }
+    })?;
+    if args.json {
+        output::put_json(&report(&request, &text, &stats))?;
+    } else {
+        output::put("\n")?;
+        summary(&stats).iter().for_each(|line| output::log(line));
+    }
+    Ok(if stats.end == End::Interrupted { Outcome::Interrupted } else { Outcome::Done })
+}
+
+impl Args {
+    fn prompt(&self) -> anyhow::Result<String> {
+        match (&self.prompt, &self.file) {
+            (Some(prompt), _) => Ok(prompt.clone()),
+            (None, Some(path)) => read(path),
+            (None, None) => Err(Usage("give a prompt with -p or -f".into()).into()),
+        }
+    }
+
+    /// The prompt as the model reads it.
+    fn chatted(
+        &self,
+        prompt: String,
+        source: &Source,
+        tokenizer: &Tokenizer,
+    ) -> anyhow::Result<String> {
+        if self.no_chat {
+            return Ok(prompt);
+        }
+        match source.chat(tokenizer)? {
+            Some(template) => Ok(template.render(&[Message::new("user", &prompt)])?),
+            None if self.chat => {
+                Err(Usage("--chat: this model has no chat template".into()).into())
+            }
+            None => Ok(prompt),
+        }
+    }
+}
+
+/// The text of a file, `-` being stdin.
+pub fn read(path: &PathBuf) -> anyhow::Result<String> {
+    if path.as_os_str() == "-" {
+        let mut text = String::new();
+        std::io::stdin().read_to_string(&mut text).context("stdin")?;
+        return Ok(text);
+    }
+    std::fs::read_to_string(path).with_context(|| path.display().to_string())
+}
+
+/// Generates with a progress bar over the prompt and Ctrl-C as a way to end.
+pub fn streamed(
+    model: &Model<'_>,
+    tokenizer: &Tokenizer,
+    request: &Request,
+    put: &mut dyn FnMut(&str) -> std::io::Result<()>,
+) -> anyhow::Result<Stats> {
+    let stop = open::stop_on_ctrl_c()?;
+    let rows = tokenizer.prompt(&request.prompt)?.len() * model.config().layers;
+    let mut progress = Progress::new("reading", rows);
+    let mut step = |rows| progress.step(rows);
+    let mut written = Ok(());
+    let stats =
+        generate(model, tokenizer, request, &mut Watch::new(stop, &mut step), &mut |piece| {
+            if written.is_ok() {
+                written = put(piece);
+            }
+        })?;
+    progress.clear();
+    written?;
+    Ok(stats)
+}
+
+/// Speeds and memory, in two lines for stderr.
+pub fn summary(stats: &Stats) -> [String; 2] {
+    let Stats { prompt_tokens, tokens, prefill, decode, cache, .. } = stats;
+    let why = match stats.end {
+        End::Stop => "the model ended its text",
+        End::Length => "-n reached",
+        End::Context => "context full",
+        End::Interrupted => "interrupted",
+    };
+    [
+        format!(
+            "prompt {prompt_tokens} tokens in {:.2} s ({:.1} tok/s); answer {} tokens in {:.2} s ({:.1} tok/s); {why}",
+            prefill.as_secs_f64(),
+            stats.prefill_speed(),
+            tokens.len(),
+            decode.as_secs_f64(),
+            stats.decode_speed(),
+        ),
+        format!(
+            "KV cache: {} tokens in {} ({:.2} bits an element), peak {}",
+            cache.tokens,
+            output::bytes(cache.used_bytes),
+            cache.effective_bits,
+            output::bytes(cache.peak_bytes),
+        ),
+    ]
+}
+
+fn report(request: &Request, text: &str, stats: &Stats) -> serde_json::Value {
+    let cache = &stats.cache;
+    json!({
+        "text": text,
+        "tokens": stats.tokens,
+        "end": match stats.end {
+            End::Stop => "stop",
+            End::Length => "length",
+            End::Context => "context",
+            End::Interrupted => "interrupted",
+        },
+        "seed": request.seed,
+        "cache": request.cache.to_string(),
+        "prompt_tokens": stats.prompt_tokens,
+        "prefill_seconds": stats.prefill.as_secs_f64(),
+        "prefill_tokens_a_second": stats.prefill_speed(),
+        "decode_seconds": stats.decode.as_secs_f64(),
+        "decode_tokens_a_second": stats.decode_speed(),
+        "kv_tokens": cache.tokens,
+        "kv_bytes": cache.used_bytes,
+        "kv_bytes_peak": cache.peak_bytes,
+        "kv_bytes_capacity": cache.capacity_bytes,
+        "kv_effective_bits": cache.effective_bits,
+    })
+}

@@ -1,0 +1,50 @@
+//! Opening a model for a command, and stopping one.
+
+use std::path::PathBuf;
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, bail};
+
+use super::args::{Device, ModelArgs};
+use crate::fetch;
+use crate::source::Source;
+
+/// Set by Ctrl-C.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// From the first call on, Ctrl-C sets the flag returned instead of ending the process.
+pub fn stop_on_ctrl_c() -> anyhow::Result<&'static AtomicBool> {
+    static ONCE: Once = Once::new();
+    let mut done = Ok(());
+    ONCE.call_once(|| done = ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed)));
+    done.context("cannot handle Ctrl-C")?;
+    Ok(&STOP)
+}
+
+/// The model that the arguments name, or the default one, which is obtained first when need be.
+pub fn source(args: &ModelArgs) -> anyhow::Result<Source> {
+    check_device(args.device)?;
+    Ok(Source::open(&path(args)?)?)
+}
+
+fn path(args: &ModelArgs) -> anyhow::Result<PathBuf> {
+    match &args.model {
+        Some(path) => Ok(path.clone()),
+        None => Ok(fetch::default_model()?),
+    }
+}
+
+/// Models run on the processor; asking for a GPU says what stands in the way.
+fn check_device(device: Device) -> anyhow::Result<()> {
+    if device == Device::Cpu {
+        return Ok(());
+    }
+    match kvwarp::device::device_count() {
+        Err(error) => bail!("--device cuda: {error}"),
+        Ok(0) => bail!("--device cuda: the NVIDIA driver sees no GPU"),
+        Ok(_) => bail!(
+            "--device cuda: models run on the CPU; the CUDA kernels are used through the library (kvwarp.h, crate kvwarp)"
+        ),
+    }
+}
