@@ -9,6 +9,7 @@ mod embed;
 mod exec;
 mod kv_pack;
 mod kv_pack_cpu;
+mod layout;
 mod linear;
 mod paged_attn;
 mod prefill_attn;

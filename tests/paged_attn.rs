@@ -95,13 +95,8 @@ fn mixed() -> Spec {
 /// Sequences of every awkward length, heads of different lengths.
 fn ragged() -> Spec {
     let lens = vec![0, 1, 31, 33, 63, 64, 65, 127, 129, 400];
-    Spec {
-        lens,
-        heads: 3,
-        per_head: true,
-        formats: vec![Some(Q2), Some(Q4), None, Some(F16)],
-        ..mixed()
-    }
+    let formats = vec![Some(Q2), Some(Q4), None, Some(F16)];
+    Spec { lens, heads: 3, per_head: true, formats, ..mixed() }
 }
 
 #[test]

@@ -4,10 +4,10 @@
 pub const DOCUMENT: &str = include_str!("../data/persuasion_1.txt");
 
 /// A question about [`DOCUMENT`].
-pub const QUESTION: &str = "Which book did Sir Walter Elliot take up for his own amusement?";
+pub const QUESTION: &str = "Answer in one sentence: What is the name of Sir Walter Elliot's house?";
 
-/// The word that a right answer to [`QUESTION`] contains; it stands in the first sentence.
-pub const ANSWER: &str = "Baronetage";
+/// The word that a right answer to [`QUESTION`] contains.
+pub const ANSWER: &str = "Kellynch";
 
 /// A text to measure log-perplexity on: the beginning of chapter 2, 1,149 tokens of SmolLM2.
 pub const HELD: &str = include_str!("../data/persuasion_2.txt");
