@@ -107,8 +107,11 @@ impl Words<'_> {
                 (l.swap_fours(a), l.swap_fours(b))
             };
             (low[half], high[half]) = (l.min(a, c), l.max(b, d));
-            meta[0][half] = l.to_half(l.div(l.sub(high[half], low[half]), levels));
-            meta[1][half] = l.to_half(low[half]);
+            // Adding 0 turns -0 into 0, as the codec does: no order of minima shows.
+            let zero = l.splat(0.0);
+            let step = l.div(l.sub(high[half], low[half]), levels);
+            meta[0][half] = l.to_half(l.add(step, zero));
+            meta[1][half] = l.to_half(l.add(low[half], zero));
             scale[half] = l.half(bytemuck::cast_ref(&meta[0][half]));
         }
         for tile in tiles {

@@ -1,5 +1,6 @@
 //! The CPU paths: tokens in the ring, packed slabs bit for bit, KIVI's schedule.
 
+use super::ops::hard_rows;
 use crate::cases::Noise;
 use half::f16;
 use kvwarp::kv_pack::{Rows, advance, append, boundaries, fill, pack, step};
@@ -190,5 +191,22 @@ fn extremes_survive_the_round_trip() {
         decode(&kivi.from, &kivi.ring[0], &mut k2, &mut v2);
         assert!(k2.iter().zip(&k).all(|(a, b)| (a - b).abs() <= 32.0), "saturated, not infinite");
         assert_eq!(v2, v);
+    }
+}
+
+#[test]
+fn packed_slabs_are_the_codecs_also_where_they_are_hard() {
+    let mut noise = Noise(17);
+    for d in D {
+        let (k, v) = (hard_rows(&mut noise, TOKENS, d), hard_rows(&mut noise, TOKENS, d));
+        let mut from = vec![0; f16_layout(d).slab_bytes()];
+        encode(&f16_layout(d), &k, &v, &mut from);
+        for (format, group) in Format::ALL.into_iter().flat_map(|f| [32, 64, 128].map(|g| (f, g))) {
+            let to = Layout::new(format, d, group).unwrap();
+            let (mut got, mut want) = (vec![0xFF; to.slab_bytes()], vec![0; to.slab_bytes()]);
+            pack(&from, &mut got, &to);
+            encode(&to, &k, &v, &mut want);
+            assert!(got == want, "{to:?}");
+        }
     }
 }
