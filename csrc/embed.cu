@@ -2,9 +2,11 @@
 //
 // Math      out[t] = f32(table[ids[t]]); zeros where the id is outside the vocabulary
 // Shapes    table [vocab, width] f16, bf16 or f32; ids [T]; out [T, width] f32
-// Bytes     a row of the table and a row of out a token                                     ->
-// kvw_embed_bytes() Launch    a thread takes 8 neighbouring channels; 256 threads a CTA, as many CTAs as that
-// takes Workspace none Order     deterministic Oracle    src/embed.rs::oracle
+// Bytes     a row of the table and a row of out a token -> kvw_embed_bytes()
+// Launch    a thread takes 8 neighbouring channels; 256 threads a CTA, as many CTAs as that takes
+// Workspace none
+// Order     deterministic
+// Oracle    src/embed.rs::oracle
 #include "kvwarp.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"

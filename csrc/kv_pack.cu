@@ -1,32 +1,30 @@
 // kv_pack: writing the cache: RoPE, the f16 ring, and packing of the 64 tokens that leave the window.
 //
-// Math      K' = rotate(K, position), beyond the range of f16 +-65504, as V; ring[slot] = (K', V);
-//           packed slab = quantise(its 64 tokens), bit for bit src/slab/codec.rs::encode
+// Math      K' = rotate(K, position), beyond the range of f16 +-65504, as V; ring[slot] = (K', V); packed
+//           slab = quantise(its 64 tokens), bit for bit src/slab/codec.rs::encode
 // Shapes    k, v [T, H, D] f16 with strides between tokens; the cache as slab.h has it
 // Layout    K quantised per channel over group tokens, V per token over group channels (KIVI,
-// arXiv:2402.02750) Bytes     8 D a token and head; FLUSH reads f16 slabs and writes packed ones      ->
-// kvw_kv_pack_bytes() Launch    APPEND grid (H, S), FILL (tiles of 16 tokens, H, S), FLUSH (slabs, H, S); 128
-// threads, at most
-//           17 KB of shared memory
+//           arXiv:2402.02750)
+// Bytes     8 D a token and head; FLUSH reads f16 slabs and writes packed ones -> kvw_kv_pack_bytes()
+// Launch    APPEND grid (H, S), FILL (tiles of 16 tokens, H, S), FLUSH (slabs, H, S); 128 threads, at
+//           most 17 KB of shared memory
 // Workspace none
 // Order     deterministic; no atomics; every word of a slab is written by the one lane that owns it
 // Oracle    src/kv_pack/cpu.rs, src/kv_pack/kivi.rs, src/slab/codec.rs
 //
-// APPEND  A slab leaves the window with token len - 1 if (len - window) is a positive multiple of 64. In a
-// ring of
-//         kvw_ring_slabs(window) that token may fall on the slab's first one, so the slab is packed before
-//         the token is written; only with window 0 the slab holds the token itself and comes after it. The
-//         entry's format decides: q4 and q2 are quantised, f16 is copied, a hole drops the tokens.
-// kivi_exact  KIVI's schedule with residual length R = window. With N = len after this token: if N % R == 0,
-// K of the
-//         last R tokens is quantised (groups aligned to token 0); if N > R, V of token N - 1 - R. So after
-//         each step K of the first R * floor(N / R) and V of the first max(0, N - R) tokens are quantised;
-//         KIVI's code has the same boundaries, but attends before it quantises, here a step comes after.
-//         Codes go into the table's slab at once, which therefore needs its entry when its first K is
-//         quantised, and the dequantised f16 values replace the ring's copy. Attention reads the ring until
-//         the slab leaves the window: both halves are complete then. Entries in f16 are copied at that time.
-//         FLUSH brings slabs first .. to the boundaries of len at once; none of them may be quantised in
-//         part.
+// APPEND: a slab leaves the window with token len - 1 if (len - window) is a positive multiple of 64. In
+// a ring of kvw_ring_slabs(window) that token may fall on the slab's first one, so the slab is packed
+// before the token is written; only with window 0 the slab holds the token itself and comes after it. The
+// entry's format decides: q4 and q2 are quantised, f16 is copied, a hole drops the tokens.
+//
+// kivi_exact: KIVI's schedule with residual length R = window. With N = len after this token: if N % R ==
+// 0, K of the last R tokens is quantised (groups aligned to token 0); if N > R, V of token N - 1 - R. So
+// after each step K of the first R * floor(N / R) and V of the first max(0, N - R) tokens are quantised;
+// KIVI's code has the same boundaries, but attends before it quantises, here a step comes after. Codes go
+// into the table's slab at once, which therefore needs its entry when its first K is quantised, and the
+// dequantised f16 values replace the ring's copy. Attention reads the ring until the slab leaves the
+// window: both halves are complete then. Entries in f16 are copied at that time. FLUSH brings slabs first
+// .. to the boundaries of len at once; none of them may be quantised in part.
 //
 // Why it looks like this:
 // 1. A lane owns the same pairs in every format, so codes are assembled in registers into whole words.

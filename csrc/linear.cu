@@ -1,27 +1,25 @@
 // linear: y = x W^T + bias for one to sixteen rows of x: decode steps and small batches, bound by reading W.
 //
-// Math      y[t, r] = sum_c x[t, c] W[r, c] + bias[r] (+ y[t, r] where accumulate), products exact, sums f32;
-// beyond
-//           the range of an f16 y, +-65504
+// Math      y[t, r] = sum_c x[t, c] W[r, c] + bias[r] (+ y[t, r] where accumulate), products exact, sums
+//           f32; beyond the range of an f16 y, +-65504
 // Shapes    weight [rows, cols] f16 or bf16; x [T, cols] f16; bias [rows] f32; y [T, rows] f16 or f32
-// Layout    W is the M = 16 operand of mma.m16n8k16, tokens are the N = 8 one: a step computes 16 rows for 8
-// tokens Bytes     W once, x, y, and y again where accumulate                                     ->
-// kvw_linear_bytes() Launch    T = 1: a warp a row, 4 warps a CTA. T > 1: a CTA of 8 warps takes 16 rows, its
-// warps share the columns;
-//           8 KB of shared memory
+// Layout    W is the M = 16 operand of mma.m16n8k16, tokens are the N = 8 one: a step computes 16 rows
+//           for 8 tokens
+// Bytes     W once, x, y, and y again where accumulate -> kvw_linear_bytes()
+// Launch    T = 1: a warp a row, 4 warps a CTA. T > 1: a CTA of 8 warps takes 16 rows, its warps share
+//           the columns; 8 KB of shared memory
 // Workspace none
 // Order     deterministic: lanes by shuffles or mma, then warps in order
 // Oracle    src/linear/oracle.rs
 //
 // Why it looks like this:
-// 1. Weights are read once: 16-byte loads that do not stay in L1, eight (T = 1) or eight (T > 1) in flight a
-// lane.
-// 2. The order of columns within an mma is free as long as W and x agree: lane (g, q) loads columns 8 q .. 8
-// q + 7 of
-//    a step of 32 and feeds them as the fragments of two mma, with neither ldmatrix nor shared memory.
+// 1. Weights are read once: 16-byte loads that do not stay in L1, eight (T = 1) or eight (T > 1) in
+//    flight a lane.
+// 2. The order of columns within an mma is free as long as W and x agree: lane (g, q) loads columns 8 q
+//    .. 8 q + 7 of a step of 32 and feeds them as the fragments of two mma, with neither ldmatrix nor
+//    shared memory.
 // 3. With bf16 weights x is split in two bf16 terms, its upper 8 bits and the 3 that remain: exact, where
-// rounding
-//    x to bf16 would cost 2^-9. The second mma is free next to the loads.
+//    rounding x to bf16 would cost 2^-9. The second mma is free next to the loads.
 #include "kvwarp.h"
 #include "common/check.cuh"
 #include "common/codec.cuh"

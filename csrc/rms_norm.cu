@@ -2,15 +2,16 @@
 //
 // Math      out = f16(x * weight / sqrt(mean(x^2) + eps))
 // Shapes    x [T, width] f32; weight [width] f32; out [T, width] f16
-// Bytes     6 an element, and the weights once                                           ->
-// kvw_rms_norm_bytes() Launch    a CTA a token, of 32 to 1024 threads; a thread keeps up to 32 elements in
-// registers Workspace none Order     deterministic: lanes by shuffles, then warps in order Oracle
-// src/rms_norm.rs::oracle
+// Bytes     6 an element, and the weights once -> kvw_rms_norm_bytes()
+// Launch    a CTA a token, of 32 to 1024 threads; a thread keeps up to 32 elements in registers
+// Workspace none
+// Order     deterministic: lanes by shuffles, then warps in order
+// Oracle    src/rms_norm.rs::oracle
 //
 // Why it looks like this:
 // 1. x is read once: a row of 32768 elements fits the registers of 1024 threads.
-// 2. The weights are asked for before the barrier, so that their latency hides behind the sum; rows of over
-//    16384, which fill the registers, ask after it.
+// 2. The weights are asked for before the barrier, so that their latency hides behind the sum; rows of
+//    over 16384, which fill the registers, ask after it.
 #include "kvwarp.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"

@@ -1,18 +1,19 @@
 // rope_select: rotary position embedding of the queries or keys of some tokens.
 //
-// Math      pair i = channels (a, b): angle = f32(position * inv_freq[i]);
-//           out = (a cos - b sin, a sin + b cos), beyond the range of f16 +-65504
+// Math      pair i = channels (a, b): angle = f32(position * inv_freq[i]); out = (a cos - b sin, a sin +
+//           b cos), beyond the range of f16 +-65504
 // Shapes    x, out [T, heads, D] f16 with a stride between tokens; positions [T]; inv_freq [D / 2]
 // Layout    pair i = (2i, 2i + 1) interleaved, (i, i + D / 2) half
-// Bytes     x once, out once, 4 a position, 2 D of frequencies                       ->
-// kvw_rope_select_bytes() Launch    a CTA of 256 threads a token, 1 KB of shared memory Workspace none Order
-// deterministic; every element is written by the thread that read it, so out may be x Oracle
-// src/rope_select/oracle.rs
+// Bytes     x once, out once, 4 a position, 2 D of frequencies -> kvw_rope_select_bytes()
+// Launch    a CTA of 256 threads a token, 1 KB of shared memory
+// Workspace none
+// Order     deterministic; every element is written by the thread that read it, so out may be x
+// Oracle    src/rope_select/oracle.rs
 //
 // Why it looks like this:
 // 1. Sines are computed once a token and kept in shared memory: all heads use the same ones.
-// 2. A thread turns four neighbouring pairs: 16-byte accesses interleaved, twice 8 bytes half. Heads whose
-//    size or stride is odd in that sense take the same kernel with one pair a thread.
+// 2. A thread turns four neighbouring pairs: 16-byte accesses interleaved, twice 8 bytes half. Heads
+//    whose size or stride is odd in that sense take the same kernel with one pair a thread.
 #include "kvwarp.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"

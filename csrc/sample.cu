@@ -2,27 +2,27 @@
 // seeded draw.
 //
 // Math      weight(x, t) = floor(e^((x - max) / t) * 2^40), 0 for NaN, 2^40 for x = max; rank by (logit
-// descending, id
-//           ascending), NaN last. top-k: the first k ranks. top-p: the fewest ranks whose weights at t = 1
-//           reach max(1, floor(total * top_p)), top_p in units of 2^-32, total over the kept. min-p: weight
-//           at t = 1 of at least floor(min_p * 2^40). Draw: with total now over weights at t = temperature,
-//           the first id whose running sum in id order exceeds floor(r * total / 2^64). Nothing kept: the
-//           best. r = mix(seed + (step + 1) * 0x9E3779B97F4A7C15), SplitMix64's output step + 1 from seed:
-//           mix(z): z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9; z = (z ^ z >> 27) * 0x94D049BB133111EB; z ^ z >>
-//           31
+//           descending, id ascending), NaN last. top-k: the first k ranks. top-p: the fewest ranks whose
+//           weights at t = 1 reach max(1, floor(total * top_p)), top_p in units of 2^-32, total over the
+//           kept. min-p: weight at t = 1 of at least floor(min_p * 2^40). Draw: with total now over
+//           weights at t = temperature, the first id whose running sum in id order exceeds floor(r *
+//           total / 2^64). Nothing kept: the best. r = mix(seed + (step + 1) * 0x9E3779B97F4A7C15),
+//           SplitMix64's output step + 1 from seed: mix(z): z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9; z =
+//           (z ^ z >> 27) * 0x94D049BB133111EB; z ^ z >> 31
 // Shapes    logits [S, vocab] f32, vocab up to 2^22; all others [S]
-// Bytes     the logits once, 32 a sequence                                                    ->
-// kvw_sample_bytes() Launch    a CTA of 512 threads a sequence, 25 KB of shared memory Workspace none Order
-// deterministic, and the same bits as src/sample/cpu.rs: sums are of integers, e^x is made of single
-//           f32 multiplications and additions
+// Bytes     the logits once, 32 a sequence -> kvw_sample_bytes()
+// Launch    a CTA of 512 threads a sequence, 25 KB of shared memory
+// Workspace none
+// Order     deterministic, and the same bits as src/sample/cpu.rs: sums are of integers, e^x is made of
+//           single f32 multiplications and additions
 // Oracle    src/sample/oracle.rs
 //
 // Why it looks like this:
-// 1. A cut is a rank of 54 bits, key then id, so ties need no code of their own. Both cuts are found by one
-//    radix selection: histograms of 11 bits, down to the digit where the run of ranks ends, at most five.
-// 2. Eleven bits a digit: of a float's first eight, all logits of a model share a few values, and atomics of
-// a
-//    warp to one bin take turns.
+// 1. A cut is a rank of 54 bits, key then id, so ties need no code of their own. Both cuts are found by
+//    one radix selection: histograms of 11 bits, down to the digit where the run of ranks ends, at most
+//    five.
+// 2. Eleven bits a digit: of a float's first eight, all logits of a model share a few values, and atomics
+//    of a warp to one bin take turns.
 // 3. Passes over the logits after the first come from L2: 128 k logits are 512 KB.
 #include "kvwarp.h"
 #include "common/check.cuh"

@@ -2,10 +2,11 @@
 //
 // Math      out = f16(gate / (1 + e^-gate) * up), in f32 before the rounding; beyond its range +-65504
 // Shapes    gate, up [T, width] f16 with a stride between tokens; out [T, width] f16, dense
-// Bytes     6 an element                                                                   ->
-// kvw_swiglu_bytes() Launch    a thread takes 8 neighbouring channels; 256 threads a CTA, as many CTAs as
-// that takes Workspace none Order     deterministic; every element is written by the thread that read it, so
-// out may be gate or up Oracle    src/swiglu.rs::oracle
+// Bytes     6 an element -> kvw_swiglu_bytes()
+// Launch    a thread takes 8 neighbouring channels; 256 threads a CTA, as many CTAs as that takes
+// Workspace none
+// Order     deterministic; every element is written by the thread that read it, so out may be gate or up
+// Oracle    src/swiglu.rs::oracle
 #include "kvwarp.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"

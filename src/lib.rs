@@ -10,7 +10,8 @@ pub mod device;
 pub mod embed;
 mod error;
 mod exp;
-#[allow(non_camel_case_types, missing_docs, clippy::all, clippy::undocumented_unsafe_blocks)]
+#[allow(non_camel_case_types, missing_docs, rustdoc::all)]
+#[allow(clippy::all, clippy::undocumented_unsafe_blocks)]
 #[rustfmt::skip]
 pub mod ffi;
 pub mod kv_pack;
