@@ -28,11 +28,20 @@ impl Entry {
 struct Line([u8; 64]);
 
 /// Slabs of one size in host memory: grows on demand, reuses freed slabs, newest first.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct Pool {
     lines: Vec<Line>,
     slab_lines: usize,
     free: Vec<u32>,
+}
+
+impl Clone for Pool {
+    /// Keeps the room that was reserved.
+    fn clone(&self) -> Self {
+        let mut lines = Vec::with_capacity(self.lines.capacity());
+        lines.extend_from_slice(&self.lines);
+        Self { lines, slab_lines: self.slab_lines, free: self.free.clone() }
+    }
 }
 
 impl Pool {

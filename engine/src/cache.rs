@@ -16,6 +16,7 @@ mod stats;
 use kvwarp::kv_pack::{self, Rows};
 use kvwarp::pages::{HeadView, Pools, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
+use kvwarp::threads::Team;
 
 use crate::spec::CacheSpec;
 use bytes::AlignedBytes;
@@ -185,18 +186,18 @@ impl Cache {
         }
     }
 
-    /// Packs what has left the window of the staged `layer`, and returns the rest to its ring.
+    /// Packs what has left the window of the staged `layer`, a slab a thread of `team`, and returns the rest to its ring.
     ///
     /// # Errors
     /// [`CacheError::Kernel`] when a pool is full.
-    pub fn compress(&mut self, layer: usize) -> Result<(), CacheError> {
+    pub fn compress(&mut self, layer: usize, team: &Team) -> Result<(), CacheError> {
         let rules = Rules::new(&self.spec);
         let (slab, ring_bytes, staged) =
             (self.slab_bytes(), self.ring_bytes(), self.staged_bytes());
         for (i, h) in self.range(layer).enumerate() {
             let from = self.staging.slice_mut(i * staged, staged);
             let head = &mut self.heads[h];
-            head.after_fill(&rules, from, &mut self.pools)?;
+            head.after_fill(&rules, from, &mut self.pools, team)?;
             head.move_ring(from, self.rings.slice_mut(h * ring_bytes, ring_bytes), slab);
         }
         self.note_peak();

@@ -24,7 +24,7 @@ const INTERRUPTED: u8 = 130;
 /// Without a command: answers a question about a document that comes with the program, once with an f16 cache and once
 /// with a 2-bit cache, and compares the two.
 #[derive(Parser)]
-#[command(name = "kvwarp", version, args_conflicts_with_subcommands = true)]
+#[command(name = "kvwarp", bin_name = "kvwarp", version, args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,

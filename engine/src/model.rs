@@ -29,7 +29,7 @@ pub use work::Work;
 
 /// Rows of a prompt that pass through a layer together: enough to use each weight many times while it is in cache,
 /// few enough that their activations stay small.
-const ROWS: usize = 512;
+const ROWS: usize = 256;
 /// Rows of logits computed together: 64 rows of 49,152 are 12.6 MB.
 const LOGIT_ROWS: usize = 64;
 
@@ -177,7 +177,7 @@ impl<'a> Model<'a> {
                 self.layer(index, layer, piece, cache, work)?;
                 watch.step(rows)?;
             }
-            cache.compress(index)?;
+            cache.compress(index, &self.team)?;
         }
         cache.unstage();
         Ok(x)

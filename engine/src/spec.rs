@@ -1,7 +1,7 @@
 //! The cache spec: one string that says how a sequence's keys and values are kept.
 //!
 //! Grammar: `STORE[,PART...]`, a part being `name=value` or a bare `name`; no spaces, every part at most once. Each
-//! part is one row of [`PARTS`]: how it is named, what it accepts, how it is read and how it is written back.
+//! part is one row of the table `PARTS`: how it is named, what it accepts, how it is read and how it is written back.
 
 use std::fmt;
 use std::str::FromStr;

@@ -2,6 +2,7 @@
 
 use half::f16;
 use kvwarp::slab::{self, Format, Layout, TOKENS};
+use kvwarp::threads::Team;
 use kvwarp_engine::cache::{Cache, CacheError, Shape, full_bytes};
 use kvwarp_engine::spec::CacheSpec;
 use proptest::prelude::*;
@@ -25,6 +26,7 @@ fn cache(spec: &str) -> Cache {
 /// Reads `n` tokens, those before `split` by prefills of `piece` tokens and the others one by one.
 fn filled(spec: &str, n: usize, split: usize, piece: usize) -> Cache {
     let (mut cache, k, v) = (cache(spec), rows(n, 1), rows(n, 2));
+    let team = Team::new(2);
     let tokens = |from: usize, to: usize| from * ROW..to * ROW;
     for start in (0..split).step_by(piece) {
         let end = (start + piece).min(split);
@@ -32,7 +34,7 @@ fn filled(spec: &str, n: usize, split: usize, piece: usize) -> Cache {
         for layer in 0..SHAPE.layers {
             cache.stage(layer, end - start);
             cache.fill(layer, &k[tokens(start, end)], &v[tokens(start, end)], end - start);
-            cache.compress(layer).unwrap();
+            cache.compress(layer, &team).unwrap();
         }
         cache.unstage();
     }

@@ -2,6 +2,7 @@
 
 use kvwarp::pages::{Entry, HeadView, Pools, packed_slabs};
 use kvwarp::slab::{Format, TOKENS};
+use kvwarp::threads::Team;
 use kvwarp::{Error, kv_pack};
 
 use crate::spec::CacheSpec;
@@ -83,17 +84,32 @@ impl Head {
         self.pack(rules, packed_slabs(self.len, rules.window), ring, pools)
     }
 
-    /// To be called when many tokens were written and attended to.
+    /// To be called when many tokens were written and attended to: packs every slab that left the window, each by
+    /// whichever thread is free.
     pub fn after_fill(
         &mut self,
         rules: &Rules,
         ring: &mut [u8],
         pools: &mut Pools,
+        team: &Team,
     ) -> Result<(), Error> {
         if rules.kivi_exact {
             return self.settle(rules, ring, pools);
         }
-        self.after_append(rules, ring, pools)
+        let (first, target) = (self.packed, packed_slabs(self.len, rules.window));
+        let layout = |i| *pools.layout(rules.format(first + i));
+        let f16 = pools.layout(Format::F16).slab_bytes();
+        let mut packed = vec![0; target.saturating_sub(first) * f16];
+        team.each_chunk(&mut packed, f16, |i, to| {
+            let at = ring_slot(pools, ring.len(), first + i);
+            let layout = layout(i);
+            kv_pack::pack(&ring[at..at + f16], &mut to[..layout.slab_bytes()], &layout);
+        });
+        for bytes in packed.chunks_exact(f16) {
+            let to = self.open_next(rules, pools)?;
+            to.copy_from_slice(&bytes[..to.len()]);
+        }
+        Ok(())
     }
 
     /// Packs slabs from the ring until `target` are.
@@ -105,16 +121,25 @@ impl Head {
         pools: &mut Pools,
     ) -> Result<(), Error> {
         while self.packed < target {
-            let (format, index) = (rules.format(self.packed), self.packed);
-            let slot = take(pools, format)?;
-            let layout = *pools.layout(format);
-            let from = &ring[ring_slot(pools, ring.len(), index)..];
-            let bytes = pools.layout(Format::F16).slab_bytes();
-            kv_pack::pack(&from[..bytes], pools.pool_mut(format).slab_mut(slot as usize), &layout);
-            self.table.push(Entry::new(format, slot));
-            self.packed += 1;
+            let layout = *pools.layout(rules.format(self.packed));
+            let at = ring_slot(pools, ring.len(), self.packed);
+            let f16 = pools.layout(Format::F16).slab_bytes();
+            kv_pack::pack(&ring[at..at + f16], self.open_next(rules, pools)?, &layout);
         }
         Ok(())
+    }
+
+    /// Counts the next slab as packed; returns the bytes that it gets in its pool.
+    fn open_next<'a>(
+        &mut self,
+        rules: &Rules,
+        pools: &'a mut Pools,
+    ) -> Result<&'a mut [u8], Error> {
+        let format = rules.format(self.packed);
+        let slot = take(pools, format)?;
+        self.table.push(Entry::new(format, slot));
+        self.packed += 1;
+        Ok(pools.pool_mut(format).slab_mut(slot as usize))
     }
 
     /// Copies the slabs that are not packed from one ring to another, which may have another number of slots.
