@@ -55,14 +55,16 @@ size_t dtype_bytes(int32_t dtype) { return dtype == KVW_F32 ? 4 : 2; }
 } // namespace
 
 kvw_status kvw_embed_check(const kvw_embed_params* p) {
-    if (!p) return KVW_ERR_NULL;
-    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
-    if (p->dtype != KVW_F16 && p->dtype != KVW_BF16 && p->dtype != KVW_F32) return KVW_ERR_FORMAT;
-    if (kvw::any_null({p->table, p->ids, p->out})) return KVW_ERR_NULL;
-    if (p->tokens < 1 || p->vocab < 1 || p->reserved != 0) return KVW_ERR_SHAPE;
-    if (p->width < 1 || p->width % CHANNELS != 0) return KVW_ERR_SHAPE;
-    if (int64_t(p->tokens) * (p->width / CHANNELS) > int64_t(INT32_MAX) * THREADS) return KVW_ERR_SHAPE;
-    if (!kvw::aligned({p->table, p->ids, p->out})) return KVW_ERR_ALIGN;
+    KVW_CHECK_PARAMS(p);
+    KVW_REQUIRE(p->dtype == KVW_F16 || p->dtype == KVW_BF16 || p->dtype == KVW_F32, FORMAT, dtype);
+    KVW_REQUIRED(*p, table);
+    KVW_REQUIRED(*p, ids);
+    KVW_REQUIRED(*p, out);
+    KVW_REQUIRE(p->tokens >= 1, SHAPE, tokens);
+    KVW_REQUIRE(p->vocab >= 1, SHAPE, vocab);
+    KVW_REQUIRE(p->width >= 1 && p->width % CHANNELS == 0, SHAPE, width);
+    KVW_REQUIRE(int64_t(p->tokens) * (p->width / CHANNELS) <= int64_t(INT32_MAX) * THREADS, SHAPE, tokens);
+    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
 

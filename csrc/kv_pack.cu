@@ -326,32 +326,37 @@ template <int D> kvw_status launch_group(const Params& p, kvw_stream stream) {
 } // namespace
 
 kvw_status kvw_kv_pack_check(const kvw_kv_pack_params* p) {
-    if (!p) return KVW_ERR_NULL;
-    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
-    if (p->op != KVW_PACK_APPEND && p->op != KVW_PACK_FILL && p->op != KVW_PACK_FLUSH) return KVW_ERR_SHAPE;
+    KVW_CHECK_PARAMS(p);
     const kvw_cache& c = p->cache;
+    bool append = p->op == KVW_PACK_APPEND, fill = p->op == KVW_PACK_FILL, flush = p->op == KVW_PACK_FLUSH;
+    KVW_REQUIRE(append || fill || flush, SHAPE, op);
     KVW_TRY(check_cache(c));
-    if (p->op != KVW_PACK_FILL && c.packed) return KVW_ERR_SHAPE;
-    bool kivi = p->kivi_exact == 1;
-    if (!kivi && p->kivi_exact != 0) return KVW_ERR_SHAPE;
-    if (kivi && (p->op == KVW_PACK_FILL || c.window < 1 || c.window % c.group != 0)) return KVW_ERR_SHAPE;
-    if (p->op == KVW_PACK_FLUSH) {
-        if (any_null({p->first, c.table})) return KVW_ERR_NULL;
-        if (p->max_tokens < 1) return KVW_ERR_SHAPE;
-        return aligned({p->first}) ? KVW_OK : KVW_ERR_ALIGN;
+    KVW_REQUIRE(fill || !c.packed, SHAPE, packed);
+    KVW_REQUIRE(p->kivi_exact == 0 || (p->kivi_exact == 1 && !fill), SHAPE, kivi_exact);
+    KVW_REQUIRE(p->kivi_exact == 0 || (c.window >= 1 && c.window % c.group == 0), SHAPE, window);
+    if (flush) {
+        KVW_REQUIRED(*p, first);
+        KVW_REQUIRE(c.table, NULL, table);
+        KVW_REQUIRE(p->max_tokens >= 1, SHAPE, max_tokens);
+        return KVW_OK;
     }
-    if (any_null({p->k, p->v}) || !p->positions != !p->inv_freq) return KVW_ERR_NULL;
-    if (p->pairing != KVW_ROPE_INTERLEAVED && p->pairing != KVW_ROPE_HALF) return KVW_ERR_SHAPE;
+    KVW_REQUIRED(*p, k);
+    KVW_REQUIRED(*p, v);
+    KVW_OPTIONAL(*p, positions);
+    KVW_OPTIONAL(*p, inv_freq);
+    KVW_REQUIRE(p->positions || !p->inv_freq, NULL, positions);
+    KVW_REQUIRE(p->inv_freq || !p->positions, NULL, inv_freq);
+    KVW_REQUIRE(p->pairing == KVW_ROPE_INTERLEAVED || p->pairing == KVW_ROPE_HALF, SHAPE, pairing);
     int64_t row = int64_t(c.kv_heads) * c.head_dim;
-    if (p->k_stride < row || p->v_stride < row || p->k_stride % 8 != 0 || p->v_stride % 8 != 0)
-        return KVW_ERR_SHAPE;
-    if (p->op == KVW_PACK_APPEND && p->tokens != c.seqs) return KVW_ERR_SHAPE;
-    if (p->op == KVW_PACK_FILL) {
-        if (!p->cu_tokens) return KVW_ERR_NULL;
+    KVW_REQUIRE(p->k_stride >= row && p->k_stride % 8 == 0, SHAPE, k_stride);
+    KVW_REQUIRE(p->v_stride >= row && p->v_stride % 8 == 0, SHAPE, v_stride);
+    KVW_REQUIRE(fill ? p->tokens >= 1 : p->tokens == c.seqs, SHAPE, tokens);
+    if (fill) {
+        KVW_REQUIRED(*p, cu_tokens);
         int64_t room = int64_t(c.ring_slabs) * KVW_SLAB_TOKENS;
-        if (p->tokens < 1 || p->max_tokens < 1 || p->max_tokens > room) return KVW_ERR_SHAPE;
+        KVW_REQUIRE(p->max_tokens >= 1 && p->max_tokens <= room, SHAPE, max_tokens);
     }
-    return aligned({p->k, p->v, p->positions, p->inv_freq, p->cu_tokens}) ? KVW_OK : KVW_ERR_ALIGN;
+    return KVW_OK;
 }
 
 size_t kvw_kv_pack_workspace(const kvw_kv_pack_params*) { return 0; }

@@ -18,12 +18,14 @@ extern "C" {
 
 #define KVW_ABI_VERSION 1
 
-/* 0 ok; negative KVW_ERR_*: nothing was launched; positive: a cudaError_t, verbatim. */
+/* 0 ok; negative: refused, nothing was launched; positive: a cudaError_t, verbatim. A refusal is a KVW_ERR_*
+ * less 16 times the number of the field at fault; kvw_status_str() puts both into words. */
 typedef int32_t kvw_status;
+#define KVW_ERR_OF(status) ((status) < 0 ? -(-(status) % 16) : (status)) /* the KVW_ERR_* of a refusal */
 #define KVW_OK 0
 #define KVW_ERR_STRUCT (-1)    /* struct_size is not sizeof(params): caller and library differ in version */
 #define KVW_ERR_NULL (-2)      /* a required pointer is null */
-#define KVW_ERR_SHAPE (-3)     /* a size is zero, negative, or not supported */
+#define KVW_ERR_SHAPE (-3)     /* a size or an option is out of range, or two fields contradict each other */
 #define KVW_ERR_ALIGN (-4)     /* a pointer is not 16-byte aligned */
 #define KVW_ERR_FORMAT (-5)    /* a format, group or dtype that this op does not support */
 #define KVW_ERR_WORKSPACE (-6) /* workspace_bytes < kvw_<op>_workspace() */
@@ -37,6 +39,7 @@ typedef struct CUstream_st *kvw_stream; /* == cudaStream_t == CUstream */
 #define KVW_BF16 2
 
 int32_t kvw_abi_version(void);
+/* A static text: which field, what is wrong with it; CUDA's own text for a cudaError_t. */
 const char *kvw_status_str(kvw_status s);
 /* Usable CUDA devices; 35 (cudaErrorInsufficientDriver) or 100 (cudaErrorNoDevice) where there is none. */
 kvw_status kvw_device_count(int32_t *count);

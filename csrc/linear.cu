@@ -177,16 +177,19 @@ template <class W> kvw_status launch(const Params& p, kvw_stream stream) {
 } // namespace
 
 kvw_status kvw_linear_check(const kvw_linear_params* p) {
-    if (!p) return KVW_ERR_NULL;
-    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
-    if (p->dtype != KVW_F16 && p->dtype != KVW_BF16) return KVW_ERR_FORMAT;
-    if (p->y_dtype != KVW_F16 && p->y_dtype != KVW_F32) return KVW_ERR_FORMAT;
-    if (kvw::any_null({p->weight, p->x, p->y})) return KVW_ERR_NULL;
-    if (p->accumulate != 0 && p->accumulate != 1) return KVW_ERR_SHAPE;
-    if (p->accumulate == 1 && p->y_dtype != KVW_F32) return KVW_ERR_FORMAT;
-    if (p->tokens < 1 || p->tokens > MAX_TOKENS || p->rows < 1 || p->reserved != 0) return KVW_ERR_SHAPE;
-    if (p->cols < 1 || p->cols % CHUNK != 0 || p->cols > 1 << 28 || p->rows > 1 << 28) return KVW_ERR_SHAPE;
-    if (!kvw::aligned({p->weight, p->x, p->bias, p->y})) return KVW_ERR_ALIGN;
+    KVW_CHECK_PARAMS(p);
+    KVW_REQUIRE(p->dtype == KVW_F16 || p->dtype == KVW_BF16, FORMAT, dtype);
+    KVW_REQUIRE(p->y_dtype == KVW_F16 || p->y_dtype == KVW_F32, FORMAT, y_dtype);
+    KVW_REQUIRED(*p, weight);
+    KVW_REQUIRED(*p, x);
+    KVW_OPTIONAL(*p, bias);
+    KVW_REQUIRED(*p, y);
+    KVW_REQUIRE(p->accumulate == 0 || p->accumulate == 1, SHAPE, accumulate);
+    KVW_REQUIRE(p->accumulate == 0 || p->y_dtype == KVW_F32, FORMAT, y_dtype);
+    KVW_REQUIRE(p->tokens >= 1 && p->tokens <= MAX_TOKENS, SHAPE, tokens);
+    KVW_REQUIRE(p->rows >= 1 && p->rows <= 1 << 28, SHAPE, rows);
+    KVW_REQUIRE(p->cols >= 1 && p->cols <= 1 << 28 && p->cols % CHUNK == 0, SHAPE, cols);
+    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
 

@@ -179,25 +179,31 @@ int splits_of(const kvw_paged_attn_params& p) {
 }
 
 kvw_status check_numbers(const kvw_paged_attn_params& p) {
-    KVW_TRY(check_cache(p.cache));
-    int group = p.q_heads / p.cache.kv_heads;
-    if (p.q_heads < 1 || p.q_heads % p.cache.kv_heads != 0 || group > 16) return KVW_ERR_SHAPE;
-    if (p.cache.kv_heads * 2 > GRID_YZ_MAX || int64_t(p.cache.seqs) * p.q_heads > INT32_MAX)
-        return KVW_ERR_SHAPE;
-    if (p.max_slabs < 1 || p.splits < 0 || p.splits > MOST_SPLITS || p.sliding_window < 0)
-        return KVW_ERR_SHAPE;
-    return std::isfinite(p.scale) && p.scale >= 0.f ? KVW_OK : KVW_ERR_SHAPE;
+    const kvw_cache& c = p.cache;
+    KVW_TRY(check_cache(c));
+    KVW_REQUIRE(p.q_heads >= 1 && p.q_heads % c.kv_heads == 0 && p.q_heads / c.kv_heads <= 16, SHAPE,
+                q_heads);
+    KVW_REQUIRE(int64_t(c.seqs) * p.q_heads <= INT32_MAX, SHAPE, seqs);
+    KVW_REQUIRE(c.kv_heads * 2 <= GRID_YZ_MAX, SHAPE, kv_heads);
+    KVW_REQUIRE(p.max_slabs >= 1, SHAPE, max_slabs);
+    KVW_REQUIRE(p.splits >= 0 && p.splits <= MOST_SPLITS, SHAPE, splits);
+    KVW_REQUIRE(p.sliding_window >= 0, SHAPE, sliding_window);
+    KVW_REQUIRE(std::isfinite(p.scale) && p.scale >= 0.f, SHAPE, scale);
+    return KVW_OK;
 }
 } // namespace
 
 kvw_status kvw_paged_attn_check(const kvw_paged_attn_params* p) {
-    if (!p) return KVW_ERR_NULL;
-    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
+    KVW_CHECK_PARAMS(p);
     KVW_TRY(check_numbers(*p));
+    KVW_REQUIRED(*p, q);
+    KVW_REQUIRED(*p, out);
+    KVW_OPTIONAL(*p, lse);
+    KVW_OPTIONAL(*p, workspace);
     size_t need = kvw_paged_attn_workspace(p);
-    if (any_null({p->q, p->out}) || (need && !p->workspace)) return KVW_ERR_NULL;
-    if (!aligned({p->q, p->out, p->lse, p->workspace})) return KVW_ERR_ALIGN;
-    return p->workspace_bytes < need ? KVW_ERR_WORKSPACE : KVW_OK;
+    KVW_REQUIRE(p->workspace || need == 0, NULL, workspace);
+    KVW_REQUIRE(p->workspace_bytes >= need, WORKSPACE, workspace_bytes);
+    return KVW_OK;
 }
 
 size_t kvw_paged_attn_workspace(const kvw_paged_attn_params* p) {

@@ -186,17 +186,22 @@ template <int D> kvw_status launch_group(const kvw_prefill_attn_params& p, kvw_s
 } // namespace
 
 kvw_status kvw_prefill_attn_check(const kvw_prefill_attn_params* p) {
-    if (!p) return KVW_ERR_NULL;
-    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
-    KVW_TRY(check_cache(p->cache));
-    if (any_null({p->q, p->out, p->cu_tokens, p->cache.packed})) return KVW_ERR_NULL;
-    if (!aligned({p->q, p->out, p->lse, p->cu_tokens})) return KVW_ERR_ALIGN;
-    int group = p->q_heads / p->cache.kv_heads;
-    if (p->q_heads < 1 || p->q_heads % p->cache.kv_heads != 0 || group > 16) return KVW_ERR_SHAPE;
-    if (p->tokens < 1 || p->max_tokens < 1 || p->max_tokens > p->tokens || p->tokens > INT32_MAX / 16)
-        return KVW_ERR_SHAPE;
-    if (p->lse_rows < 0 || (p->lse && p->lse_rows < 1) || p->reserved != 0) return KVW_ERR_SHAPE;
-    if (p->sliding_window < 0 || !std::isfinite(p->scale) || p->scale < 0.f) return KVW_ERR_SHAPE;
+    KVW_CHECK_PARAMS(p);
+    const kvw_cache& c = p->cache;
+    KVW_TRY(check_cache(c));
+    KVW_REQUIRE(c.packed, NULL, packed);
+    KVW_REQUIRED(*p, q);
+    KVW_REQUIRED(*p, out);
+    KVW_OPTIONAL(*p, lse);
+    KVW_REQUIRED(*p, cu_tokens);
+    KVW_REQUIRE(p->q_heads >= 1 && p->q_heads % c.kv_heads == 0, SHAPE, q_heads);
+    KVW_REQUIRE(p->q_heads / c.kv_heads <= 16, SHAPE, q_heads);
+    KVW_REQUIRE(p->tokens >= 1 && p->tokens <= INT32_MAX / 16, SHAPE, tokens);
+    KVW_REQUIRE(p->max_tokens >= 1 && p->max_tokens <= p->tokens, SHAPE, max_tokens);
+    KVW_REQUIRE(p->lse_rows >= (p->lse ? 1 : 0), SHAPE, lse_rows);
+    KVW_REQUIRE(p->sliding_window >= 0, SHAPE, sliding_window);
+    KVW_REQUIRE(std::isfinite(p->scale) && p->scale >= 0.f, SHAPE, scale);
+    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
 

@@ -90,12 +90,13 @@ __global__ void __launch_bounds__(MAX_THREADS) rms_norm(const __grid_constant__ 
 } // namespace
 
 kvw_status kvw_rms_norm_check(const kvw_rms_norm_params* p) {
-    if (!p) return KVW_ERR_NULL;
-    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
-    if (kvw::any_null({p->x, p->weight, p->out})) return KVW_ERR_NULL;
-    if (p->tokens < 1 || !(p->eps > 0)) return KVW_ERR_SHAPE;
-    if (p->width < 1 || p->width % CHANNELS != 0 || p->width > 32768) return KVW_ERR_SHAPE;
-    if (!kvw::aligned({p->x, p->weight, p->out})) return KVW_ERR_ALIGN;
+    KVW_CHECK_PARAMS(p);
+    KVW_REQUIRED(*p, x);
+    KVW_REQUIRED(*p, weight);
+    KVW_REQUIRED(*p, out);
+    KVW_REQUIRE(p->tokens >= 1, SHAPE, tokens);
+    KVW_REQUIRE(p->eps > 0, SHAPE, eps);
+    KVW_REQUIRE(p->width >= 1 && p->width % CHANNELS == 0 && p->width <= 32768, SHAPE, width);
     return KVW_OK;
 }
 

@@ -75,17 +75,20 @@ __global__ void __launch_bounds__(THREADS) rope(const __grid_constant__ kvw_rope
 } // namespace
 
 kvw_status kvw_rope_select_check(const kvw_rope_select_params* p) {
-    if (!p) return KVW_ERR_NULL;
-    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
-    if (kvw::any_null({p->x, p->out, p->positions, p->inv_freq})) return KVW_ERR_NULL;
-    if (p->tokens < 1 || p->heads < 1 || p->heads > kvw::GRID_YZ_MAX || p->reserved != 0)
-        return KVW_ERR_SHAPE;
-    if (p->head_dim < 2 || p->head_dim > kvw::ROPE_MAX_D || p->head_dim % 2 != 0) return KVW_ERR_SHAPE;
-    if (p->pairing != KVW_ROPE_INTERLEAVED && p->pairing != KVW_ROPE_HALF) return KVW_ERR_SHAPE;
+    KVW_CHECK_PARAMS(p);
+    KVW_REQUIRED(*p, x);
+    KVW_REQUIRED(*p, out);
+    KVW_REQUIRED(*p, positions);
+    KVW_REQUIRED(*p, inv_freq);
+    KVW_REQUIRE(p->tokens >= 1, SHAPE, tokens);
+    KVW_REQUIRE(p->heads >= 1 && p->heads <= kvw::GRID_YZ_MAX, SHAPE, heads);
+    KVW_REQUIRE(p->head_dim >= 2 && p->head_dim <= kvw::ROPE_MAX_D && p->head_dim % 2 == 0, SHAPE, head_dim);
+    KVW_REQUIRE(p->pairing == KVW_ROPE_INTERLEAVED || p->pairing == KVW_ROPE_HALF, SHAPE, pairing);
     int64_t row = int64_t(p->heads) * p->head_dim;
-    if (p->x_stride < row || p->out_stride < row) return KVW_ERR_SHAPE;
-    if (p->x == p->out && p->x_stride != p->out_stride) return KVW_ERR_SHAPE;
-    if (!kvw::aligned({p->x, p->out, p->positions, p->inv_freq})) return KVW_ERR_ALIGN;
+    KVW_REQUIRE(p->x_stride >= row, SHAPE, x_stride);
+    KVW_REQUIRE(p->out_stride >= row, SHAPE, out_stride);
+    KVW_REQUIRE(p->x != p->out || p->x_stride == p->out_stride, SHAPE, out_stride);
+    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
 

@@ -238,13 +238,18 @@ __global__ void __launch_bounds__(THREADS, 2) sample(const __grid_constant__ kvw
 } // namespace
 
 kvw_status kvw_sample_check(const kvw_sample_params* p) {
-    if (!p) return KVW_ERR_NULL;
-    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
-    if (kvw::any_null({p->logits, p->tokens, p->seeds, p->steps})) return KVW_ERR_NULL;
-    if (kvw::any_null({p->temperature, p->top_p, p->min_p, p->top_k})) return KVW_ERR_NULL;
-    if (p->seqs < 1 || p->vocab < 1 || p->vocab > 1 << ID_BITS || p->reserved != 0) return KVW_ERR_SHAPE;
-    if (!kvw::aligned({p->logits, p->tokens, p->seeds, p->steps})) return KVW_ERR_ALIGN;
-    if (!kvw::aligned({p->temperature, p->top_p, p->min_p, p->top_k})) return KVW_ERR_ALIGN;
+    KVW_CHECK_PARAMS(p);
+    KVW_REQUIRED(*p, logits);
+    KVW_REQUIRED(*p, tokens);
+    KVW_REQUIRED(*p, seeds);
+    KVW_REQUIRED(*p, steps);
+    KVW_REQUIRED(*p, temperature);
+    KVW_REQUIRED(*p, top_p);
+    KVW_REQUIRED(*p, min_p);
+    KVW_REQUIRED(*p, top_k);
+    KVW_REQUIRE(p->seqs >= 1, SHAPE, seqs);
+    KVW_REQUIRE(p->vocab >= 1 && p->vocab <= 1 << ID_BITS, SHAPE, vocab);
+    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
 

@@ -47,15 +47,17 @@ __global__ void __launch_bounds__(THREADS) swiglu(const __grid_constant__ kvw_sw
 } // namespace
 
 kvw_status kvw_swiglu_check(const kvw_swiglu_params* p) {
-    if (!p) return KVW_ERR_NULL;
-    if (p->struct_size != sizeof *p) return KVW_ERR_STRUCT;
-    if (kvw::any_null({p->gate, p->up, p->out})) return KVW_ERR_NULL;
-    if (p->tokens < 1 || p->width < 1 || p->width % CHANNELS != 0 || p->reserved != 0) return KVW_ERR_SHAPE;
-    if (p->in_stride < p->width || p->in_stride % CHANNELS != 0) return KVW_ERR_SHAPE;
+    KVW_CHECK_PARAMS(p);
+    KVW_REQUIRED(*p, gate);
+    KVW_REQUIRED(*p, up);
+    KVW_REQUIRED(*p, out);
+    KVW_REQUIRE(p->tokens >= 1, SHAPE, tokens);
+    KVW_REQUIRE(p->width >= 1 && p->width % CHANNELS == 0, SHAPE, width);
+    KVW_REQUIRE(p->in_stride >= p->width && p->in_stride % CHANNELS == 0, SHAPE, in_stride);
     bool in_place = p->out == p->gate || p->out == p->up;
-    if (in_place && p->in_stride != p->width) return KVW_ERR_SHAPE;
-    if (int64_t(p->tokens) * (p->width / CHANNELS) > int64_t(INT32_MAX) * THREADS) return KVW_ERR_SHAPE;
-    if (!kvw::aligned({p->gate, p->up, p->out})) return KVW_ERR_ALIGN;
+    KVW_REQUIRE(!in_place || p->in_stride == p->width, SHAPE, in_stride);
+    KVW_REQUIRE(int64_t(p->tokens) * (p->width / CHANNELS) <= int64_t(INT32_MAX) * THREADS, SHAPE, tokens);
+    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
 

@@ -39,12 +39,14 @@ pub enum Error {
         size: usize,
     },
     /// The C side refused the arguments (a negative `kvw_status`).
-    #[error("{op}: arguments refused ({status}): {params}")]
+    #[error("{op}: arguments refused: {why}; {params}")]
     Invalid {
         /// Family that refused.
         op: &'static str,
-        /// The `KVW_ERR_*` code.
+        /// The `kvw_status`.
         status: i32,
+        /// The field at fault and what is wrong with it.
+        why: String,
         /// The refused struct.
         params: String,
     },

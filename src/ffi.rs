@@ -26,7 +26,7 @@ pub const KVW_PACK_FILL: i32 = 1;
 pub const KVW_PACK_FLUSH: i32 = 2;
 pub const KVW_ROPE_INTERLEAVED: i32 = 0;
 pub const KVW_ROPE_HALF: i32 = 1;
-#[doc = " 0 ok; negative KVW_ERR_*: nothing was launched; positive: a cudaError_t, verbatim."]
+#[doc = " 0 ok; negative: refused, nothing was launched; positive: a cudaError_t, verbatim. A refusal is a KVW_ERR_*\n less 16 times the number of the field at fault; kvw_status_str() puts both into words."]
 pub type kvw_status = i32;
 #[repr(C)]
 #[derive(Debug)]
@@ -38,6 +38,7 @@ unsafe extern "C" {
     pub fn kvw_abi_version() -> i32;
 }
 unsafe extern "C" {
+    #[doc = " A static text: which field, what is wrong with it; CUDA's own text for a cudaError_t."]
     pub fn kvw_status_str(s: kvw_status) -> *const ::core::ffi::c_char;
 }
 unsafe extern "C" {

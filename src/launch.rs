@@ -8,7 +8,9 @@ use std::fmt::Debug;
 pub(crate) fn result(op: &'static str, status: i32, params: &impl Debug) -> Result<()> {
     match status {
         0 => Ok(()),
-        ..0 => Err(Error::Invalid { op, status, params: format!("{params:?}") }),
+        ..0 => {
+            Err(Error::Invalid { op, status, why: meaning(status), params: format!("{params:?}") })
+        }
         code => Err(Error::Cuda { op, code, what: meaning(code) }),
     }
 }

@@ -6,7 +6,7 @@ use kvwarp::ffi::kvw_stream;
 
 type Function<P> = unsafe extern "C" fn(*const P, kvw_stream) -> i32;
 type Query<P, R> = unsafe extern "C" fn(*const P) -> R;
-/// A field, a change that makes it unacceptable, and the status it then gives.
+/// A field first of all, a change that makes it unacceptable, and the error it then gives.
 type Refusal<'a, P> = (&'a str, fn(&mut P), i32);
 
 /// An op of the C ABI by name, and, where the build holds the kernels, as a function.
@@ -51,26 +51,51 @@ impl<P> Op<P> {
         unsafe { self.simt::<Query<P, usize>>("_workspace")(params) }
     }
 
-    /// `valid` passes the check; each case, a change of one field, is refused with its status by `_check` and
-    /// by the op, and moves no bytes. No CUDA call is made.
+    /// `valid` passes the check; each case, a change of one field, is refused with its error by `_check` and
+    /// by the op, whose text names a field that the case is about, and moves no bytes. No CUDA call is made.
     #[track_caller]
     pub fn refuses(&self, valid: P, cases: &[Refusal<'_, P>])
     where
-        P: Copy,
+        P: Copy + std::fmt::Debug,
     {
         assert_eq!(self.check(&valid), 0, "{}: the valid params", self.name);
         assert!(self.bytes(&valid) > 0, "{}: bytes of the valid params", self.name);
-        assert_eq!(self.check(std::ptr::null()), kvwarp::ffi::KVW_ERR_NULL);
-        for (what, change, status) in cases {
+        assert_eq!(named(self.check(std::ptr::null())), (kvwarp::ffi::KVW_ERR_NULL, "params"));
+        for (what, change, error) in cases {
             let mut params = valid;
             change(&mut params);
-            assert_eq!(self.check(&params), *status, "{}: {what}", self.name);
+            let status = self.check(&params);
+            let (got, field) = named(status);
+            assert_eq!(got, *error, "{}: {what}", self.name);
+            let about = what.split(' ').next() == Some(field) || changed(&valid, &params, field);
+            assert!(about, "{}: {what}: the text names {field}", self.name);
             assert_eq!(self.bytes(&params), 0, "{}: bytes, {what}", self.name);
             // SAFETY: refused params are not followed.
             let got = unsafe { self.simt::<Function<P>>("")(&params, std::ptr::null_mut()) };
-            assert_eq!(got, *status, "{}: {what}, from the op", self.name);
+            assert_eq!(got, status, "{}: {what}, from the op", self.name);
         }
     }
+}
+
+/// The `KVW_ERR_*` of a refusal and the field that its text names.
+fn named(status: i32) -> (i32, &'static str) {
+    let text: extern "C" fn(i32) -> *const std::ffi::c_char = Simt::plain().get(b"kvw_status_str");
+    // SAFETY: a static, NUL-terminated string.
+    let text = unsafe { std::ffi::CStr::from_ptr(text(status)) }.to_str().unwrap();
+    (-(-status % 16), text.split_once(": ").expect("field: what is wrong").0)
+}
+
+/// Whether `field` has another value in `b`, by what `Debug` prints.
+fn changed(a: &impl std::fmt::Debug, b: &impl std::fmt::Debug, field: &str) -> bool {
+    let value = |x: String| {
+        let at = x.find(&format!(" {field}: ")).expect("a field of the params");
+        x[at + field.len() + 3..].split_terminator(['}', ']']).next().unwrap().to_owned()
+    };
+    let first = |x: String| {
+        let v = value(x);
+        if v.starts_with('[') { v } else { v.split(',').next().unwrap().to_owned() }
+    };
+    first(format!("{a:?}")) != first(format!("{b:?}"))
 }
 
 /// Who runs a kernel.

@@ -16,5 +16,5 @@ int main(void) {
     printf("slab %zu\n", kvw_slab_bytes(KVW_SLAB_Q2, 128, 32));
     printf("refused %d %s\n", (int)refused, kvw_status_str(refused));
     printf("devices %d %s\n", (int)devices, kvw_status_str(found));
-    return refused == KVW_ERR_STRUCT ? 0 : 1;
+    return KVW_ERR_OF(refused) == KVW_ERR_STRUCT ? 0 : 1;
 }

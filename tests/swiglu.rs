@@ -49,7 +49,7 @@ fn c_checks_need_no_gpu() {
             ("width", |p| p.width = 20, ffi::KVW_ERR_SHAPE),
             ("in_stride below width", |p| p.in_stride = 8, ffi::KVW_ERR_SHAPE),
             ("in_stride odd", |p| p.in_stride = 33, ffi::KVW_ERR_SHAPE),
-            ("in place with gaps", |p| p.out = p.gate.cast_mut(), ffi::KVW_ERR_SHAPE),
+            ("in_stride in place", |p| p.out = p.gate.cast_mut(), ffi::KVW_ERR_SHAPE),
             ("reserved", |p| p.reserved = -1, ffi::KVW_ERR_SHAPE),
         ],
     );

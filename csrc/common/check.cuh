@@ -1,47 +1,40 @@
 // check.cuh - argument checks that several ops share; host code, no CUDA call.
 #pragma once
+#include "fields.cuh"
 #include "slab.cuh"
 #include <algorithm>
-#include <initializer_list>
 
 namespace kvw {
 
 constexpr int GRID_YZ_MAX = 65535;
 
-// Every pointer 16-byte aligned; null passes.
-inline bool aligned(std::initializer_list<const void*> pointers) {
-    for (const void* p : pointers) {
-        if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
-    }
-    return true;
-}
-
-inline bool any_null(std::initializer_list<const void*> pointers) {
-    for (const void* p : pointers) {
-        if (!p) return true;
-    }
-    return false;
-}
-
 // A cache's numbers and pointers. Where `packed` is null the ring must hold what the window needs. A table
 // may be null only together with every pool: nothing is packed. CSR rows are shared by all heads (table_heads
 // 1).
 inline kvw_status check_cache(const kvw_cache& c) {
-    bool head_dim = slab_bytes(KVW_SLAB_F16, c.head_dim, 32) != 0;
-    if (c.seqs < 1 || c.seqs > GRID_YZ_MAX || c.kv_heads < 1 || c.kv_heads > GRID_YZ_MAX || !head_dim)
-        return KVW_ERR_SHAPE;
-    if (int64_t(c.seqs) * c.kv_heads > INT32_MAX) return KVW_ERR_SHAPE; // indices of lens
-    if (slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) == 0) return KVW_ERR_FORMAT;
-    bool table_used = c.table || c.pools[KVW_SLAB_F16] || c.pools[KVW_SLAB_Q4] || c.pools[KVW_SLAB_Q2];
-    if (any_null({c.ring, c.lens}) || (table_used && !c.table)) return KVW_ERR_NULL;
-    if (c.pools[1]) return KVW_ERR_FORMAT; // no format has tag 1
-    if (!aligned({c.pools[0], c.pools[2], c.pools[3], c.ring, c.table, c.indptr, c.lens, c.packed}))
-        return KVW_ERR_ALIGN;
-    if (c.window < 0 || c.window > INT32_MAX - 126) return KVW_ERR_SHAPE;
-    if (c.ring_slabs < (c.packed ? 1 : ring_slabs(c.window))) return KVW_ERR_SHAPE;
-    if (c.table_heads != 1 && (c.table_heads != c.kv_heads || c.indptr)) return KVW_ERR_SHAPE;
-    if (c.table && !c.indptr && c.table_stride < 1) return KVW_ERR_SHAPE;
-    if ((c.lens_heads != 1 && c.lens_heads != c.kv_heads) || c.reserved != 0) return KVW_ERR_SHAPE;
+    KVW_REQUIRE(c.seqs >= 1 && c.seqs <= GRID_YZ_MAX, SHAPE, seqs);
+    KVW_REQUIRE(c.kv_heads >= 1 && c.kv_heads <= GRID_YZ_MAX, SHAPE, kv_heads);
+    KVW_REQUIRE(int64_t(c.seqs) * c.kv_heads <= INT32_MAX, SHAPE, seqs); // indices of lens
+    KVW_REQUIRE(slab_bytes(KVW_SLAB_F16, c.head_dim, 32) != 0, SHAPE, head_dim);
+    KVW_REQUIRE(slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) != 0, FORMAT, group);
+    KVW_REQUIRED(c, ring);
+    KVW_REQUIRED(c, lens);
+    KVW_OPTIONAL(c, indptr);
+    KVW_OPTIONAL(c, packed);
+    KVW_OPTIONAL(c, table);
+    for (int f = 0; f < KVW_SLAB_FORMATS; f++) {
+        bool known = slab_bytes(f, c.head_dim, c.group) != 0;
+        KVW_REQUIRE(known || !c.pools[f], FORMAT, pools);
+        KVW_REQUIRE(reinterpret_cast<uintptr_t>(c.pools[f]) % 16 == 0, ALIGN, pools);
+        KVW_REQUIRE(!c.pools[f] || c.table, NULL, table);
+    }
+    KVW_REQUIRE(c.window >= 0 && c.window <= INT32_MAX - 126, SHAPE, window);
+    KVW_REQUIRE(c.ring_slabs >= (c.packed ? 1 : ring_slabs(c.window)), SHAPE, ring_slabs);
+    KVW_REQUIRE(c.table_heads == 1 || c.table_heads == c.kv_heads, SHAPE, table_heads);
+    KVW_REQUIRE(c.table_heads == 1 || !c.indptr, SHAPE, indptr);
+    KVW_REQUIRE(!c.table || c.indptr || c.table_stride >= 1, SHAPE, table_stride);
+    KVW_REQUIRE(c.lens_heads == 1 || c.lens_heads == c.kv_heads, SHAPE, lens_heads);
+    KVW_REQUIRE(c.reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
 
