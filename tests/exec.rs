@@ -176,6 +176,13 @@ impl Run {
         self.session.as_ref().expect("faults are the CPU executor's").fault(n);
     }
 
+    /// Run the way of sm_90, where the executor can choose: a GPU runs its own.
+    pub fn hopper(&self, on: bool) {
+        if let Some(session) = &self.session {
+            session.hopper(on);
+        }
+    }
+
     /// Memory holding `values`.
     pub fn upload<T: Pod>(&self, name: &str, values: &[T]) -> Mem<T> {
         #[cfg(kvw_cuda)]

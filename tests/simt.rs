@@ -19,6 +19,7 @@ pub struct Report {
     pub barriers: u64,
     pub mma: u64,
     pub cp_async: u64,
+    pub copy_bulk: u64,
     pub accesses: u64,
     pub ldmatrix_conflicts: u64,
 }
@@ -119,7 +120,7 @@ impl Simt {
     }
 }
 
-/// A schedule, fault and mma mode of this OS thread, reset when dropped.
+/// A schedule, fault, mma mode and device of this OS thread, reset when dropped.
 pub struct Session<'a> {
     lib: &'a Simt,
     seed: u64,
@@ -144,6 +145,11 @@ impl Session<'_> {
         self.set(b"simt_mma_mode", mode)
     }
 
+    /// Whether the device is of sm_90 (`prim::HOPPER`, its compute capability); no unless said.
+    pub fn hopper(&self, on: bool) -> &Self {
+        self.set(b"simt_set_hopper", i32::from(on))
+    }
+
     fn set(&self, name: &[u8], n: i32) -> &Self {
         let set: unsafe extern "C" fn(i32) = self.lib.get(name);
         // SAFETY: plain numbers.
@@ -155,7 +161,7 @@ impl Session<'_> {
 impl Drop for Session<'_> {
     fn drop(&mut self) {
         self.seed = 0;
-        self.resident(2).fault(0).mma(0);
+        self.resident(2).fault(0).mma(0).hopper(false);
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::simt::{Simt, random_words};
 use half::{bf16, f16};
 
+mod async_proxy;
 mod bugs;
 mod device;
 mod halves;

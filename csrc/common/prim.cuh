@@ -40,6 +40,23 @@ namespace prim {
 PRIM uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
 
+// Whether the code at hand is compiled for sm_90 or newer: the only place for mbarriers and bulk copies, whose
+// wrappers are empty elsewhere. In the executor each session says.
+#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define PRIM_SM90 1
+constexpr bool HOPPER = true;
+#else
+#define PRIM_SM90 0
+constexpr bool HOPPER = false;
+#endif
+#else
+struct OfThisSession {
+    operator bool() const { return simt::hopper(); }
+};
+constexpr OfThisSession HOPPER;
+#endif
+
 // ---- copies from global to shared memory, past the registers
 
 // 16 bytes; zeros when !ok, and src is then not read. Both addresses 16-byte aligned.
@@ -69,6 +86,89 @@ template <int KEEP> PRIM void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(KEEP) : "memory");
 #else
     simt::cp_async_wait(KEEP);
+#endif
+}
+
+// ---- sm_90: mbarriers in shared memory, and bulk copies that complete on them
+
+// Phases complete once `arrivals` threads have arrived and every expected byte has landed. One thread
+// initialises an mbarrier, once, then fences; the others need a barrier after that.
+PRIM void mbar_init(uint64_t* bar, int arrivals PRIM_SITE) {
+#if !defined(__CUDACC__)
+    simt::mbar_init(bar, unsigned(arrivals), file, line);
+#elif PRIM_SM90
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals)
+                 : "memory");
+#endif
+}
+
+// Makes the initialisations of this thread known to bulk copies.
+PRIM void mbar_fence() {
+#if !defined(__CUDACC__)
+    simt::mbar_fence();
+#elif PRIM_SM90
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Arrives; what this thread did before is known to those who wait for the phase.
+PRIM void mbar_arrive(uint64_t* bar PRIM_SITE) {
+#if !defined(__CUDACC__)
+    simt::mbar_arrive(bar, 0, file, line);
+#elif PRIM_SM90
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+#endif
+}
+
+// Arrives, and adds to the bytes that the phase waits for. Before the copies that bring them.
+PRIM void mbar_expect(uint64_t* bar, int bytes PRIM_SITE) {
+#if !defined(__CUDACC__)
+    simt::mbar_arrive(bar, unsigned(bytes), file, line);
+#elif PRIM_SM90
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Waits for the end of the phase of this parity: phases 0, 2, 4, ... have 0. Parity 1 of a fresh mbarrier
+// counts as over.
+PRIM void mbar_wait(uint64_t* bar, int parity PRIM_SITE) {
+#if !defined(__CUDACC__)
+    simt::mbar_wait(bar, unsigned(parity), file, line);
+#elif PRIM_SM90
+    uint32_t over;
+    do {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(over)
+            : "r"(shared_address(bar)), "r"(parity)
+            : "memory");
+    } while (!over);
+#endif
+}
+
+// `bytes` from global to shared memory by the copy engine, all multiples of 16, read once (evict first).
+PRIM void copy_bulk(void* dst, const void* src, int bytes, uint64_t* bar PRIM_SITE) {
+#if !defined(__CUDACC__)
+    simt::copy_bulk(dst, src, unsigned(bytes), bar, file, line);
+#elif PRIM_SM90
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(dst)),
+                 "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(shared_address(bar)), "l"(policy)
+                 : "memory");
+#endif
+}
+
+// Between this thread's plain accesses to shared memory before it and bulk copies or tensor cores that touch
+// the same bytes after it; those of other threads need a barrier as well.
+PRIM void fence_async() {
+#if !defined(__CUDACC__)
+    simt::fence_async();
+#elif PRIM_SM90
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

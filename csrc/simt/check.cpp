@@ -30,15 +30,17 @@ std::atomic<uint32_t> next_epoch{1}; // process-wide: buffers may move between O
          after_write ? "write" : "read", thread, block, there.c_str());
 }
 
+// Asynchronous agents (behind the block's threads) do not stop at barriers: only their clock orders them.
 bool ordered_before(const Access& a, uint32_t block, uint32_t generation, uint32_t clock, unsigned thread) {
     unsigned self = a.fiber.thread.flat;
+    bool agent = thread >= a.block.fibers.size();
     if (block == a.block.number) {
-        if (generation != a.block.generation || thread == self) return true;
+        if (!agent && (generation != a.block.generation || thread == self)) return true;
         if (a.shadow.known[self][thread] >= clock) return true;
     }
     for (const Seen* seen : {&a.shadow.seen, &a.shadow.seen_by[self]}) {
         auto of_block = seen->find(block_key(block));
-        if (of_block != seen->end() && of_block->second > generation) return true;
+        if (!agent && of_block != seen->end() && of_block->second > generation) return true;
         auto of_thread = seen->find(thread_key(block, thread));
         if (of_thread != seen->end() && of_thread->second > clock) return true;
     }
@@ -50,14 +52,14 @@ bool read_in_this_generation(const Access& a, const Cell& cell) {
 }
 
 void note_write(const Access& a, Cell& cell, const char* space) {
-    unsigned self = a.fiber.thread.flat;
+    unsigned self = a.recorded();
     if (cell.read_block != NOBODY && !a.atomic) {
         if (!ordered_before(a, cell.read_block, cell.read_generation, cell.read_clock, cell.read_thread))
             report_race(a, "write-after-read", cell, false, space);
         if (cell.readers && read_in_this_generation(a, cell)) {
             const Clocks& clocks = a.shadow.readers[cell.readers - 1];
             for (unsigned t = 0; t < clocks.size(); t++) {
-                if (t == self || clocks[t] <= a.shadow.known[self][t]) continue;
+                if (t == a.fiber.thread.flat || clocks[t] <= a.shadow.known[a.fiber.thread.flat][t]) continue;
                 cell.read_thread = uint16_t(t);
                 report_race(a, "write-after-read", cell, false, space);
             }
@@ -65,17 +67,18 @@ void note_write(const Access& a, Cell& cell, const char* space) {
     }
     cell.write_block = a.block.number;
     cell.write_generation = a.block.generation;
-    cell.write_clock = a.shadow.known[self][self];
+    cell.write_clock = a.now();
     cell.write_thread = uint16_t(self);
     cell.write_site = a.site;
     cell.read_block = NOBODY;
     cell.readers = 0;
+    cell.fence_clock = 0;
     cell.written = true;
     cell.atomic = a.atomic;
 }
 
 void note_read(const Access& a, Cell& cell) {
-    unsigned self = a.fiber.thread.flat;
+    unsigned self = a.recorded();
     Shadow& s = a.shadow;
     if (!read_in_this_generation(a, cell)) {
         cell.readers = 0;
@@ -83,13 +86,17 @@ void note_read(const Access& a, Cell& cell) {
         if (!cell.readers) {
             if (s.readers_used == s.readers.size()) s.readers.emplace_back();
             Clocks& clocks = s.readers[s.readers_used++];
-            clocks.assign(a.block.fibers.size(), 0);
+            clocks.assign(s.known[0].size(), 0);
             clocks[cell.read_thread] = cell.read_clock;
             cell.readers = s.readers_used;
         }
     }
-    uint32_t clock = s.known[self][self];
-    if (cell.readers) s.readers[cell.readers - 1][self] = clock;
+    uint32_t clock = a.now();
+    if (cell.readers) {
+        Clocks& clocks = s.readers[cell.readers - 1];
+        if (clocks.size() <= self) clocks.resize(self + 1, 0);
+        clocks[self] = clock;
+    }
     cell.read_block = a.block.number;
     cell.read_generation = a.block.generation;
     cell.read_clock = clock;
@@ -113,11 +120,13 @@ void block_begin(Block& block) {
         s->known[i][i] = 1;
     }
     if (s->dynamic.size() < block.dynamic_store.size()) s->dynamic.resize(block.dynamic_store.size());
-    s->at_fence.resize(n);
     s->statics.clear();
     s->readers_used = 0;
     s->seen.clear();
     s->seen_by.assign(n, {});
+    s->at_fence.assign(n, {});
+    s->mbarriers.clear();
+    s->unfenced.assign(n, {});
     last_block = nullptr;
     shadows[&block] = std::move(s);
 }
@@ -126,6 +135,7 @@ void block_end(Block& block) {
     last_block = nullptr;
     auto found = shadows.find(&block);
     if (found == shadows.end()) return;
+    if (!runner->failed) async_block_end(*found->second, block.fibers.size());
     spare_shadows.push_back(std::move(found->second));
     shadows.erase(found);
 }
@@ -135,6 +145,7 @@ void block_barrier(Block& block) {
     s.readers_used = 0;
     for (Seen& seen : s.seen_by) merge(s.seen, seen);
     for (Fiber* fiber : block.fibers) fiber->fenced = false;
+    if (!s.mbarriers.empty()) async_block_barrier(s, block.fibers.size());
 }
 
 void launch_begin() {
@@ -210,9 +221,25 @@ void access(Fiber& fiber, const void* p, unsigned bytes, bool write, Site site, 
     check_access(fiber, p, bytes, write, site, what, false);
 }
 
-const Checker callbacks{launch_begin,    block_begin, block_end, block_barrier,
-                        grid_barrier,    sync,        access,    check_copy_begin,
-                        check_copy_land, atomic,      fence,     acquire};
+const Checker callbacks{launch_begin,
+                        block_begin,
+                        block_end,
+                        block_barrier,
+                        grid_barrier,
+                        sync,
+                        access,
+                        check_copy_begin,
+                        check_copy_land,
+                        atomic,
+                        fence,
+                        acquire,
+                        async_mbar_init,
+                        async_mbar_arrive,
+                        async_mbar_complete,
+                        async_mbar_wait,
+                        async_bulk_begin,
+                        async_bulk_land,
+                        async_fence};
 [[maybe_unused]] const Checker* const installed = checker = &callbacks;
 
 } // namespace
@@ -236,13 +263,22 @@ void touch(const Access& a, Cell& cell, uint32_t epoch, const char* space) {
         cell = Cell{};
         cell.epoch = epoch;
     }
+    bool known =
+        cell.write_block == NOBODY || (a.atomic && cell.atomic) ||
+        ordered_before(a, cell.write_block, cell.write_generation, cell.write_clock, cell.write_thread);
+    bool by_agent = cell.write_block != NOBODY && cell.write_thread >= a.block.fibers.size();
+    if (by_agent && (cell.in_flight || !known))
+        fail("%s of shared memory with a bulk copy in flight, issued at %s and not waited for, at %s", a.what,
+             site_text(cell.write_site).c_str(), site_text(a.site).c_str());
     if (cell.in_flight)
         fail("%s of shared memory with a cp.async in flight (issued by thread %u) at %s", a.what,
              cell.write_thread, site_text(a.site).c_str());
-    bool both_atomic = a.atomic && cell.atomic;
-    if (cell.write_block != NOBODY && !both_atomic &&
-        !ordered_before(a, cell.write_block, cell.write_generation, cell.write_clock, cell.write_thread))
-        report_race(a, a.write ? "write-write" : "read-after-write", cell, true, space);
+    if (!known) report_race(a, a.write ? "write-write" : "read-after-write", cell, true, space);
+    if (a.async() && cell.write_block != NOBODY && !by_agent &&
+        (!cell.fence_clock ||
+         !ordered_before(a, cell.write_block, cell.fence_generation, cell.fence_clock, cell.write_thread)))
+        fail("%s of %s memory that thread %u wrote at %s without fence.proxy.async after it, at %s", a.what,
+             space, cell.write_thread, site_text(cell.write_site).c_str(), site_text(a.site).c_str());
     if (a.write)
         note_write(a, cell, space);
     else

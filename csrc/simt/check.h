@@ -12,7 +12,20 @@ inline uint64_t block_key(uint32_t block) { return uint64_t(block) << 16; }
 inline uint64_t thread_key(uint32_t block, unsigned thread) { return uint64_t(block) << 16 | (thread + 1); }
 void merge(Seen& into, const Seen& from);
 
-// Of one block.
+// What an mbarrier hands on: by the completed phases, and gathered so far for the one under way.
+struct Handed {
+    Clocks released, gathering;
+    Seen seen, seen_gathering;
+    uint32_t copied = 0, copy_site = 0; // phase that the newest bulk copy completes in, and its line
+};
+
+struct Range {
+    Cell* cells;
+    unsigned bytes;
+};
+
+// Of one block. Behind its n threads, clocks count agents that work on their own: n + i is the bulk copies of
+// mbarrier i, whose clock is the phase that they complete in.
 struct Shadow {
     uint32_t epoch = 0;
     std::vector<Clocks> known;    // known[t][u]: what t knows of u
@@ -23,6 +36,8 @@ struct Shadow {
     std::unordered_map<const void*, std::vector<Cell>> statics;
     Seen seen; // of other blocks, by the whole block
     std::vector<Seen> seen_by;
+    std::vector<Handed> mbarriers;
+    std::vector<std::vector<Range>> unfenced; // shared memory that a thread wrote since its last proxy fence
 };
 Shadow& shadow_of(Block& block);
 
@@ -33,6 +48,12 @@ struct Access {
     uint32_t site;
     const char* what;
     bool write, atomic;
+    unsigned agent = 0; // of an access through the async proxy: who makes it, at which clock; 0: the thread
+    uint32_t clock = 0;
+
+    bool async() const { return agent != 0; }
+    unsigned recorded() const { return agent ? agent : fiber.thread.flat; }
+    uint32_t now() const { return agent ? clock : shadow.known[recorded()][recorded()]; }
 };
 
 uint32_t site_id(const Site& site);
@@ -44,8 +65,20 @@ uint32_t launch_epoch();
 // check_memory.cpp: finds the bytes, checks bounds and initialisation, touches each.
 void check_access(Fiber& fiber, const void* p, unsigned bytes, bool write, Site site, const char* what,
                   bool atomic);
+void check_access(const Access& access, const void* p, unsigned bytes);
 void check_copy_begin(Fiber& fiber, const Copy& copy);
 void check_copy_land(Fiber& fiber, const Copy& copy);
+Cell* shared_cells(const Access& a, const unsigned char* p, unsigned bytes);
+// check_async.cpp: mbarriers, bulk copies, the proxy fence.
+void async_mbar_init(Fiber& fiber, Mbarrier& bar, Site site);
+void async_mbar_arrive(Fiber& fiber, Mbarrier& bar, Site site);
+void async_mbar_complete(Block& block, Mbarrier& bar);
+void async_mbar_wait(Fiber& fiber, Mbarrier& bar, Site site);
+void async_bulk_begin(Fiber& fiber, const BulkCopy& copy);
+void async_bulk_land(const BulkCopy& copy);
+void async_fence(Fiber& fiber);
+void async_block_barrier(Shadow& s, size_t threads);
+void async_block_end(Shadow& s, size_t threads);
 void forget_lookups();
 
 } // namespace simt

@@ -7,12 +7,6 @@
 extern "C" const char __ehdr_start[] __attribute__((visibility("hidden"))); // where this library was loaded
 
 namespace simt {
-namespace {
-
-constexpr size_t CHUNK = 1024; // cells of device memory that come to life together
-constexpr uint32_t SOURCE_LINE = 1u << 31;
-thread_local std::vector<Site> source_lines;
-thread_local Allocation* last_allocation;
 
 // Cells of `bytes` of this block's shared memory, or null where p is elsewhere.
 Cell* shared_cells(const Access& a, const unsigned char* p, unsigned bytes) {
@@ -41,6 +35,13 @@ Cell* shared_cells(const Access& a, const unsigned char* p, unsigned bytes) {
     return nullptr;
 }
 
+namespace {
+
+constexpr size_t CHUNK = 1024; // cells of device memory that come to life together
+constexpr uint32_t SOURCE_LINE = 1u << 31;
+thread_local std::vector<Site> source_lines;
+thread_local Allocation* last_allocation;
+
 Allocation& allocation_of(const Access& a, const unsigned char* p, unsigned bytes) {
     if (!last_allocation || p < last_allocation->at || p >= last_allocation->at + last_allocation->bytes)
         last_allocation = find_allocation(p);
@@ -63,6 +64,7 @@ void check_shared(const Access& a, Cell* cells, unsigned bytes) {
             fail("%s of shared memory never written in this block at %s", a.what, site_text(a.site).c_str());
         touch(a, cells[i], a.shadow.epoch, "shared");
     }
+    if (a.write && !a.async() && hopper()) a.shadow.unfenced[a.fiber.thread.flat].push_back({cells, bytes});
 }
 
 void check_device(const Access& a, const unsigned char* p, unsigned bytes) {
@@ -109,10 +111,13 @@ void forget_lookups() { last_allocation = nullptr; }
 void check_access(Fiber& fiber, const void* ptr, unsigned bytes, bool write, Site site, const char* what,
                   bool atomic) {
     Block& block = *fiber.thread.block;
-    Access a{fiber, block, shadow_of(block), site_id(site), what, write, atomic};
+    check_access(Access{fiber, block, shadow_of(block), site_id(site), what, write, atomic}, ptr, bytes);
+}
+
+void check_access(const Access& a, const void* ptr, unsigned bytes) {
     auto* p = static_cast<const unsigned char*>(ptr);
     runner->report.accesses++;
-    if (uintptr_t(p) < 4096) fail("%s through a null pointer at %s", what, site_text(a.site).c_str());
+    if (uintptr_t(p) < 4096) fail("%s through a null pointer at %s", a.what, site_text(a.site).c_str());
     if (in_device_memory(p))
         check_device(a, p, bytes);
     else if (Cell* cells = shared_cells(a, p, bytes))
@@ -140,6 +145,7 @@ void check_copy_land(Fiber& fiber, const Copy& copy) {
         cells[i].in_flight = false;
         touch(a, cells[i], a.shadow.epoch, "shared");
     }
+    if (hopper()) a.shadow.unfenced[fiber.thread.flat].push_back({cells, copy.bytes});
 }
 
 } // namespace simt

@@ -17,7 +17,12 @@ enum cudaMemcpyKind {
     cudaMemcpyDeviceToHost,
     cudaMemcpyDeviceToDevice
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t e) {
@@ -26,9 +31,15 @@ inline const char* cudaGetErrorString(cudaError_t e) {
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 
-// Few multiprocessors, so that persistent and split kernels loop and merge on small shapes too.
+// Few multiprocessors, so that persistent and split kernels loop and merge on small shapes too. The compute
+// capability is the session's, 8.0 or 9.0.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 227 * 1024;
+    switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = 3; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = simt::hopper() ? 9 : 8; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    default: *value = 227 * 1024;
+    }
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {

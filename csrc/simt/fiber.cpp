@@ -66,8 +66,9 @@ static void thread_main() {
     block.live--;
     if (block.live) {
         open_barrier_if_full(block, 0); // those who exit no longer count
-    } else if (checker) {
-        checker->block_end(block);
+    } else {
+        if (block.copies_in_flight) fail("a block ends with a bulk copy in flight");
+        if (checker) checker->block_end(block);
     }
     switch_to(block.live ? pick() : nullptr); // the scheduler retires finished blocks
     abort();
@@ -81,6 +82,7 @@ Fiber* make_fiber() {
         fiber->copies.clear();
         fiber->copy_group = fiber->pieces_taken = 0;
         fiber->fenced = false;
+        fiber->waits_on = nullptr;
     } else {
         fiber = new Fiber;
         size_t bytes = runner->config.stack_bytes;
@@ -158,10 +160,11 @@ Fiber* pick() {
     auto& ready = runner->ready;
     size_t& head = runner->head;
     if (runner->failed) return nullptr;
-    if (head == ready.size()) {
+    if (!runner->bulk.empty() && runner->config.seed && runner->random() % 8 == 0) land_a_copy();
+    while (head == ready.size()) {
         ready.clear();
         head = 0;
-        return nullptr;
+        if (!land_a_copy()) return nullptr;
     }
     std::swap(ready[head], ready[choose()]);
     Fiber* fiber = ready[head++];

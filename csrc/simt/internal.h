@@ -19,6 +19,29 @@ struct Copy {
     int line;
 };
 
+// An mbarrier of a block. Phase n is under way once n phases have completed.
+struct Mbarrier {
+    unsigned char* at;
+    unsigned arrivals, missing;     // of every phase; of the phase under way
+    int64_t bytes = 0, claimed = 0; // expected and not landed; of these, by copies on their way
+    uint32_t phase = 0;
+    unsigned slot; // among the mbarriers of its block
+    bool fenced = false;
+    Fiber* maker;
+    std::vector<Fiber*> waiting;
+};
+
+// A bulk copy on its way: the bytes are read and land together, at a moment of the schedule's choosing.
+struct BulkCopy {
+    unsigned char* dst;
+    const unsigned char* src;
+    unsigned bytes;
+    Mbarrier* bar;
+    Block* block;
+    const char* file;
+    int line;
+};
+
 struct Fiber {
     Thread thread;
     void* stack_pointer = nullptr;
@@ -32,6 +55,7 @@ struct Fiber {
     unsigned copy_group = 0;
     unsigned pieces_taken = 0;
     bool fenced = false; // a device-wide fence since its last block barrier
+    const Mbarrier* waits_on = nullptr;
 };
 
 // Lanes gathering for one collective.
@@ -71,6 +95,8 @@ struct Block : BlockView {
     size_t dynamic_taken = 0;
     std::vector<Piece> pieces;
     std::unordered_map<const void*, std::vector<unsigned char>> statics;
+    std::vector<std::unique_ptr<Mbarrier>> mbarriers;
+    unsigned copies_in_flight = 0;
 };
 
 constexpr size_t STATIC_PAD = 32; // before and after a static shared array
@@ -90,6 +116,7 @@ struct Runner {
     std::vector<Block*> blocks;
     std::vector<Fiber*> pool;
     Barrier grid_barrier;
+    std::vector<BulkCopy> bulk;
     unsigned live = 0;
     uint64_t random_state = 0, priority_salt = 0;
     bool failed = false;
@@ -113,6 +140,10 @@ void block_on(const char* what, const char* file, int line); // returns once wok
 void drop_fibers();
 // barrier.cpp
 void open_barrier_if_full(Block& block, unsigned id);
+// mbarrier.cpp
+bool land_a_copy(); // false: none is on its way
+// memory.cpp
+bool in_shared_memory(Block& block, const unsigned char* p, unsigned bytes);
 
 // Where an access comes from: the kernel's code address, or the source line of a primitive.
 struct Site {
@@ -135,6 +166,13 @@ struct Checker {
     void (*atomic)(Fiber&, void* p, unsigned bytes, Site);
     void (*fence)(Fiber&, bool beyond_block);
     void (*acquire)(Fiber&, const void* p, unsigned bytes, Site);
+    void (*mbar_init)(Fiber&, Mbarrier&, Site);
+    void (*mbar_arrive)(Fiber&, Mbarrier&, Site);
+    void (*mbar_complete)(Block&, Mbarrier&); // its phase has just been raised
+    void (*mbar_wait)(Fiber&, Mbarrier&, Site);
+    void (*bulk_begin)(Fiber&, const BulkCopy&);
+    void (*bulk_land)(const BulkCopy&);
+    void (*fence_async)(Fiber&);
 };
 extern const Checker* checker;
 
@@ -147,6 +185,8 @@ struct Cell {
     uint32_t write_block = NOBODY, write_generation = 0, write_clock = 0, write_site = 0;
     uint32_t read_block = NOBODY, read_generation = 0, read_clock = 0, read_site = 0;
     uint32_t readers = 0; // 1 + index of the readers' clocks, once a second thread read in this generation
+    uint32_t fence_generation = 0,
+             fence_clock = 0; // of the writer's proxy fence after the write; 0: none yet
     uint16_t write_thread = 0, read_thread = 0;
     bool written = false, in_flight = false, atomic = false;
 };

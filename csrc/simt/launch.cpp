@@ -83,8 +83,11 @@ static void report_deadlock() {
     for (Block* block : runner->blocks) {
         for (Fiber* fiber : block->fibers) {
             if (fiber->state != State::blocked) continue;
-            char place[200], text[300];
-            snprintf(place, sizeof place, " %s at %s:%d", fiber->waits_in, fiber->file, fiber->line);
+            char place[240], text[300];
+            int n = snprintf(place, sizeof place, " %s at %s:%d", fiber->waits_in, fiber->file, fiber->line);
+            if (const Mbarrier* bar = fiber->waits_on)
+                snprintf(place + n, sizeof place - size_t(n), ", %u arrivals and %lld bytes missing",
+                         bar->missing, (long long)bar->bytes);
             if (seen[place]++ || seen.size() > MOST_PLACES) continue;
             snprintf(text, sizeof text, "%s (first: block %u warp %u lane %u);", place, block->number,
                      fiber->thread.warp_index, fiber->thread.lane);

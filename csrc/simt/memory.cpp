@@ -111,7 +111,7 @@ void* shared_take(size_t bytes, size_t align) {
     return at;
 }
 
-static bool in_shared_memory(Block& block, const unsigned char* p, unsigned bytes) {
+bool in_shared_memory(Block& block, const unsigned char* p, unsigned bytes) {
     auto inside = [&](std::vector<unsigned char>& store) {
         return p >= store.data() && p + bytes <= store.data() + store.size();
     };

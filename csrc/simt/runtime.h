@@ -2,8 +2,9 @@
 //
 // Every CUDA thread is a fibre of the calling OS thread; a launch runs to completion before it returns, so
 // streams are in order and copies are immediate. All state is thread-local: parallel tests do not meet.
-// Models: blocks, warps, barriers, warp collectives, cp.async, shared memory, device memory.
-// Cannot show: performance, occupancy, per-architecture limits, clusters, TMA, wgmma, approximate last bits.
+// Models: blocks, warps, barriers, warp collectives, cp.async, mbarriers and bulk copies, shared memory, device
+// memory.
+// Cannot show: performance, occupancy, per-architecture limits, clusters, tensor maps, approximate last bits.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -53,7 +54,7 @@ struct Launch {
 struct Report {
     bool ok = true;
     std::string message; // the first failure
-    uint64_t switches = 0, collectives = 0, barriers = 0, cp_async = 0, mma = 0, accesses = 0;
+    uint64_t switches = 0, collectives = 0, barriers = 0, cp_async = 0, copy_bulk = 0, mma = 0, accesses = 0;
     uint64_t ldmatrix_conflicts = 0; // extra shared memory wavefronts of all ldmatrix
 };
 
@@ -108,6 +109,17 @@ void grid_barrier(const char* file, int line);
 void cp_async(void* dst, const void* src, unsigned bytes, unsigned src_bytes, const char* file, int line);
 void cp_async_commit();
 void cp_async_wait(unsigned keep);
+
+// sm_90: mbarriers in shared memory, bulk copies that complete on them, the fence between the proxies. An error
+// in a session whose device is older.
+bool hopper();
+void set_hopper(bool on);
+void mbar_init(void* bar, unsigned arrivals, const char* file, int line);
+void mbar_fence();
+void mbar_arrive(void* bar, unsigned expected_bytes, const char* file, int line);
+void mbar_wait(void* bar, unsigned parity, const char* file, int line);
+void copy_bulk(void* dst, const void* src, unsigned bytes, void* bar, const char* file, int line);
+void fence_async();
 
 void* shared_static(const void* key, size_t bytes);
 void shared_rewind();
