@@ -51,6 +51,7 @@ fn kernels(toolkit: &Toolkit) {
     let job = |source: &PathBuf| {
         let mut nvcc = Command::new(&toolkit.nvcc);
         nvcc.args(["-c", "-std=c++17", "-O3", "-lineinfo", "-Icsrc", "-Xptxas=-v,-warn-spills"])
+            .arg("--compress-mode=size") // a third of the bytes; drivers since R550 read it
             .arg("-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-Wall,-Wextra")
             .args(archs.split(';').map(gencode))
             .arg(source);

@@ -111,7 +111,13 @@ pub enum Exec {
 }
 
 /// Everyone present: the CPU executor in its two builds, the checked one under `seeds` schedules, and a GPU.
+/// From a bundle (`KVW_BUNDLE`) the GPU alone.
 pub fn executors(seeds: u64) -> Vec<Exec> {
+    #[cfg(kvw_cuda)]
+    if std::env::var_os("KVW_BUNDLE").is_some() {
+        gpu::expect();
+        return vec![Exec::Cuda];
+    }
     let mut all = vec![Exec::SimtPlain];
     all.extend((0..seeds).map(Exec::SimtChecked));
     #[cfg(kvw_cuda)]
@@ -252,7 +258,11 @@ mod gpu {
         let stream = expect().stream().map_err(|e| e.to_string())?;
         // SAFETY: params point into live buffers of this device.
         match unsafe { function(params, stream) } {
-            0 => expect().synchronize().map_err(|e| e.to_string()),
+            0 => {
+                // A bundle counts the tests that say so.
+                println!("on the GPU: {}", std::thread::current().name().unwrap_or("unnamed"));
+                expect().synchronize().map_err(|e| e.to_string())
+            }
             status => Err(format!("status {status}")),
         }
     }

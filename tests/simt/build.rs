@@ -85,8 +85,18 @@ fn read_sources(dir: &Path, out: &mut Vec<Source>) -> io::Result<()> {
     Ok(())
 }
 
-/// `target/simt/<hash>/<kind>.so`, built if it is not there; `kind` is plain or checked.
+/// `target/simt/<hash>/<kind>.so`, built if it is not there; `kind` is plain or checked. With `KVW_BUNDLE`, a
+/// folder, the library lies there, or is copied there once built: its tests need no compiler.
 pub fn library(kind: &str) -> Result<PathBuf, String> {
+    let Some(bundle) = env::var_os("KVW_BUNDLE") else { return built(kind) };
+    let so = Path::new(&bundle).join(kind).with_extension("so");
+    if !so.exists() {
+        fs::copy(built(kind)?, &so).map_err(|e| format!("{}: {e}", so.display()))?;
+    }
+    Ok(so)
+}
+
+fn built(kind: &str) -> Result<PathBuf, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("csrc");
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("simt");
     let mut sources = Vec::new();
