@@ -15,7 +15,7 @@
 // APPEND: a slab leaves the window with token len - 1 if (len - window) is a positive multiple of 64. In
 // a ring of kvw_ring_slabs(window) that token may fall on the slab's first one, so the slab is packed
 // before the token is written; only with window 0 the slab holds the token itself and comes after it. The
-// entry's format decides: q4 and q2 are quantised, f16 is copied, a hole drops the tokens.
+// entry's format decides: q8, q4 and q2 are quantised, f16 is copied, a hole drops the tokens.
 //
 // kivi_exact: KIVI's schedule with residual length R = window. With N = len after this token: if N % R ==
 // 0, K of the last R tokens is quantised (groups aligned to token 0); if N > R, V of token N - 1 - R. So
@@ -48,12 +48,6 @@ struct KeyWords {
     int c[2];
     uint32_t word[2];
 };
-
-PRIM void swap(float& a, float& b) {
-    float c = a;
-    a = b;
-    b = c;
-}
 
 template <int D> PRIM KeyWords key_words(const Params& p, int64_t token, int head, int n) {
     bool half = p.pairing == KVW_ROPE_HALF;
@@ -183,31 +177,18 @@ template <int D, int GROUP> PRIM void pack_slab(const Head<D, GROUP>& head, int 
     unsigned char *from = ring_slab(head, i), *bytes = bytes_of(to);
     if (to == 0) return;
     if (format_of(to) == KVW_SLAB_F16) copy_slab<D, GROUP>(from, bytes);
+    if (format_of(to) == KVW_SLAB_Q8) Packer<Slab<KVW_SLAB_Q8, D, GROUP>, D>(from, bytes, meta).pack();
     if (format_of(to) == KVW_SLAB_Q4) Packer<Slab<KVW_SLAB_Q4, D, GROUP>, D>(from, bytes, meta).pack();
     if (format_of(to) == KVW_SLAB_Q2) Packer<Slab<KVW_SLAB_Q2, D, GROUP>, D>(from, bytes, meta).pack();
 }
 
-// KIVI: V of one token, by one warp. Lane (r, q) takes channels 8 j + r, j = q mod 4; the lane with q = 0
-// joins the codes of the four into their word, of which this token owns half of the bits at most.
+// KIVI: V of one token, by one warp. Lane (r, q) takes channels 8 j + r, j = q mod 4; of the lanes whose codes
+// share a word the first joins them into it. This token owns one half of the word at most.
 template <class L, int D> PRIM void pack_value(unsigned char* from, unsigned char* to, int token) {
     constexpr int PAIRS = D / 8, GROUP_PAIRS = L::V_GROUP / 8, MAX_CODE = (1 << L::BITS) - 1;
+    constexpr int SHARE = L::SLOTS < 4 ? L::SLOTS : 4; // lanes
     int lane = int(threadIdx.x) % 32, r = lane / 4, q = lane % 4;
     int tile = token / 16, t = token % 8 / 2, side = token % 16 / 8, e = token % 2;
-    uint32_t codes = 0;
-    int word = tile * PAIRS / L::SLOTS;
-    auto flush = [&](int next, int f_end) {
-        // Bits of this token's pairs, slots f % SLOTS with word * SLOTS <= f < f_end, in half e.
-        codes |= __shfl_xor_sync(~0u, codes, 1);
-        codes |= __shfl_xor_sync(~0u, codes, 2);
-        int low = max(tile * PAIRS, word * L::SLOTS) % L::SLOTS, high = f_end - word * L::SLOTS;
-        uint32_t mask = ((1u << (L::BITS * (high - low))) - 1) << (L::BITS * low + 16 * e);
-        if (KVW_FAULT(207)) mask |= mask << 16 | mask >> 16;
-        unsigned char* at = to + L::V_CODES + (word / 2 * 32 + r * 4 + t) * 16 + (2 * (word % 2) + side) * 4;
-        uint32_t* own = reinterpret_cast<uint32_t*>(at);
-        if (q == 0) *own = (*own & ~mask) | codes;
-        codes = 0;
-        word = next;
-    };
 #pragma unroll 1
     for (int first = 0; first < PAIRS; first += GROUP_PAIRS) {
         int end = min(first + GROUP_PAIRS, PAIRS);
@@ -227,15 +208,19 @@ template <class L, int D> PRIM void pack_value(unsigned char* from, unsigned cha
         __half* meta = reinterpret_cast<__half*>(to + L::V_META) + 2 * pair + e;
         if (lane == 0) meta[0] = scale, meta[L::V_MINIMA / 2] = min;
         for (int j0 = first; j0 < end; j0 += 4) {
-            int f = tile * PAIRS + j0;
-            if (f / L::SLOTS != word) flush(f / L::SLOTS, (word + 1) * L::SLOTS);
             __half& x = v_element<D>(from, token, 8 * (j0 + q) + r);
             uint32_t code = code_of(__half2float(x), low, __half2float(scale), MAX_CODE);
-            codes |= code << (L::BITS * ((f + q) % L::SLOTS) + 16 * e);
             x = half_saturated(fmaf(float(code), __half2float(scale), __half2float(min)));
+            int f = tile * PAIRS + j0 + q, word = f / L::SLOTS, shift = L::BITS * (f % L::SLOTS) + 16 * e;
+            uint32_t codes = code << shift, mask = ((1u << (L::BITS * SHARE)) - 1) << shift;
+            for (int lanes = 1; lanes < SHARE; lanes *= 2) codes |= __shfl_xor_sync(~0u, codes, lanes);
+            if (KVW_FAULT(207)) mask |= mask << 16 | mask >> 16;
+            unsigned char* at =
+                to + L::V_CODES + (word / 2 * 32 + r * 4 + t) * 16 + (2 * (word % 2) + side) * 4;
+            uint32_t* own = reinterpret_cast<uint32_t*>(at);
+            if (q % SHARE == 0) *own = (*own & ~mask) | codes;
         }
     }
-    flush(0, (tile + 1) * PAIRS);
 }
 
 // KIVI: K of `keys` and V of `values`, tokens of slab i, in the table's format. The tokens of one lane's
@@ -261,6 +246,8 @@ PRIM void advance_slab(const Head<D, GROUP>& head, int i, Span keys, Span values
     bool complete = values.from < values.until && values.until == TOKENS;
     if (to == 0) return;
     if (format_of(to) == KVW_SLAB_F16 && complete) copy_slab<D, GROUP>(from, bytes);
+    if (format_of(to) == KVW_SLAB_Q8)
+        advance<Slab<KVW_SLAB_Q8, D, GROUP>, D>(from, bytes, keys, values, meta);
     if (format_of(to) == KVW_SLAB_Q4)
         advance<Slab<KVW_SLAB_Q4, D, GROUP>, D>(from, bytes, keys, values, meta);
     if (format_of(to) == KVW_SLAB_Q2)
@@ -367,8 +354,7 @@ size_t kvw_kv_pack_bytes(const kvw_kv_pack_params* p) {
     if (kvw_kv_pack_check(p) != KVW_OK) return 0;
     const kvw_cache& c = p->cache;
     if (p->op != KVW_PACK_FLUSH) return size_t(p->tokens) * c.kv_heads * c.head_dim * 8;
-    int format = c.pools[KVW_SLAB_Q2] ? KVW_SLAB_Q2 : c.pools[KVW_SLAB_Q4] ? KVW_SLAB_Q4 : KVW_SLAB_F16;
-    size_t slab = slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) + slab_bytes(format, c.head_dim, c.group);
+    size_t slab = slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) + slab_bytes(narrowest(c), c.head_dim, c.group);
     return size_t(c.seqs) * c.kv_heads * p->max_tokens * slab;
 }
 

@@ -4,7 +4,7 @@
 // Shapes    q, out [S, H * G, D] f16, query head h * G + g reads kv head h; lse [S, H * G] f32
 // Layout    slabs of common/slab.cuh, each in its own format; a page table row, then the ring
 // Bytes     every slab once, as stored, q and out                           -> kvw_paged_attn_bytes()
-// Launch    grid (splits, H, S), 4 warps (2 where steps are large), 8 columns a warp, 16 for G > 8;
+// Launch    grid (splits, H, S), 4 warps (2 or 1 where steps are large), 8 columns a warp, 16 for G > 8;
 //           D = 256, G > 8: two CTAs a kv head. Dynamic shared memory for two steps a warp: 64 KB at
 //           D = 128 for q2 and f16 (3 CTAs an SM on sm_90, 2 on sm_80, 1 on sm_89), 80 KB with q4
 // Workspace S * H * G * splits * (D + 4) * 4 bytes of partial rows (softmax.cuh); none with one split
@@ -108,6 +108,9 @@ __global__ void __launch_bounds__(WARPS * 32, NT == 1 && D <= 128 ? 3 : 2)
         } else if (is<FORMATS, KVW_SLAB_Q4>(format)) {
             constexpr int V = Slab<KVW_SLAB_Q4, D, GROUP>::V_CODES;
             attend<KVW_SLAB_Q4, 4>(a, data, data + V, step.first, low, head.len);
+        } else if (is<FORMATS, KVW_SLAB_Q8>(format)) {
+            constexpr int V = Slab<KVW_SLAB_Q8, D, GROUP>::V_CODES;
+            attend<KVW_SLAB_Q8, 4>(a, data, data + V, step.first, low, head.len);
         } else {
             attend<KVW_SLAB_F16, F16_TILES>(a, data, data + F16_TILES * 32 * D, step.first, low, head.len);
         }
@@ -143,8 +146,9 @@ template <int D> __global__ void __launch_bounds__(D) merge(const __grid_constan
 }
 
 template <int D, int GROUP, int NT> kvw_status launch(const kvw_paged_attn_params& p, kvw_stream stream) {
-    // Four warps where two steps of each fit 100 KB, which every architecture has, else two.
-    int bytes = step_bytes<F16_TILES>(p.cache), warps = 2 * WARPS * bytes <= 96 * 1024 ? WARPS : WARPS / 2;
+    // As many warps, up to four, as fit 96 KB with two steps each: every architecture has that much.
+    int bytes = step_bytes<F16_TILES>(p.cache), warps = WARPS;
+    while (warps > 1 && 2 * warps * bytes > 96 * 1024) warps /= 2;
     size_t shared = 2 * size_t(bytes) * warps + Queries<D, NT>::SHARED_BYTES;
     int blocks = (p.q_heads / p.cache.kv_heads + 8 * NT - 1) / (8 * NT);
     dim3 grid(p.splits, p.cache.kv_heads * blocks, p.cache.seqs);

@@ -143,9 +143,12 @@ __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_p
         } else if (format == KVW_SLAB_Q2) {
             constexpr int V = Slab<KVW_SLAB_Q2, D, GROUP>::V_CODES;
             attend_together<KVW_SLAB_Q2, 4>(a, columns, mine, data, data + V, step.first);
-        } else {
+        } else if (format == KVW_SLAB_Q4) {
             constexpr int V = Slab<KVW_SLAB_Q4, D, GROUP>::V_CODES;
             attend_together<KVW_SLAB_Q4, 4>(a, columns, mine, data, data + V, step.first);
+        } else {
+            constexpr int V = Slab<KVW_SLAB_Q8, D, GROUP>::V_CODES;
+            attend_together<KVW_SLAB_Q8, 4>(a, columns, mine, data, data + V, step.first);
         }
         if (!KVW_FAULT(121)) __syncthreads(); // before the buffer is filled again
         step = next;

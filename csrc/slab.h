@@ -15,6 +15,7 @@
 
 /* Slab formats: the top four bits of a page table entry. */
 #define KVW_SLAB_F16 0
+#define KVW_SLAB_Q8 1 /* q8, q4, q2: codes of 8, 4, 2 bits, f16 scale and minimum a group */
 #define KVW_SLAB_Q4 2
 #define KVW_SLAB_Q2 3
 #define KVW_SLAB_FORMATS 4
@@ -34,7 +35,7 @@ typedef struct kvw_cache {
     int32_t seqs;                  /* S >= 1 */
     int32_t kv_heads;              /* H >= 1 */
     int32_t head_dim;              /* D: 64, 96, 128 or 256 */
-    int32_t group;                 /* quantisation group of q4 and q2: 32, 64 or 128 */
+    int32_t group;                 /* quantisation group of q8, q4 and q2: 32, 64 or 128 */
     int32_t window;                /* tokens that stay f16 in the ring, >= 0; fewer than 64 more may */
     int32_t ring_slabs;            /* >= kvw_ring_slabs(window) */
     int32_t table_stride;          /* entries a row; unused with indptr */

@@ -15,6 +15,7 @@ pub const KVW_BF16: i32 = 2;
 pub const KVW_SLAB_TOKENS: i32 = 64;
 pub const KVW_SLAB_VERSION: i32 = 1;
 pub const KVW_SLAB_F16: i32 = 0;
+pub const KVW_SLAB_Q8: i32 = 1;
 pub const KVW_SLAB_Q4: i32 = 2;
 pub const KVW_SLAB_Q2: i32 = 3;
 pub const KVW_SLAB_FORMATS: i32 = 4;
@@ -66,7 +67,7 @@ pub struct kvw_cache {
     pub kv_heads: i32,
     #[doc = " D: 64, 96, 128 or 256"]
     pub head_dim: i32,
-    #[doc = " quantisation group of q4 and q2: 32, 64 or 128"]
+    #[doc = " quantisation group of q8, q4 and q2: 32, 64 or 128"]
     pub group: i32,
     #[doc = " tokens that stay f16 in the ring, >= 0; fewer than 64 more may"]
     pub window: i32,

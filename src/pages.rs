@@ -93,39 +93,31 @@ impl Pool {
 /// The host pools of a cache, one a format, with their layouts.
 #[derive(Clone)]
 pub struct Pools {
-    /// By position in [`Format::ALL`].
-    pools: [(Layout, Pool); 3],
+    /// By tag.
+    pools: [(Layout, Pool); Format::ALL.len()],
 }
 
 impl Pools {
     /// Empty pools for heads of `head_dim` channels, quantised in groups of `group`.
     pub fn new(head_dim: usize, group: usize) -> crate::Result<Self> {
         let pool = |f| Layout::new(f, head_dim, group).map(|l| (l, Pool::new(&l)));
-        let [a, b, c] = Format::ALL.map(pool);
-        Ok(Self { pools: [a?, b?, c?] })
-    }
-
-    fn slot(format: Format) -> usize {
-        match format {
-            Format::F16 => 0,
-            Format::Q4 => 1,
-            Format::Q2 => 2,
-        }
+        let [a, b, c, d] = Format::ALL.map(pool);
+        Ok(Self { pools: [a?, b?, c?, d?] })
     }
 
     /// Layout of slabs of `format`.
     pub fn layout(&self, format: Format) -> &Layout {
-        &self.pools[Self::slot(format)].0
+        &self.pools[format as usize].0
     }
 
     /// Pool of slabs of `format`.
     pub fn pool(&self, format: Format) -> &Pool {
-        &self.pools[Self::slot(format)].1
+        &self.pools[format as usize].1
     }
 
     /// Pool of slabs of `format`, to take from and give to.
     pub fn pool_mut(&mut self, format: Format) -> &mut Pool {
-        &mut self.pools[Self::slot(format)].1
+        &mut self.pools[format as usize].1
     }
 }
 

@@ -244,7 +244,7 @@ impl Cache {
 
 /// A cache in an executor's memory.
 pub struct Device {
-    pools: [Option<Mem<u8>>; 3], // as Format::ALL
+    pools: [Option<Mem<u8>>; Format::ALL.len()], // as Format::ALL
     ring: Mem<u8>,
     table: Mem<u32>,
     indptr: Option<Mem<i32>>,

@@ -209,7 +209,7 @@ fn decode_of_ragged_mixed_heads_with_holes_and_windows() {
         1 | 2 | 5 => Some(Format::Q2),
         3 => Some(Format::Q4),
         4 => None,
-        _ => Some(Format::Q2),
+        _ => Some(Format::Q8),
     };
     for d in [64, 96, 128] {
         for data in [Data::Outlier, Data::Extreme] {
@@ -228,9 +228,9 @@ fn decode_of_ragged_mixed_heads_with_holes_and_windows() {
 
 #[test]
 fn decode_of_extreme_keys_and_values() {
-    let mut noise = Noise(15);
     for d in D {
         for format in Format::ALL {
+            let mut noise = Noise(15 + d as u64);
             let mut cache = Cache::new(d, 32);
             cache.push(300, 1, Data::Extreme, &mut noise, |_| Some(format));
             check_decode(&format!("d {d} {format:?}"), &cache, 3, Mask::default(), &mut noise);

@@ -50,8 +50,10 @@ fn check(what: &str, cache: &Cache, n: usize, group: usize, mask: Mask, noise: &
 fn prefill_of_each_shape_and_format() {
     let mut noise = Noise(21);
     for d in D {
-        for (format, quant) in Format::ALL.into_iter().zip([32, 64, 32]).chain([
+        for (format, quant) in Format::ALL.into_iter().zip([32, 64, 64, 32]).chain([
             (Format::Q2, 64),
+            (Format::Q8, 32),
+            (Format::Q8, 128),
             (Format::Q2, 128),
             (Format::Q4, 32),
             (Format::Q4, 128),
@@ -84,7 +86,8 @@ fn prefill_of_ragged_mixed_heads_with_holes_and_windows() {
     let mut noise = Noise(23);
     let mixed = |i: usize| match i % 5 {
         0 => Some(Format::F16),
-        1 | 3 => Some(Format::Q2),
+        1 => Some(Format::Q8),
+        3 => Some(Format::Q2),
         2 => None,
         _ => Some(Format::Q4),
     };

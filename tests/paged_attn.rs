@@ -7,7 +7,7 @@ use half::f16;
 use kvwarp::ffi::{self, kvw_paged_attn_params as Params};
 use kvwarp::paged_attn::{Mask, oracle};
 use kvwarp::pages::{HeadView, Pools};
-use kvwarp::slab::Format::{F16, Q2, Q4};
+use kvwarp::slab::Format::{F16, Q2, Q4, Q8};
 use kvwarp::slab::encode;
 
 /// How the op is called on a cache.
@@ -86,16 +86,16 @@ fn matches(run: &Run, spec: &Spec, call: Call) -> Result<(), String> {
     compare(&cache, call, &run_op(run, &cache, call)?, 1e-3)
 }
 
-/// Three formats and a hole in turn; each warp wraps its two buffers; the last slab has a tail.
+/// Every format and a hole in turn; each warp wraps its two buffers; the last slab has a tail.
 fn mixed() -> Spec {
-    let formats = vec![Some(Q2), Some(F16), None, Some(Q4), Some(Q2), Some(Q2), Some(Q4)];
+    let formats = vec![Some(Q2), Some(F16), None, Some(Q4), Some(Q2), Some(Q8), Some(Q4)];
     Spec { formats, lens: vec![64 * 13 + 21], ..Spec::default() }
 }
 
 /// Sequences of every awkward length, heads of different lengths.
 fn ragged() -> Spec {
     let lens = vec![0, 1, 31, 33, 63, 64, 65, 127, 129, 400];
-    let formats = vec![Some(Q2), Some(Q4), None, Some(F16)];
+    let formats = vec![Some(Q2), Some(Q4), None, Some(F16), Some(Q8)];
     Spec { lens, heads: 3, per_head: true, formats, ..mixed() }
 }
 
@@ -167,7 +167,6 @@ fn c_checks_need_no_gpu() {
             ("lse unaligned", |p| p.lse = 4 as _, ffi::KVW_ERR_ALIGN),
             ("pool unaligned", |p| p.cache.pools[3] = 8 as _, ffi::KVW_ERR_ALIGN),
             ("ring unaligned", |p| p.cache.ring = 8 as _, ffi::KVW_ERR_ALIGN),
-            ("unknown pool", |p| p.cache.pools[1] = 16 as _, ffi::KVW_ERR_FORMAT),
             ("group", |p| p.cache.group = 16, ffi::KVW_ERR_FORMAT),
             ("head_dim", |p| p.cache.head_dim = 80, ffi::KVW_ERR_SHAPE),
             ("heads", |p| p.cache.kv_heads = 0, ffi::KVW_ERR_SHAPE),
@@ -237,7 +236,7 @@ fn every_shape_matches_oracle() {
         };
         for head_dim in [64, 96, 128, 256] {
             for group in [32, 64, 128] {
-                let formats = vec![Some(Q2), Some(Q4), Some(F16)];
+                let formats = vec![Some(Q2), Some(Q4), Some(F16), Some(Q8)];
                 let spec = Spec { head_dim, group, formats, lens: vec![700, 129], ..mixed() };
                 check(spec.clone(), CALL);
                 check(spec, Call { g: 11, ..CALL });
@@ -295,6 +294,8 @@ fn faults_are_caught() {
     assert_caught(109, "V past the length is used as it lies there", plain);
     assert_caught(110, "the sliding window is a token short", sliding);
     assert_caught(111, "codes of different formats are added as if they read alike", plain);
+    assert_caught(115, "8-bit V is weighed as if its fold did not count", plain);
+    assert_caught(116, "8-bit codes meet the query words in the order of the minima", plain);
     assert_caught(113, "warps merge before all have written", plain);
     assert_caught(114, "V of tokens 8 to 15 is scaled like V of tokens 0 to 7", plain);
 }

@@ -7,7 +7,7 @@ use half::f16;
 use kvwarp::ffi::{self, kvw_prefill_attn_params as Params};
 use kvwarp::pages::{HeadView, Pools};
 use kvwarp::prefill_attn::{Mask, oracle};
-use kvwarp::slab::Format::{F16, Q2, Q4};
+use kvwarp::slab::Format::{F16, Q2, Q4, Q8};
 use kvwarp::slab::encode;
 
 /// How the op is called on a cache; `rows[s]` query rows, `lse_rows` of them with a log-sum-exp.
@@ -70,7 +70,7 @@ fn matches(run: &Run, spec: &Spec, call: &Call) -> Result<(), String> {
 
 /// History in every format and a hole, then a chunk of 150 rows that ends in a tail.
 fn chunk() -> (Spec, Call) {
-    let formats = vec![Some(Q2), None, Some(F16), Some(Q4), Some(Q2)];
+    let formats = vec![Some(Q2), None, Some(F16), Some(Q4), Some(Q2), Some(Q8)];
     let (lens, outlier) = (vec![64 * 5 + 150], 4.0);
     let spec = Spec { formats, lens, packed: Some(5), heads: 1, outlier, ..Spec::default() };
     (spec, Call { g: 3, rows: vec![150], lse_rows: 8, sliding_window: 0 })

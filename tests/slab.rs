@@ -22,6 +22,8 @@ fn sizes_are_those_of_the_format_table() {
     assert_eq!(bytes(Format::Q2, 128, 64), 5120);
     assert_eq!(bytes(Format::Q2, 64, 32), 3072);
     assert_eq!(bytes(Format::Q4, 128, 32), 10240);
+    assert_eq!(bytes(Format::Q8, 128, 32), 18432);
+    assert_eq!(bytes(Format::Q8, 256, 128), 32768 + 1024 + 512);
     assert_eq!(bytes(Format::F16, 128, 32), 32768);
     assert_eq!(Layout::new(Format::Q2, 128, 32).unwrap().effective_bits(), 3.0);
     assert_eq!(Layout::new(Format::Q2, 128, 64).unwrap().effective_bits(), 2.5);
@@ -72,6 +74,12 @@ fn quantiser_hand_worked() {
     let (scale, min) = quantise(&wide, 3, &mut codes);
     assert_eq!((scale.to_f32(), min), (43680.0, f16::MIN));
     assert_eq!(codes[..3], [3, 0, 1], "65504 / 43680 = 1.4996");
+
+    // 8 bits: 2 / 255 in f16 is 8224 * 2^-20; 1.25 / that is 159.38, 0.625 / that 79.69.
+    let group = [-1.0, 1.0, 0.25, -0.375, -1.0, -1.0, -1.0, 0.0].map(f16::from_f32);
+    let (scale, min) = quantise(&group, 255, &mut codes);
+    assert_eq!((scale.to_f32(), min.to_f32()), (8224.0 / 1048576.0, -1.0));
+    assert_eq!(codes, [0, 255, 159, 80, 0, 0, 0, 128]);
 }
 
 #[test]

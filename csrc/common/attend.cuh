@@ -7,7 +7,8 @@
 //   outputs    channels 16 i + r, + 8, columns 2 t, 2 t + 1       C fragments of V's mma
 // Codes enter the mma as subnormals (codec.cuh). Their powers of two and the scales are folded into the B
 // side: K's scale and power into the query words, V's scale into the probabilities; V's power stays in the
-// accumulator until the format changes. q . minima of a K group is D / 16 more mma whose result every row
+// accumulator until the format changes. At 8 bits scales are small, so that their products would lose bits as
+// f16 subnormals: both factors are made larger by a power of two first. q . minima of a K group is D / 16 more mma whose result every row
 // shares; V's minima and the sum of probabilities share one more mma a tile of tokens (rows 0 to 7: minima of
 // V groups; rows 8 to 15: ones).
 #pragma once
@@ -92,7 +93,7 @@ template <int D, int GROUP, int NT> struct Attend {
         float s[TILES][NT][4];
         scores<FORMAT>(kc, s);
         if (edge) mask(s, from, to);
-        softmax(s, FORMAT == KVW_SLAB_F16 ? 1.f : float(1 << 20));
+        softmax(s, score_unit<FORMAT>);
         values<FORMAT>(vc, s);
     }
 
@@ -116,8 +117,17 @@ template <int D, int GROUP, int NT> struct Attend {
 
 private:
     static constexpr int V_GROUP = Slab<KVW_SLAB_Q2, D, GROUP>::V_GROUP;
+    // What a product of a folded query and a code as it reads is a fraction of.
+    template <int FORMAT>
+    static constexpr float score_unit = FORMAT == KVW_SLAB_F16  ? 1.f
+                                        : FORMAT == KVW_SLAB_Q8 ? float(1 << 14)
+                                                                : float(1 << 20);
+    // log2 of what probabilities are multiplied by before V's scale.
+    template <int FORMAT> static constexpr int V_FOLD = FORMAT == KVW_SLAB_Q8 ? 6 : 0;
 
+    // log2 of the output that code 1 of pair j adds at scale 1 and probability 1.
     PRIM static int exponent(int f, int j) {
+        if (f == KVW_SLAB_Q8) return code_exponent<8>(j) + (KVW_FAULT(115) ? 0 : V_FOLD<KVW_SLAB_Q8>);
         return f == KVW_SLAB_F16 ? 0 : f == KVW_SLAB_Q4 ? code_exponent<4>(j) : code_exponent<2>(j);
     }
 
@@ -127,7 +137,7 @@ private:
         return unpack<Slab<FORMAT, D, GROUP>::BITS>(component(unit, f / SLOTS % 2 * 2 + side), f % SLOTS);
     }
 
-    // Raw scores of the step, 2^-20 of them where quantised.
+    // Raw scores of the step, 1 / score_unit of them.
     template <int FORMAT, int TILES>
     PRIM void scores(const unsigned char* kc, float (&s)[TILES][NT][4]) const {
         using S = Slab<FORMAT, D, GROUP>;
@@ -140,7 +150,7 @@ private:
             const uint4* scales =
                 reinterpret_cast<const uint4*>(kc + S::K_META + group * S::K_GROUP_BYTES) + t;
             float constant[NT][4] = {};
-            if constexpr (S::QUANTISED) minima(scales + S::K_MINIMA / 16, constant);
+            if constexpr (S::QUANTISED) minima(scales + S::K_MINIMA / 16, 1.f / score_unit<FORMAT>, constant);
 #pragma unroll
             for (int i = 0; i < PER_GROUP * NT * 4; i++) {
                 s[g * PER_GROUP + i / (NT * 4)][i / 4 % NT][i % 4] = constant[i / 4 % NT][i % 4];
@@ -183,10 +193,10 @@ private:
         }
     }
 
-    // q . minimum of a K group in every row, in the unit of the code products. A unit of minima is an A
+    // q . minimum of a K group in every row, times `unit`. A unit of minima is an A
     // fragment as it is: rows 0 to 7 hold words 4 i and 4 i + 2, rows 8 to 15 the odd ones, and each half
     // meets its own B.
-    PRIM void minima(const uint4* units, float (&out)[NT][4]) const {
+    PRIM void minima(const uint4* units, float unit, float (&out)[NT][4]) const {
         float even[NT][4] = {}, odd[NT][4] = {};
 #pragma unroll
         for (int i = 0; i < WORDS / 4; i++) {
@@ -201,7 +211,7 @@ private:
         }
 #pragma unroll
         for (int i = 0; i < NT * 4; i++) {
-            out[i / 4][i % 4] = (even[i / 4][i % 2] + odd[i / 4][2 + i % 2]) * (1.f / (1 << 20));
+            out[i / 4][i % 4] = (even[i / 4][i % 2] + odd[i / 4][2 + i % 2]) * unit;
         }
     }
 
@@ -275,6 +285,10 @@ private:
                     b[n][side] = scaled[n][side] = prim::movmatrix_trans(half2_bits(tokens));
                 }
                 prim::mma_16816<__half>(z[n], sums, b[n][0], b[n][1]);
+                if (V_FOLD<FORMAT> != 0) {
+                    constexpr uint32_t FACTOR = uint32_t(15 + V_FOLD<FORMAT>) << 10 | uint32_t(15 + V_FOLD<FORMAT>) << 26;
+                    b[n][0] = mul2(b[n][0], FACTOR), b[n][1] = mul2(b[n][1], FACTOR);
+                }
             }
             uint4 unit;
             uint2 scale[2];

@@ -38,6 +38,14 @@ inline kvw_status check_cache(const kvw_cache& c) {
     return KVW_OK;
 }
 
+// The narrowest format that has a pool.
+inline int narrowest(const kvw_cache& c) {
+    for (int f = KVW_SLAB_Q2; f > KVW_SLAB_F16; f--) {
+        if (c.pools[f]) return f;
+    }
+    return KVW_SLAB_F16;
+}
+
 // Slabs out of `slabs` that hold the newest sliding_window tokens (0 = all), wherever they begin.
 inline int slabs_seen(int slabs, int sliding_window) {
     return sliding_window > 0 ? int(std::min<int64_t>(slabs, (int64_t(sliding_window) + 126) / TOKENS))
@@ -49,9 +57,8 @@ inline int slabs_seen(int slabs, int sliding_window) {
 inline size_t slab_bytes_held(const kvw_cache& c, int slabs, int sliding_window) {
     slabs = slabs_seen(slabs, sliding_window);
     int f16 = std::min(slabs, ring_slabs(c.window));
-    int narrowest = c.pools[KVW_SLAB_Q2] ? KVW_SLAB_Q2 : c.pools[KVW_SLAB_Q4] ? KVW_SLAB_Q4 : KVW_SLAB_F16;
     return f16 * slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) +
-           (slabs - f16) * slab_bytes(narrowest, c.head_dim, c.group);
+           (slabs - f16) * slab_bytes(narrowest(c), c.head_dim, c.group);
 }
 
 } // namespace kvw

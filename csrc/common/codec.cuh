@@ -3,7 +3,7 @@
 // A code c masked in place in a half whose exponent bits are zero is the subnormal c * 2^(BITS * (slot %
 // LOW)) * 2^-24, exact: unpacking a pair is one AND, and the power of two is folded into another factor. A
 // word is shifted once, by 8, so the power depends on j % LOW only (D / 8 is a multiple of LOW): LOW = 4
-// slots at 2 bits, 2 at 4.
+// slots at 2 bits, 2 at 4, 1 at 8.
 #pragma once
 #include "prim.cuh"
 
@@ -26,6 +26,12 @@ template <int BITS> PRIM uint32_t unpack(uint32_t word, int slot) {
 // log2 of what code 1 of pair j reads as; 0 at 16 bits, where the value is itself.
 template <int BITS> __host__ __device__ constexpr int code_exponent(int j) {
     return BITS == 16 ? 0 : BITS * (j % LOW<BITS>)-24;
+}
+
+template <class T> PRIM void swap(T& a, T& b) {
+    T c = a;
+    a = b;
+    b = c;
 }
 
 constexpr uint32_t HALF2_ONES = 0x3C003C00u;

@@ -12,14 +12,14 @@ PRIM float power_of_two(int n) { return __int_as_float((n + 127) << 23); }
 
 // Query words of NT column tiles, each column scaled by 2^-(e + 4), e = ceil(log2 of its largest element):
 // then 16 |q| <= 1, and times any finite f16 scale it does not overflow. `folded` is q * 2^(4 - 2 (j % 4)),
-// the 2-bit fold; the 4-bit one is made from both. Words live in registers, or in shared memory where they
-// would not fit.
+// the 2-bit fold; the 4-bit one is made from both. At 8 bits, where a scale is 131008 / 255 at most, the fold
+// is q * 2^10. Words live in registers, or in shared memory where they would not fit.
 template <int D, int NT> struct Queries {
     static constexpr int WORDS = D / 8;
     static constexpr bool SHARED = NT * D > 128;
     static constexpr int SHARED_BYTES = SHARED ? NT * 2 * WORDS / 4 * UNIT_BYTES : 0;
 
-    static constexpr uint32_t HALF2_16 = 0x4C004C00u;
+    static constexpr uint32_t HALF2_16 = 0x4C004C00u, HALF2_1024 = 0x64006400u;
 
     // [column tile][plain, folded][j / 4]; a plain unit is in the order 0, 2, 1, 3 (`minima`).
     uint4 units[SHARED ? 1 : NT][2][SHARED ? 1 : WORDS / 4];
@@ -42,6 +42,11 @@ template <int D, int NT> struct Queries {
         if (FORMAT == KVW_SLAB_Q2) return unit(n, 1, i);
         uint4 plain = unit(n, 0, i);
         if (FORMAT == KVW_SLAB_F16) return make_uint4(plain.x, plain.z, plain.y, plain.w);
+        if (FORMAT == KVW_SLAB_Q8) {
+            if (KVW_FAULT(116)) swap(plain.y, plain.z); // the order of the minima
+            return make_uint4(mul2(plain.x, HALF2_1024), mul2(plain.z, HALF2_1024),
+                              mul2(plain.y, HALF2_1024), mul2(plain.w, HALF2_1024));
+        }
         return make_uint4(unit(n, 1, i).x, plain.z, mul2(plain.y, HALF2_16), plain.w);
     }
 

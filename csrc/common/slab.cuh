@@ -21,7 +21,7 @@ constexpr int TOKENS = KVW_SLAB_TOKENS;
 constexpr int UNIT_BYTES = 16 * 32; // a unit of all lanes
 
 __host__ __device__ constexpr int code_bits(int format) {
-    return format == KVW_SLAB_F16 ? 16 : format == KVW_SLAB_Q4 ? 4 : 2;
+    return format == KVW_SLAB_F16 ? 16 : format == KVW_SLAB_Q8 ? 8 : format == KVW_SLAB_Q4 ? 4 : 2;
 }
 
 // Layout of slabs of FORMAT; all offsets are bytes from the slab's start.
@@ -46,7 +46,7 @@ template <int FORMAT, int D, int GROUP> struct Slab {
 
 // The same size where the shape is known at run time only; 0 = not supported.
 __host__ __device__ constexpr size_t slab_bytes(int format, int d, int group) {
-    bool known = format == KVW_SLAB_F16 || format == KVW_SLAB_Q4 || format == KVW_SLAB_Q2;
+    bool known = format >= KVW_SLAB_F16 && format <= KVW_SLAB_Q2;
     if (!known || (d != 64 && d != 96 && d != 128 && d != 256)) return 0;
     if (group != 32 && group != 64 && group != 128) return 0;
     int k_groups = group < TOKENS ? TOKENS / group : 1, v_groups = (d + group - 1) / group;
@@ -96,6 +96,7 @@ template <int D, int GROUP> struct Head {
     PRIM SlabAddress entry(uint32_t e) const {
         uint32_t format = e >> KVW_ENTRY_SHIFT;
         if (format == KVW_SLAB_F16) return in_pool(KVW_SLAB_F16, F16_BYTES, e);
+        if (format == KVW_SLAB_Q8) return in_pool(KVW_SLAB_Q8, Slab<KVW_SLAB_Q8, D, GROUP>::BYTES, e);
         if (format == KVW_SLAB_Q4) return in_pool(KVW_SLAB_Q4, Slab<KVW_SLAB_Q4, D, GROUP>::BYTES, e);
         if (format == KVW_SLAB_Q2) return in_pool(KVW_SLAB_Q2, Slab<KVW_SLAB_Q2, D, GROUP>::BYTES, e);
         return 0; // a hole

@@ -9,12 +9,12 @@
 
 namespace kvw {
 
-constexpr int ALL_FORMATS = 1 << KVW_SLAB_F16 | 1 << KVW_SLAB_Q4 | 1 << KVW_SLAB_Q2;
+constexpr int ALL_FORMATS = 1 << KVW_SLAB_F16 | 1 << KVW_SLAB_Q8 | 1 << KVW_SLAB_Q4 | 1 << KVW_SLAB_Q2;
 
 // Bytes that a buffer must hold for the formats that a cache has pools of.
 template <int TILES> __host__ __device__ inline int step_bytes(const kvw_cache& c) {
     size_t most = TILES * 64 * c.head_dim;
-    for (int f = KVW_SLAB_Q4; f <= KVW_SLAB_Q2; f++) {
+    for (int f = KVW_SLAB_Q8; f <= KVW_SLAB_Q2; f++) {
         size_t bytes = c.pools[f] ? slab_bytes(f, c.head_dim, c.group) : 0;
         if (bytes > most) most = bytes;
     }
@@ -82,6 +82,8 @@ PRIM void fetch(Step step, unsigned char* to, int thread, int threads) {
         copy<Slab<KVW_SLAB_Q2, D, GROUP>::BYTES>(to, slab, thread, threads);
     } else if (is<FORMATS, KVW_SLAB_Q4>(format)) {
         copy<Slab<KVW_SLAB_Q4, D, GROUP>::BYTES>(to, slab, thread, threads);
+    } else if (is<FORMATS, KVW_SLAB_Q8>(format)) {
+        copy<Slab<KVW_SLAB_Q8, D, GROUP>::BYTES>(to, slab, thread, threads);
     } else {
         constexpr int PART = TILES * 32 * D;
         slab += step.first % TOKENS / 16 * (32 * D);

@@ -39,7 +39,8 @@ const KIVI_GROUP: usize = 32;
 /// Bound on `window` and `sinks`: both are f16 memory for every layer and head.
 const MAX_TOKENS: usize = 1 << 20;
 
-const STORES: [(&str, Format); 3] = [("f16", Format::F16), ("q4", Format::Q4), ("q2", Format::Q2)];
+const STORES: [(&str, Format); 4] =
+    [("f16", Format::F16), ("q8", Format::Q8), ("q4", Format::Q4), ("q2", Format::Q2)];
 
 /// One part of the grammar.
 struct Part {
@@ -107,7 +108,7 @@ impl CacheSpec {
     /// The grammar as help text, a line a part.
     pub fn help() -> String {
         let mut text = String::from(
-            "STORE is f16, q4 or q2 (codes of 16, 4 or 2 bits). Parts, for q4 and q2:\n",
+            "STORE is f16, q8, q4 or q2 (16, 8, 4 or 2 bits). Parts, for all but f16:\n",
         );
         for part in &PARTS {
             let value = if part.accepts.is_empty() { "" } else { "=N" };

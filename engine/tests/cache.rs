@@ -82,7 +82,8 @@ fn round_trip(group: &[f16], bits: u32) -> Vec<f32> {
 
 #[test]
 fn streamed_tokens_give_the_slabs_of_one_shot() {
-    for spec in ["f16", "q4", "q2", "q2,window=0", "q2,window=37,group=64", "q4,sinks=70,group=128"]
+    for spec in
+        ["f16", "q8", "q4", "q2", "q2,window=0", "q2,window=37,group=64", "q4,sinks=70,group=128"]
     {
         let whole = seen(&filled(spec, 517, 517, 517));
         for (split, piece) in [(0, 1), (1, 1), (63, 63), (64, 64), (200, 70), (517, 100), (517, 64)]
@@ -213,8 +214,8 @@ fn bytes_come_from_the_allocator() {
 #[test]
 fn spec_errors_name_the_part_and_what_is_allowed() {
     for (spec, parts) in [
-        ("q3", &["unknown store `q3`", "f16, q4, q2", "did you mean"][..]),
-        ("", &["unknown store ``", "f16, q4, q2"]),
+        ("q3", &["unknown store `q3`", "f16, q8, q4, q2", "did you mean"][..]),
+        ("", &["unknown store ``", "f16, q8, q4, q2"]),
         ("q2,windw=1", &["unknown part `windw`", "did you mean `window`"]),
         ("q2,window=-1", &["`window` is `-1`", "0 to 1048576 tokens"]),
         ("q2,window=", &["`window` is ``", "0 to 1048576 tokens"]),
@@ -232,7 +233,7 @@ fn spec_errors_name_the_part_and_what_is_allowed() {
 }
 
 fn specs() -> impl Strategy<Value = CacheSpec> {
-    let store = prop::sample::select(vec![Format::Q4, Format::Q2]);
+    let store = prop::sample::select(vec![Format::Q8, Format::Q4, Format::Q2]);
     let group = prop::sample::select(vec![32usize, 64, 128]);
     let parts = (store, 0usize..2000, 0usize..2000, group, any::<bool>());
     let spec = parts.prop_map(|(store, window, sinks, group, kivi_exact)| match kivi_exact {
@@ -254,7 +255,7 @@ proptest! {
 
     #[test]
     fn likely_texts_are_specs_or_errors(
-        text in "(f16|q4|q2)(,(window|sinks|group|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
+        text in "(f16|q8|q4|q2)(,(window|sinks|group|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
     ) {
         match text.parse::<CacheSpec>() {
             Ok(spec) => prop_assert_eq!(spec.to_string().parse(), Ok(spec)),

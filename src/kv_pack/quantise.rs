@@ -1,4 +1,4 @@
-//! f16 slabs to 4- or 2-bit ones, a line at a time, bit for bit what [`crate::slab::encode`] gives.
+//! f16 slabs to 8-, 4- or 2-bit ones, a line at a time, bit for bit what [`crate::slab::encode`] gives.
 //!
 //! Both sides keep lane `t` and row `r` of an element, so a line of f16 only turns into codes of the line of the
 //! same `r` (of the unit that holds its words): minima, codes and their places need no transposition.
@@ -20,7 +20,7 @@ impl Kernel for Pack<'_> {
         let Self { from, to, layout } = self;
         let d = layout.head_dim;
         let (k, v) = from.split_at(TOKENS * d * 2);
-        let mut words = Words { lines: [Row::default(); 128], layout };
+        let mut words = Words { lines: [Row::default(); 256], layout };
         to.fill(0);
         let tiles = layout.k_group / 16;
         for group in 0..4 / tiles {
@@ -67,7 +67,7 @@ fn put_halves(to: &mut [u8], halves: &[u16]) {
 
 /// A code section being filled.
 struct Words<'a> {
-    lines: [Row<i32>; 128],
+    lines: [Row<i32>; 256],
     layout: &'a Layout,
 }
 

@@ -78,10 +78,7 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn shr(self, x: I, n: usize) -> I {
-        cpu! {
-            let n = _mm_cvtsi32_si128(n as i32);
-            [_mm256_srl_epi32(x[0], n), _mm256_srl_epi32(x[1], n)]
-        }
+        self.shr_halves(x, n, n)
     }
     #[inline(always)]
     fn shl(self, x: I, n: usize) -> I {
@@ -118,6 +115,10 @@ impl Lanes for Avx2 {
             }};
         }
         [component!(0x00), component!(0x55), component!(0xAA), component!(0xFF)]
+    }
+    #[inline(always)]
+    fn spread_pairs(self, x: I) -> [I; 2] {
+        [both!(_mm256_shuffle_epi32::<0xA0>, x), both!(_mm256_shuffle_epi32::<0xF5>, x)]
     }
     #[inline(always)]
     fn double(self, x: I) -> [I; 2] {
@@ -190,8 +191,7 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn abs(self, x: F) -> F {
-        let sign = self.splat(-0.0);
-        both!(_mm256_andnot_ps, sign, x)
+        both!(_mm256_andnot_ps, self.splat(-0.0), x)
     }
     #[inline(always)]
     fn positive(self, s: F, x: F) -> F {

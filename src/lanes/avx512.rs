@@ -105,6 +105,10 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
+    fn spread_pairs(self, x: __m512i) -> [__m512i; 2] {
+        cpu! { [_mm512_shuffle_epi32::<0xA0>(x), _mm512_shuffle_epi32::<0xF5>(x)] }
+    }
+    #[inline(always)]
     fn double(self, x: __m512i) -> [__m512i; 2] {
         cpu! { [_mm512_shuffle_epi32::<0x44>(x), _mm512_shuffle_epi32::<0xEE>(x)] }
     }

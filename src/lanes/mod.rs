@@ -56,6 +56,8 @@ pub(crate) trait Lanes: Copy {
     fn narrow(self, a: Self::I, b: Self::I) -> Self::I;
     /// Element `i` of each four lanes: of `a` into the lower two, of `b` into the upper two.
     fn spread(self, a: Self::I, b: Self::I) -> [Self::I; 4];
+    /// Elements 0, 0, 2, 2 of each four lanes, and 1, 1, 3, 3.
+    fn spread_pairs(self, x: Self::I) -> [Self::I; 2];
     /// The lower two of each four lanes twice, and the upper two.
     fn double(self, x: Self::I) -> [Self::I; 2];
     /// `[t][w][side]` of lines `r`, summed over `t`: the tile rows of `w` = 0 and 1, `r = 2 t + e`.

@@ -121,6 +121,10 @@ impl Lanes for Portable {
         out
     }
     #[inline(always)]
+    fn spread_pairs(self, x: I) -> [I; 2] {
+        [0, 1].map(|component| lanes!(i => x[i / 2 * 2 + component]))
+    }
+    #[inline(always)]
     fn double(self, x: I) -> [I; 2] {
         let half = |first: usize| lanes!(i => x[i / 4 * 4 + first + i % 2]);
         [half(0), half(2)]

@@ -1,11 +1,11 @@
-//! Scores of a slab of 4- or 2-bit keys, in integers, straight from the words of the slab.
+//! Scores of a slab of 8-, 4- or 2-bit keys, in integers, straight from the words of the slab.
 //!
 //! `q . k` over a group of tokens is `sum (q s) c + sum q m` with the channel's scale `s` and minimum `m`. The
 //! products `q s` become signed halves of a common unit (the group's largest is 32767), in the order of the
 //! metadata, which is also the order of the codes: one 16-byte unit of scales holds the four pairs `i` of lane
 //! `t` that one *quad* (four consecutive slots of a word) wants. A masked line is then an operand of `dot`.
 //!
-//! Bounds: a lane adds at most 64 products of 15 * 32767, a token four lanes: below 2^27.
+//! Bounds: a lane adds at most 64 products of 255 * 32767, a token four lanes: below 2^31.
 //!
 //! Rounding `q s` moves a score by about `unit * levels * sqrt(D) / 14`. Its mean over the codes is put right
 //! through the zero point; where the rest could exceed 3e-4 (base 2), the remainders are folded once more
@@ -189,6 +189,8 @@ fn dots<L: Lanes, const N: usize>(
     // At D = 96 the two quads of a word may lie in different tiles: one at a time.
     if quads.per_word == 2 && quads.per_tile != 3 {
         unit_dots::<L, N, 8>(l, slab, folds, set, acc, sums);
+    } else if quads.slots == 2 {
+        unit_dots::<L, N, 2>(l, slab, folds, set, acc, sums);
     } else {
         unit_dots::<L, N, 4>(l, slab, folds, set, acc, sums);
     }
@@ -206,9 +208,14 @@ fn unit_dots<L: Lanes, const N: usize, const SLOTS: usize>(
     let (quads, bits) = (Quads::of(slab.layout), slab.layout.format.bits());
     let mask = l.int(((1 << bits) - 1) * 0x0001_0001);
     for (unit, lines) in slab.k.as_chunks::<8>().0.iter().enumerate() {
-        for first in (0..quads.per_word).step_by(SLOTS / 4) {
+        for first in (0..quads.per_word).step_by(SLOTS.div_ceil(4)) {
             let mut rows = [[l.int(0); SLOTS]; N];
             for g in 0..N {
+                if SLOTS == 2 {
+                    let (tile, quad) = quads.places(unit, 0)[0];
+                    let row = l.get_int(&folds[k_group(slab, tile)][g].rows[set][quad]);
+                    rows[g][..2].copy_from_slice(&l.spread_pairs(row));
+                }
                 for h in 0..SLOTS / 4 {
                     let [(ta, qa), (tb, qb)] = quads.places(unit, first + h);
                     let a = l.get_int(&folds[k_group(slab, ta)][g].rows[set][qa]);

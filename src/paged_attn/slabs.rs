@@ -3,6 +3,7 @@
 use crate::lanes::{Lanes, Line};
 use crate::pages::HeadView;
 use crate::slab::{Format, Layout, TOKENS};
+use std::ops::Range;
 
 /// Most slabs of one format that are worked on together, and slabs a task.
 pub(crate) const RUN: usize = 8;
@@ -99,25 +100,33 @@ fn clear_lines(bytes: &mut [u8], held: usize, head_dim: usize) {
     }
 }
 
-/// Four consecutive slots of a word are a *quad*: four pairs `j` of one tile.
+/// Four consecutive pairs `j` of one tile are a *quad*: four slots of a word, or at 8 bits, where a word has but
+/// two, the slots of both words of a unit.
 #[derive(Clone, Copy)]
 pub(crate) struct Quads {
     pub per_tile: usize,
+    /// That a word has a part in.
     pub per_word: usize,
+    /// Slots of a word that are one quad's.
+    pub slots: usize,
     places: &'static Places,
 }
 
 /// Tile, and quad within the tile, `[unit][quad of the word][parity of the word]`.
-type Places = [[[(u8, u8); 2]; 2]; 16];
+type Places = [[[(u8, u8); 2]; 2]; 32];
 
-/// By bits (2, 4) and D: a table, since the kernels ask for each unit and a division costs as much as eight lines.
-static PLACES: [[Places; 4]; 2] = {
-    let (mut all, dims) = ([[[[[(0, 0); 2]; 2]; 16]; 4]; 2], [64, 96, 128, 256]);
+/// By bits (2, 4, 8) and D: a table, since the kernels ask for each unit and a division costs as much as eight lines.
+static PLACES: [[Places; 4]; 3] = {
+    let (mut all, dims) = ([[[[[(0, 0); 2]; 2]; 32]; 4]; 3], [64, 96, 128, 256]);
     let mut i = 0;
-    while i < 2 * 4 * 16 * 2 * 2 {
-        let (bits, d, unit, h, w) = (i / 256, i / 64 % 4, i / 4 % 16, i / 2 % 2, i % 2);
-        let (per_word, per_tile) = (2 - bits, dims[d] / 32);
-        let quad = (2 * unit + w) * per_word + h;
+    while i < 3 * 4 * 32 * 2 * 2 {
+        let (bits, d, unit, h, w) = (i / 512, i / 128 % 4, i / 4 % 32, i / 2 % 2, i % 2);
+        let per_tile = dims[d] / 32;
+        let quad = match bits {
+            0 => (2 * unit + w) * 2 + h,
+            1 => 2 * unit + w,
+            _ => unit,
+        };
         all[bits][d][unit][h][w] = ((quad / per_tile) as u8, (quad % per_tile) as u8);
         i += 1;
     }
@@ -127,14 +136,19 @@ static PLACES: [[Places; 4]; 2] = {
 impl Quads {
     #[inline(always)]
     pub fn of(layout: &Layout) -> Self {
-        let per_word = 4 / layout.format.bits();
+        let bits = layout.format.bits();
         let dim = match layout.head_dim {
             64 => 0,
             96 => 1,
             128 => 2,
             _ => 3,
         };
-        Self { per_tile: layout.head_dim / 32, per_word, places: &PLACES[2 - per_word][dim] }
+        Self {
+            per_tile: layout.head_dim / 32,
+            per_word: (4 / bits).max(1),
+            slots: (16 / bits).min(4),
+            places: &PLACES[bits.ilog2() as usize - 1][dim],
+        }
     }
 
     /// Tile, and quad within the tile, of quad `h` of a unit's words, for either parity of the word.
@@ -144,11 +158,18 @@ impl Quads {
         [(ta.into(), qa.into()), (tb.into(), qb.into())]
     }
 
+    /// The pairs of its quad that a word of parity `w` holds.
+    #[inline(always)]
+    pub const fn pairs(self, w: usize) -> Range<usize> {
+        if self.slots == 2 { 2 * w..2 * w + 2 } else { 0..4 }
+    }
+
     /// Units after which the quads within the tiles repeat.
     pub const fn period(self) -> usize {
-        match (self.per_tile, self.per_word) {
+        match (self.per_tile, self.slots) {
+            (tile, 2) => tile,
             (3, _) => 3,
-            (tile, word) => tile.div_ceil(2 * word),
+            (tile, _) => tile.div_ceil(2 * self.per_word),
         }
     }
 }

@@ -1,11 +1,11 @@
-//! Weighted sums of 4- or 2-bit values over a run of slabs, in integers, straight from the words of the slabs.
+//! Weighted sums of 8-, 4- or 2-bit values over a run of slabs, in integers, straight from the words of the slabs.
 //!
 //! `sum p v` over tokens is `sum (p s) c + sum p m` with the token's scale `s` and minimum `m` in the channel's
 //! group. The products `p s` become signed halves of a unit common to the run, the head and the group, so that
 //! the sums stay in registers over the whole run.
 //!
-//! Bounds: a lane adds at most 2 products of 15 * 32767 a unit of a phase, 32 units a run; a channel eight
-//! lanes: below 2^28.
+//! Bounds: a lane adds at most 2 products of 15 or 255 * 32767 a unit of a phase, 32 units a run; a channel eight
+//! lanes: below 2^28 at 4 bits; at 8 bits half a run comes to just less than 2^31.
 //!
 //! Rounding a product is an error in a token's weight. The zero points take the same error (`m / s` is the code
 //! of the value 0, negated), so that it multiplies the value and not the code, which may be far larger: the sum
@@ -16,6 +16,7 @@
 use super::slabs::{Quads, RUN, Slab};
 use crate::lanes::{Lanes, Row};
 use crate::slab::Layout;
+use std::ops::Range;
 
 const NOTHING: f32 = 1e-30;
 
@@ -57,7 +58,14 @@ pub(super) fn add<L: Lanes, const N: usize>(
     let quads = Quads::of(layout);
     for phase in 0..quads.period() {
         for h in 0..quads.per_word {
-            sum_quad::<L, N>(l, run, phase, h, w, out);
+            if quads.slots == 4 {
+                sum_quad::<L, N, 4>(l, run, 0..run.len(), phase, h, w, out);
+                continue;
+            }
+            for first in (0..run.len()).step_by(RUN / 2) {
+                let slabs = first..run.len().min(first + RUN / 2);
+                sum_quad::<L, N, 2>(l, run, slabs, phase, h, w, out);
+            }
         }
     }
 }
@@ -173,11 +181,12 @@ fn v_group(layout: &Layout, quad: usize) -> usize {
     }
 }
 
-/// The channels of quad `h` of the words of units `phase`, `phase + period`, ...
+/// Adds the values of `slabs` in the channels of quad `h` of the words of units `phase`, `phase + period`, ...
 #[inline(always)]
-fn sum_quad<L: Lanes, const N: usize>(
+fn sum_quad<L: Lanes, const N: usize, const SLOTS: usize>(
     l: L,
     run: &[Slab<'_>],
+    slabs: Range<usize>,
     phase: usize,
     h: usize,
     w: &mut Weights,
@@ -188,12 +197,13 @@ fn sum_quad<L: Lanes, const N: usize>(
     let mask = l.int(((1 << bits) - 1) * 0x0001_0001);
     let Weights { pairs, sums, units: worth, .. } = w;
     for r in 0..8 {
-        let mut acc = [[l.int(0); 4]; N];
-        for (s, slab) in run.iter().enumerate() {
+        let mut acc = [[l.int(0); SLOTS]; N];
+        for s in slabs.clone() {
+            let slab = &run[s];
             for unit in (phase..units).step_by(quads.period()) {
                 let line = l.shr(l.line(&slab.v[unit * 8 + r]), 4 * bits * h);
                 let pairs = &pairs[((s * units + unit) * quads.per_word + h) * N..][..N];
-                for i in 0..4 {
+                for i in 0..SLOTS {
                     let codes = l.and(l.shr(line, bits * i), mask);
                     for g in 0..N {
                         acc[g][i] = l.dot(acc[g][i], codes, l.get_int(&pairs[g]));
@@ -202,23 +212,24 @@ fn sum_quad<L: Lanes, const N: usize>(
             }
         }
         for g in 0..N {
-            for i in 0..4 {
+            for i in 0..SLOTS {
                 l.put_int(&mut sums[g][i][r], acc[g][i]);
             }
         }
     }
     let [(_, a), (_, b)] = quads.places(phase, h);
     for g in 0..N {
-        for i in 0..4 {
+        for i in 0..SLOTS {
             let mut lines = [l.int(0); 8];
             for r in 0..8 {
                 lines[r] = l.get_int(&sums[g][i][r]);
             }
             let mut sum = [0.0; 16]; // [w][r]
             l.put(&mut sum, l.float(l.channels(lines)));
-            for (quad, sum) in [a, b].into_iter().zip(sum.as_chunks::<8>().0) {
-                let unit = worth[g][v_group(layout, quad)];
-                let channels = &mut out[g * layout.head_dim + 32 * quad + 8 * i..][..8];
+            for (w, (quad, sum)) in [a, b].into_iter().zip(sum.as_chunks::<8>().0).enumerate() {
+                let (unit, j) =
+                    (worth[g][v_group(layout, quad)], 4 * quad + quads.pairs(w).start + i);
+                let channels = &mut out[g * layout.head_dim + 8 * j..][..8];
                 channels.iter_mut().zip(sum).for_each(|(o, s)| *o += s * unit);
             }
         }

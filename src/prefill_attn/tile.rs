@@ -100,8 +100,8 @@ impl Tile {
                 for k in 0..8 {
                     let (t, (tile, quad)) = (k / 2, places[k % 2]);
                     let meta = tile * 16 / layout.k_group * 2 * d + quad * 32 + t * 8;
-                    for i in 0..4 {
-                        let word = l.shr(words[k], bits * (4 * h + i));
+                    for i in quads.pairs(k % 2) {
+                        let word = l.shr(words[k], bits * (4 * h + i) % 16);
                         let channel = 8 * (4 * quad + i) + 2 * t;
                         for (e, codes) in [word, l.shr(word, 16)].into_iter().enumerate() {
                             let [scale, min] = self.scale(l, meta + 2 * i + e, d);
@@ -130,8 +130,8 @@ impl Tile {
                     let sides = [l.join_low(words[k], words[k]), l.join_high(words[k], words[k])];
                     for (side, word) in sides.into_iter().enumerate() {
                         let token = 16 * tile + 2 * t + 8 * side;
-                        for i in [0, 2] {
-                            let at = bits * (4 * h + i);
+                        for i in quads.pairs(k % 2).step_by(2) {
+                            let at = bits * (4 * h + i) % 16;
                             let pair = l.shr_halves(word, at, at + bits);
                             let row = (4 * quad + i) / 2;
                             for (e, codes) in [pair, l.shr(pair, 16)].into_iter().enumerate() {

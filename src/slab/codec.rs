@@ -28,7 +28,7 @@ pub fn encode(layout: &Layout, k: &[f16], v: &[f16], out: &mut [u8]) {
     out.fill(0);
     match layout.format {
         Format::F16 => encode_f16(layout, k, v, out),
-        Format::Q4 | Format::Q2 => {
+        Format::Q8 | Format::Q4 | Format::Q2 => {
             encode_k(layout, k, out);
             encode_v(layout, v, out);
         }
@@ -126,7 +126,7 @@ fn get16(slab: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([slab[at], slab[at + 1]]).to_f32()
 }
 
-/// Codes of 2 and 4 bits never straddle a byte.
+/// Codes of 2, 4 and 8 bits never straddle a byte.
 fn put_code(out: &mut [u8], (byte, shift): (usize, usize), code: u8) {
     out[byte + shift / 8] |= code << (shift % 8);
 }

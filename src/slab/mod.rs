@@ -39,6 +39,8 @@ pub const VERSION: u32 = 1;
 pub enum Format {
     /// Half precision, no metadata.
     F16 = 0,
+    /// 8-bit codes, f16 scale and minimum a group.
+    Q8 = 1,
     /// 4-bit codes, f16 scale and minimum a group.
     Q4 = 2,
     /// 2-bit codes, f16 scale and minimum a group.
@@ -47,12 +49,13 @@ pub enum Format {
 
 impl Format {
     /// Every format, by tag.
-    pub const ALL: [Format; 3] = [Format::F16, Format::Q4, Format::Q2];
+    pub const ALL: [Format; 4] = [Format::F16, Format::Q8, Format::Q4, Format::Q2];
 
     /// Bits a code.
     pub const fn bits(self) -> usize {
         match self {
             Format::F16 => 16,
+            Format::Q8 => 8,
             Format::Q4 => 4,
             Format::Q2 => 2,
         }

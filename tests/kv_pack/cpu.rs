@@ -48,9 +48,13 @@ fn values_beyond_f16_saturate_and_nan_stays() {
 #[test]
 fn streamed_steps_pack_what_one_fill_packs() {
     let mut noise = Noise(6);
-    for (d, format, group) in
-        [(64, Format::Q2, 32), (96, Format::Q4, 64), (128, Format::Q2, 128), (256, Format::F16, 32)]
-    {
+    for (d, format, group) in [
+        (64, Format::Q2, 32),
+        (96, Format::Q4, 64),
+        (128, Format::Q2, 128),
+        (256, Format::Q8, 64),
+        (256, Format::F16, 32),
+    ] {
         let (from, to) = (f16_layout(d), Layout::new(format, d, group).unwrap());
         let n = 330;
         let (k, v) = (noise.values(n * d), noise.values(n * d));
@@ -143,6 +147,7 @@ fn kivi_streamed_equals_one_shot() {
         (128, Format::Q2, 64),
         (128, Format::Q4, 64),
         (96, Format::Q2, 96),
+        (64, Format::Q8, 96),
     ] {
         let to = Layout::new(format, d, 32).unwrap();
         let (k, v) = (noise.values(n * d), noise.values(n * d));
@@ -178,7 +183,7 @@ fn kivi_streamed_equals_one_shot() {
 #[test]
 fn extremes_survive_the_round_trip() {
     let (d, n) = (64, TOKENS * 64);
-    for format in [Format::Q2, Format::Q4] {
+    for format in [Format::Q2, Format::Q4, Format::Q8] {
         let to = Layout::new(format, d, 32).unwrap();
         let k: Vec<f32> = (0..n).map(|i| if i % 3 == 0 { 65504.0 } else { -65504.0 }).collect();
         let v = vec![-7.25; n];

@@ -78,12 +78,12 @@ impl Host {
         if filled { self.slabs } else { ring_slabs(self.window).max(1) }
     }
 
-    /// Slab i of row r has format (r + i) mod 3, hole at i = 2 of row 1; pool order is scrambled.
+    /// Slab i of row r has the format (r + i) in turn, hole at i = 2 of row 1; pool order is scrambled.
     pub fn entry(&self, row: usize, i: usize) -> Entry {
         let index = (row * self.slabs + i) as u32;
         match (row, i) {
             (1, 2) => Entry::HOLE,
-            _ => Entry::new(Format::ALL[(row + i) % 3], index ^ 1),
+            _ => Entry::new(Format::ALL[(row + i) % Format::ALL.len()], index ^ 1),
         }
     }
 

@@ -22,7 +22,7 @@ pub struct Args {
 }
 
 /// Caches whose cost is shown.
-const SPECS: [&str; 3] = ["f16", "q4", "q2"];
+const SPECS: [&str; 4] = ["f16", "q8", "q4", "q2"];
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let source = open::source(&args.model)?;
