@@ -354,7 +354,8 @@ size_t kvw_kv_pack_bytes(const kvw_kv_pack_params* p) {
     if (kvw_kv_pack_check(p) != KVW_OK) return 0;
     const kvw_cache& c = p->cache;
     if (p->op != KVW_PACK_FLUSH) return size_t(p->tokens) * c.kv_heads * c.head_dim * 8;
-    size_t slab = slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) + slab_bytes(narrowest(c), c.head_dim, c.group);
+    size_t slab =
+        slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) + slab_bytes(narrowest(c), c.head_dim, c.group);
     return size_t(c.seqs) * c.kv_heads * p->max_tokens * slab;
 }
 

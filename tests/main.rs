@@ -7,6 +7,7 @@ mod cpu_attn;
 mod cpu_prefill;
 mod embed;
 mod exec;
+mod formats;
 mod kv_pack;
 mod kv_pack_cpu;
 mod layout;

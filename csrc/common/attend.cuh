@@ -286,7 +286,8 @@ private:
                 }
                 prim::mma_16816<__half>(z[n], sums, b[n][0], b[n][1]);
                 if (V_FOLD<FORMAT> != 0) {
-                    constexpr uint32_t FACTOR = uint32_t(15 + V_FOLD<FORMAT>) << 10 | uint32_t(15 + V_FOLD<FORMAT>) << 26;
+                    constexpr uint32_t FACTOR =
+                        uint32_t(15 + V_FOLD<FORMAT>) << 10 | uint32_t(15 + V_FOLD<FORMAT>) << 26;
                     b[n][0] = mul2(b[n][0], FACTOR), b[n][1] = mul2(b[n][1], FACTOR);
                 }
             }

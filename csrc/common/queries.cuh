@@ -44,8 +44,8 @@ template <int D, int NT> struct Queries {
         if (FORMAT == KVW_SLAB_F16) return make_uint4(plain.x, plain.z, plain.y, plain.w);
         if (FORMAT == KVW_SLAB_Q8) {
             if (KVW_FAULT(116)) swap(plain.y, plain.z); // the order of the minima
-            return make_uint4(mul2(plain.x, HALF2_1024), mul2(plain.z, HALF2_1024),
-                              mul2(plain.y, HALF2_1024), mul2(plain.w, HALF2_1024));
+            return make_uint4(mul2(plain.x, HALF2_1024), mul2(plain.z, HALF2_1024), mul2(plain.y, HALF2_1024),
+                              mul2(plain.w, HALF2_1024));
         }
         return make_uint4(unit(n, 1, i).x, plain.z, mul2(plain.y, HALF2_16), plain.w);
     }
