@@ -1,13 +1,16 @@
 //! `cpu/kv_pack/<op>`: one f16 slab packed, and one token of one head written. GB/s over the bytes read.
 
 use crate::paged_attn::noise;
-use criterion::{Criterion, Throughput, criterion_group};
+use criterion::{Criterion, Throughput};
 use half::f16;
 use kvwarp::kv_pack::{append, pack};
 use kvwarp::slab::{Format, Layout, TOKENS, encode};
 use std::hint::black_box;
 
-criterion_group!(benches, packing, appending);
+pub fn run(c: &mut Criterion) {
+    packing(c);
+    appending(c);
+}
 
 fn packing(c: &mut Criterion) {
     for (d, format) in [(64, Format::Q4), (64, Format::Q2), (128, Format::Q2)] {

@@ -1,12 +1,16 @@
 //! `cpu/linear/<tokens>x<rows>x<cols>/<type>`: GB/s over weight bytes for one token, and products a
 //! second (elements, two operations each) for many. Threads: `KVW_THREADS`, else the physical cores.
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
+use criterion::{BenchmarkId, Criterion, Throughput};
 use kvwarp::linear::{Cpu, WeightType, Weights, matmul, matmul_many};
 use kvwarp::threads::{Team, physical_cores};
 use std::hint::black_box;
 
-criterion_group!(benches, one_token, many_tokens, whole_token);
+pub fn run(c: &mut Criterion) {
+    one_token(c);
+    many_tokens(c);
+    whole_token(c);
+}
 
 fn team() -> Team {
     let threads = std::env::var("KVW_THREADS").ok().and_then(|n| n.parse().ok());

@@ -1,13 +1,69 @@
-//! All benchmarks: `cargo bench -- cpu` runs the CPU paths.
+//! All benchmarks: `cargo bench` runs the GPU's where there is one, then the CPU paths.
+//!
+//!   cargo bench -- gpu/paged_attn       cases whose name contains this
+//!   cargo bench -- --once q2g32         one launch of each after one warm-up, for ncu
+//!   cargo bench -- --plot FILE.csv      a record as SVG, beside it
+//!   cargo bench -- --report FILE.csv PEERS.csv    records as one table
 
+mod args;
+mod goals;
+#[cfg(kvw_cuda)]
+mod gpu;
 mod kv_pack;
 mod linear;
 mod paged_attn;
+mod plot;
 mod prefill_attn;
+mod record;
 
-criterion::criterion_main!(
-    kv_pack::benches,
-    linear::benches,
-    paged_attn::benches,
-    prefill_attn::benches
-);
+use anyhow::{Context, Result, anyhow};
+use args::Args;
+use criterion::Criterion;
+use std::path::Path;
+
+/// Criterion as the command line wants it; of one that holds arguments of ours it is told the filter.
+fn criterion(args: &Args) -> Criterion {
+    match args.filters.first() {
+        _ if !args.ours => Criterion::default().configure_from_args(),
+        Some(filter) => Criterion::default().with_filter(filter),
+        None => Criterion::default(),
+    }
+}
+
+fn read(path: &Path) -> Result<record::Record> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    record::Record::from_csv(&text).map_err(|e| anyhow!("{}: {e}", path.display()))
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse(std::env::args().skip(1)).map_err(|e| anyhow!(e))?;
+    if let Some(path) = &args.plot {
+        return plot::draw(&read(path)?, path).map_err(|e| anyhow!(e));
+    }
+    if let Some(paths) = &args.report {
+        let rows = paths.iter().map(|p| Ok(read(p)?.rows)).collect::<Result<Vec<_>>>()?.concat();
+        print!("{}", goals::report(&rows));
+        return Ok(());
+    }
+    #[cfg(kvw_cuda)]
+    if args.once {
+        return gpu::once(&args);
+    }
+    anyhow::ensure!(!args.once, "--once needs a build with kernels and a GPU");
+    #[cfg(kvw_cuda)]
+    if !args.test && gpu::present() {
+        gpu::run(&args, &mut criterion(&args))?;
+    }
+    #[cfg(not(kvw_cuda))]
+    eprintln!("gpu benches skipped: this build holds no kernels");
+    if args.filters.iter().any(|f| f.starts_with("gpu")) {
+        return Ok(());
+    }
+    let mut cpu = criterion(&args);
+    kv_pack::run(&mut cpu);
+    linear::run(&mut cpu);
+    paged_attn::run(&mut cpu);
+    prefill_attn::run(&mut cpu);
+    cpu.final_summary();
+    Ok(())
+}

@@ -1,14 +1,16 @@
 //! `cpu/paged_attn/<format>/d64g3/<tokens>`: the decode attention of one token of a model with 30 layers, 9 query and
 //! 3 kv heads of 64 channels. GB/s over the bytes of its slabs. Threads: `KVW_THREADS`, else the physical cores.
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
+use criterion::{BenchmarkId, Criterion, Throughput};
 use half::f16;
 use kvwarp::paged_attn::{Mask, Scratch, cpu};
 use kvwarp::pages::{Entry, HeadView, Pools};
 use kvwarp::slab::{Format, TOKENS, encode};
 use kvwarp::threads::{Team, physical_cores};
 
-criterion_group!(benches, decode);
+pub fn run(c: &mut Criterion) {
+    decode(c);
+}
 
 const LAYERS: usize = 30;
 const HEADS: usize = 3;

@@ -3,13 +3,15 @@
 //! physical cores.
 
 use crate::paged_attn::{noise, team};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
+use criterion::{BenchmarkId, Criterion, Throughput};
 use half::f16;
 use kvwarp::pages::{Entry, HeadView, Pools};
 use kvwarp::prefill_attn::{Mask, Scratch, cpu};
 use kvwarp::slab::{Format, TOKENS, encode};
 
-criterion_group!(benches, prefill);
+pub fn run(c: &mut Criterion) {
+    prefill(c);
+}
 
 const HEADS: usize = 3;
 const GROUP: usize = 3;

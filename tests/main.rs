@@ -1,6 +1,9 @@
 //! One test binary: a module a family, and the house rules.
 
 mod abi;
+#[path = "../benches/args.rs"]
+mod args;
+mod bench;
 mod cache;
 mod cases;
 mod cpu_attn;
@@ -8,12 +11,18 @@ mod cpu_prefill;
 mod embed;
 mod exec;
 mod formats;
+#[path = "../benches/goals.rs"]
+mod goals;
 mod kv_pack;
 mod kv_pack_cpu;
 mod layout;
 mod linear;
 mod paged_attn;
+#[path = "../benches/plot.rs"]
+mod plot;
 mod prefill_attn;
+#[path = "../benches/record.rs"]
+mod record;
 mod rms_norm;
 mod rope_select;
 mod sample;

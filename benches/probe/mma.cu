@@ -44,7 +44,12 @@ constexpr int CHAINS = 4, TURNS = 256;
 template <Op OP> __global__ void __launch_bounds__(1024) issue(uint32_t seed, long long* clocks, uint32_t* out) {
     uint32_t x[CHAINS], a[4] = {seed, seed ^ 0x10001u, seed, seed};
     float c[CHAINS][4] = {}, f[CHAINS];
-    for (int i = 0; i < CHAINS; i++) x[i] = seed + threadIdx.x * i, f[i] = 0.25f * float(i);
+    const __half2 factor = __float2half2_rn(__uint_as_float(seed | 0x3F800000u));
+    __half2 h[CHAINS];
+    for (int i = 0; i < CHAINS; i++) {
+        x[i] = seed + threadIdx.x * (i + 1), f[i] = 0.25f * float(i);
+        h[i] = __floats2half2_rn(f[i], 1.f);
+    }
     __syncthreads();
     long long start = clock64();
 #pragma unroll 4
@@ -52,9 +57,9 @@ template <Op OP> __global__ void __launch_bounds__(1024) issue(uint32_t seed, lo
 #pragma unroll
         for (int i = 0; i < CHAINS; i++) {
             if (OP == MMA) prim::mma_16816<__half>(c[i], a, 0x3C003C00u, 0x3C003C00u);
-            if (OP == LOP3) asm volatile("lop3.b32 %0, %0, %1, %2, 0x6A;" : "+r"(x[i]) : "r"(a[0]), "r"(a[1]));
-            if (OP == HMUL2) asm volatile("mul.f16x2 %0, %0, %1;" : "+r"(x[i]) : "r"(a[1]));
-            if (OP == EX2) asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(f[i]));
+            if (OP == LOP3) x[i] = prim::lop3<0x6A>(x[i], a[0], a[1]);
+            if (OP == HMUL2) h[i] = __hmul2(h[i], factor);
+            if (OP == EX2) f[i] = prim::exp2_approx(f[i]);
             if (OP == MOVMATRIX) x[i] = prim::movmatrix_trans(x[i]);
             if (OP == SHFL) x[i] = __shfl_xor_sync(~0u, x[i], 1);
         }
@@ -62,7 +67,7 @@ template <Op OP> __global__ void __launch_bounds__(1024) issue(uint32_t seed, lo
     __syncthreads();
     long long end = clock64();
     uint32_t sum = 0;
-    for (int i = 0; i < CHAINS; i++) sum ^= x[i] ^ __float_as_uint(f[i]) ^ __float_as_uint(c[i][0] + c[i][3]);
+    for (int i = 0; i < CHAINS; i++) sum ^= x[i] ^ __float_as_uint(f[i] + __low2float(h[i]) + __high2float(h[i]) + c[i][0] + c[i][3]);
     out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
     if (threadIdx.x == 0) clocks[blockIdx.x] = end - start;
 }

@@ -19,44 +19,15 @@ __global__ void fill(uint4* pool, size_t units) {
     }
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool HAS_BULK = true;
-PRIM void barrier_init(uint64_t* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(prim::shared_address(barrier)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-PRIM void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, bool evict_first) {
-    uint32_t b = prim::shared_address(barrier), d = prim::shared_address(to);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
-    if (evict_first) {
-        uint64_t policy;
-        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                     "[%0], [%1], %2, [%3], %4;" ::"r"(d),
-                     "l"(from), "r"(bytes), "r"(b), "l"(policy)
-                     : "memory");
-    } else {
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(d),
-                     "l"(from), "r"(bytes), "r"(b)
-                     : "memory");
-    }
-}
-PRIM void barrier_wait(uint64_t* barrier, int parity) {
-    uint32_t b = prim::shared_address(barrier), done = 0;
-    while (!done) {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(b), "r"(parity)
-                     : "memory");
-    }
-}
-#else
-constexpr bool HAS_BULK = false;
-PRIM void barrier_init(uint64_t*) {}
-PRIM void bulk_copy(void*, const void*, int, uint64_t*, bool) {}
-PRIM void barrier_wait(uint64_t*, int) {}
+// prim::copy_bulk without its hint: data stays in L2 as any other.
+PRIM void copy_bulk_unhinted(void* to, const void* from, int bytes, uint64_t* bar) {
+#if PRIM_SM90
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     prim::shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(prim::shared_address(bar))
+                 : "memory");
 #endif
+}
 
 PRIM uint32_t mixed(uint4 v) { return v.x ^ v.y ^ v.z ^ v.w; }
 
@@ -84,9 +55,10 @@ __global__ void __launch_bounds__(512)
     uint64_t* barriers = reinterpret_cast<uint64_t*>(raw + size_t(warps) * stages * BYTES) + warp * stages;
     unsigned char* ring = raw + size_t(warp) * stages * BYTES;
     constexpr bool BY_BULK = METHOD == BULK || METHOD == BULK_EVICT_FIRST;
-    if (BY_BULK && !HAS_BULK) return;
+    if (BY_BULK && !prim::HOPPER) return;
     if (BY_BULK && lane == 0) {
-        for (int i = 0; i < stages; i++) barrier_init(barriers + i);
+        for (int i = 0; i < stages; i++) prim::mbar_init(barriers + i, 1);
+        prim::mbar_fence();
     }
     __syncwarp();
     uint32_t all = gridDim.x * warps, me = blockIdx.x * warps + warp, share = (slabs + all - 1) / all;
@@ -98,7 +70,13 @@ __global__ void __launch_bounds__(512)
             const unsigned char* from = pool + size_t(slab) * BYTES;
             unsigned char* to = ring + stage * BYTES;
             if (BY_BULK) {
-                if (lane == 0) bulk_copy(to, from, BYTES, barriers + stage, METHOD == BULK_EVICT_FIRST);
+                if (lane == 0) {
+                    prim::mbar_expect(barriers + stage, BYTES);
+                    if (METHOD == BULK_EVICT_FIRST)
+                        prim::copy_bulk(to, from, BYTES, barriers + stage);
+                    else
+                        copy_bulk_unhinted(to, from, BYTES, barriers + stage);
+                }
             } else {
 #pragma unroll
                 for (int at = 0; at < BYTES; at += 512) prim::cp_async16(to + at + lane * 16, from + at + lane * 16);
@@ -109,7 +87,7 @@ __global__ void __launch_bounds__(512)
     for (int i = 0; i < stages; i++) start(i);
     for (int stage = 0, parity = 0; pending > 0; pending--) {
         if (BY_BULK) {
-            barrier_wait(barriers + stage, parity);
+            prim::mbar_wait(barriers + stage, parity);
         } else if (stages == 2) {
             prim::cp_async_wait<1>();
         } else if (stages == 3) {
