@@ -5,6 +5,7 @@
 //!   cargo bench -- --plot FILE.csv      a record as SVG, beside it
 //!   cargo bench -- --report FILE.csv PEERS.csv    records as one table
 
+#[cfg_attr(not(kvw_cuda), allow(dead_code, reason = "only a GPU is filtered and recorded"))]
 mod args;
 mod goals;
 #[cfg(kvw_cuda)]
@@ -14,6 +15,7 @@ mod linear;
 mod paged_attn;
 mod plot;
 mod prefill_attn;
+#[cfg_attr(not(kvw_cuda), allow(dead_code, reason = "only a GPU is recorded"))]
 mod record;
 
 use anyhow::{Context, Result, anyhow};
