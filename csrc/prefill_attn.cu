@@ -70,15 +70,15 @@ PRIM void attend(Attend<D, GROUP, NT>& a, const Columns& columns, int first_colu
     if (last < first_column || first >= columns.to(last) || end <= columns.from(first_column)) return;
     bool edge =
         last + 1 < first_column + 8 * NT || end > columns.to(first_column) || first < columns.from(last);
-    int from[NT][2] = {}, to[NT][2] = {};
-    if (edge) {
+    a.template step<FORMAT, TILES>(kc, vc, edge, [&](auto& s, float) {
+        int from[NT][2], to[NT][2];
 #pragma unroll
         for (int i = 0; i < NT * 2; i++) {
             int column = first_column + i / 2 * 8 + 2 * a.t + i % 2;
             from[i / 2][i % 2] = columns.from(column) - first, to[i / 2][i % 2] = columns.to(column) - first;
         }
-    }
-    a.template step<FORMAT, TILES>(kc, vc, edge, from, to);
+        a.mask(s, from, to);
+    });
 }
 
 // The same by the CTA; bytes past the length are cleared first.
@@ -111,20 +111,19 @@ __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_p
     if (!columns.exists(begin)) return;
 
     Attend<D, GROUP, NT> a;
-    const __half* q[NT];
+    QueryRows<NT> q{};
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         int column = mine + 8 * n + lane / 4;
-        q[n] = columns.exists(column)
-                   ? static_cast<const __half*>(p.q) + columns.row(column, p.q_heads, h) * D
-                   : nullptr;
+        if (columns.exists(column))
+            q.row[n] = static_cast<const __half*>(p.q) + columns.row(column, p.q_heads, h) * D;
     }
     a.begin(q, p.scale, shared_q + warp * (Queries<D, NT>::SHARED_BYTES / 16), true);
     __syncwarp();
 
     int low = columns.from(begin), high = columns.to(min(begin + 8 * NT * WARPS, rows * group) - 1);
-    Walk<D, GROUP, F16_TILES> walk{head, low / TOKENS, (min(high, head.len) + TOKENS - 1) / TOKENS,
-                                   1,    low,          high};
+    Units<F16_TILES> units{head.packed};
+    Walk<D, GROUP, F16_TILES> walk{head, units.of(low), units.end(min(high, head.len)), 1, low, high};
     Step step = walk.start();
     if (step.slab) fetch<D, GROUP, ALL_FORMATS, F16_TILES>(step, buffer, threadIdx.x, THREADS);
     prim::cp_async_commit();
@@ -158,15 +157,15 @@ __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_p
     float* parts = reinterpret_cast<float*>(buffer) + warp * ROW_FLOATS<D>;
     a.store(parts);
     __syncwarp();
-    for (int i = lane; i < 8 * NT * D; i += 32) {
-        int column = mine + i / D, c = i % D;
+    for (int i = lane; i < 8 * NT * (D / 4); i += 32) {
+        int x = i / (D / 4), column = mine + x, c = i % (D / 4) * 4;
         if (!columns.exists(column)) break;
-        Merged x = merge_rows<D>(parts + i / D * (D + ROW_EXTRA), 1, 0, c);
+        Merged sum = merge_rows<D>([&](int) { return parts + x * (D + ROW_EXTRA); }, 1, c);
         size_t row = columns.row(column, p.q_heads, h);
-        static_cast<__half*>(p.out)[row * D + c] = normalised(x);
+        put4(static_cast<__half*>(p.out) + row * D + c, false, normalised(sum));
         int kept = column / group - (rows - p.lse_rows) + KVW_FAULT(123); // row of lse
         if (c == 0 && p.lse && kept >= 0) {
-            p.lse[(size_t(s) * p.lse_rows + kept) * p.q_heads + row % p.q_heads] = log_sum_exp(x);
+            p.lse[(size_t(s) * p.lse_rows + kept) * p.q_heads + row % p.q_heads] = log_sum_exp(sum);
         }
     }
 }

@@ -25,6 +25,7 @@ pub const KVW_ENTRY_HOLE: i64 = 4294967295;
 pub const KVW_PACK_APPEND: i32 = 0;
 pub const KVW_PACK_FILL: i32 = 1;
 pub const KVW_PACK_FLUSH: i32 = 2;
+pub const KVW_PAGED_ATTN_TICKETS: i32 = 16384;
 pub const KVW_ROPE_INTERLEAVED: i32 = 0;
 pub const KVW_ROPE_HALF: i32 = 1;
 #[doc = " 0 ok; negative: refused, nothing was launched; positive: a cudaError_t, verbatim. A refusal is a KVW_ERR_*\n less 16 times the number of the field at fault; kvw_status_str() puts both into words."]
@@ -366,29 +367,45 @@ pub struct kvw_paged_attn_params {
     pub struct_size: u32,
     #[doc = " H * G, G from 1 to 16"]
     pub q_heads: i32,
-    #[doc = " lens count the newest token"]
+    #[doc = " lens count all q_len new tokens"]
     pub cache: kvw_cache,
-    #[doc = " [S, H * G, D] f16, rotated"]
+    #[doc = " [S, q_len, H * G, D], rotary embedding applied"]
     pub q: *const ::core::ffi::c_void,
-    #[doc = " [S, H * G, D] f16; zeros where a head holds no tokens"]
+    #[doc = " [S, q_len, H * G, D]; zeros where a row sees no tokens"]
     pub out: *mut ::core::ffi::c_void,
-    #[doc = " [S, H * G] natural-log sum of exponentials, or null; -inf where no tokens"]
+    #[doc = " [S, q_len, H * G] natural-log sum of exponentials, or null; -inf where no tokens"]
     pub lse: *mut f32,
-    #[doc = " kvw_paged_attn_workspace() bytes; contents need no initialisation"]
+    #[doc = " kvw_paged_attn_workspace() bytes: zero its first KVW_PAGED_ATTN_TICKETS bytes\nonce; every call leaves them zero. Not for two calls at the same time"]
     pub workspace: *mut ::core::ffi::c_void,
     pub workspace_bytes: usize,
-    #[doc = " bound on ceil(len / 64) over all (seq, head): sizes the grid"]
+    #[doc = " [H * G] score of a token without value that every row sees, or null"]
+    pub sinks: *const f32,
+    #[doc = " [S, H, k_norm_stride] by token: multiplies its scores; or null"]
+    pub k_norm: *const f32,
+    #[doc = " [D, D] f16, row major: q is replaced by R q; or null"]
+    pub rotation: *const ::core::ffi::c_void,
+    #[doc = " >= the longest len where k_norm is given"]
+    pub k_norm_stride: i32,
+    #[doc = " 1 to 16; row i of a sequence sees tokens below len - q_len + i + 1"]
+    pub q_len: i32,
+    #[doc = " bound on ceil(len / 64) over all (seq, head): may make the grid smaller"]
     pub max_slabs: i32,
-    #[doc = " CTAs a (seq, head); 0 = chosen from max_slabs"]
-    pub splits: i32,
-    #[doc = " attend to the newest sliding_window tokens only; 0 = all"]
+    #[doc = " CTAs that share the work, to 4096; 0 = 396, three on each of 132 SMs"]
+    pub ctas: i32,
+    #[doc = " units a CTA takes at least, to 65536; 0 = 4. A unit: a slab, 16 tokens of the ring"]
+    pub least: i32,
+    #[doc = " a row sees its newest sliding_window tokens only; 0 = all"]
     pub sliding_window: i32,
+    #[doc = " of q and out: KVW_F16 or KVW_BF16"]
+    pub dtype: i32,
     #[doc = " of q . k; 0 = 1 / sqrt(D)"]
     pub scale: f32,
+    #[doc = " scores become softcap * tanh(score / softcap); 0 = off"]
+    pub softcap: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_paged_attn_params"][::core::mem::size_of::<kvw_paged_attn_params>() - 176usize];
+    ["Size of kvw_paged_attn_params"][::core::mem::size_of::<kvw_paged_attn_params>() - 224usize];
     ["Alignment of kvw_paged_attn_params"]
         [::core::mem::align_of::<kvw_paged_attn_params>() - 8usize];
     ["Offset of field: kvw_paged_attn_params::struct_size"]
@@ -407,14 +424,30 @@ const _: () = {
         [::core::mem::offset_of!(kvw_paged_attn_params, workspace) - 144usize];
     ["Offset of field: kvw_paged_attn_params::workspace_bytes"]
         [::core::mem::offset_of!(kvw_paged_attn_params, workspace_bytes) - 152usize];
+    ["Offset of field: kvw_paged_attn_params::sinks"]
+        [::core::mem::offset_of!(kvw_paged_attn_params, sinks) - 160usize];
+    ["Offset of field: kvw_paged_attn_params::k_norm"]
+        [::core::mem::offset_of!(kvw_paged_attn_params, k_norm) - 168usize];
+    ["Offset of field: kvw_paged_attn_params::rotation"]
+        [::core::mem::offset_of!(kvw_paged_attn_params, rotation) - 176usize];
+    ["Offset of field: kvw_paged_attn_params::k_norm_stride"]
+        [::core::mem::offset_of!(kvw_paged_attn_params, k_norm_stride) - 184usize];
+    ["Offset of field: kvw_paged_attn_params::q_len"]
+        [::core::mem::offset_of!(kvw_paged_attn_params, q_len) - 188usize];
     ["Offset of field: kvw_paged_attn_params::max_slabs"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, max_slabs) - 160usize];
-    ["Offset of field: kvw_paged_attn_params::splits"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, splits) - 164usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, max_slabs) - 192usize];
+    ["Offset of field: kvw_paged_attn_params::ctas"]
+        [::core::mem::offset_of!(kvw_paged_attn_params, ctas) - 196usize];
+    ["Offset of field: kvw_paged_attn_params::least"]
+        [::core::mem::offset_of!(kvw_paged_attn_params, least) - 200usize];
     ["Offset of field: kvw_paged_attn_params::sliding_window"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, sliding_window) - 168usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, sliding_window) - 204usize];
+    ["Offset of field: kvw_paged_attn_params::dtype"]
+        [::core::mem::offset_of!(kvw_paged_attn_params, dtype) - 208usize];
     ["Offset of field: kvw_paged_attn_params::scale"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, scale) - 172usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, scale) - 212usize];
+    ["Offset of field: kvw_paged_attn_params::softcap"]
+        [::core::mem::offset_of!(kvw_paged_attn_params, softcap) - 216usize];
 };
 impl Default for kvw_paged_attn_params {
     fn default() -> Self {

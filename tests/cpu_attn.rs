@@ -2,7 +2,7 @@
 
 use crate::cases::Noise;
 use half::f16;
-use kvwarp::paged_attn::{self, Mask};
+use kvwarp::paged_attn::{self, Mask, Scores};
 use kvwarp::pages::{Entry, HeadView, Pools};
 use kvwarp::simd::Level;
 use kvwarp::slab::{Format, TOKENS, encode};
@@ -136,7 +136,7 @@ fn check_decode(what: &str, cache: &Cache, group: usize, mask: Mask, noise: &mut
     let heads = cache.views();
     let d = heads[0].head_dim();
     let q = query(heads.len() * group * d, noise);
-    let (want, _) = paged_attn::oracle(&q, &heads, 0.0, mask);
+    let (want, _) = paged_attn::oracle(&q, 1, &heads, &Scores { mask, ..Scores::default() });
     for level in Level::available() {
         let mut scratch = paged_attn::Scratch::at(level);
         let mut first = None;

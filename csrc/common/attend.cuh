@@ -51,14 +51,14 @@ template <int D, int GROUP, int NT> struct Attend {
     float k[NT][2];         // base-2 score of a raw score of 1
     int r, t, format;
 
-    // Columns r of the NT tiles from rows[n], null for none.
-    PRIM void begin(const __half* const (&rows)[NT], float scale, uint4* shared, bool write) {
+    // Columns r of the NT tiles, of which pair(n, j) gives channels 8 j + 2 t + {0, 1}.
+    template <class Pair> PRIM void begin(Pair pair, float scale, uint4* shared, bool write) {
         int lane = threadIdx.x % 32;
         r = lane / 4, t = lane % 4, format = KVW_SLAB_F16;
         q.shared = shared + lane;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            float mine = scale * LOG2_E * power_of_two(q.load(n, rows[n], write));
+            float mine = scale * LOG2_E * power_of_two(q.load(n, pair, write));
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 k[n][c] = __shfl_sync(~0u, mine, (2 * t + c) * 4);
@@ -86,15 +86,53 @@ template <int D, int GROUP, int NT> struct Attend {
     }
 
     // One step of TILES * 16 tokens: `kc` its K section (metadata after the codes), `vc` its V section. Where
-    // `edge`, column c of tile n sees the step's tokens from[n][c] .. to[n][c] - 1 only.
-    template <int FORMAT, int TILES>
-    PRIM void step(const unsigned char* kc, const unsigned char* vc, bool edge, const int (&from)[NT][2],
-                   const int (&to)[NT][2]) {
+    // `edge`, adjust(s, unit) first changes the raw scores s, in units of `unit`: mask() and its like.
+    template <int FORMAT, int TILES, class Adjust>
+    PRIM void step(const unsigned char* kc, const unsigned char* vc, bool edge, Adjust adjust) {
         float s[TILES][NT][4];
         scores<FORMAT>(kc, s);
-        if (edge) mask(s, from, to);
+        if (edge) adjust(s, score_unit<FORMAT>);
         softmax(s, score_unit<FORMAT>);
         values<FORMAT>(vc, s);
+    }
+
+    // Column c of tile n sees the step's tokens from[n][c] .. to[n][c] - 1 only.
+    template <int TILES>
+    PRIM void mask(float (&s)[TILES][NT][4], const int (&from)[NT][2], const int (&to)[NT][2]) const {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+            for (int i = 0; i < NT * 4; i++) {
+                int token = 16 * tile + r + i % 4 / 2 * 8, n = i / 4, c = i % 2;
+                if (token < from[n][c] || token >= to[n][c]) s[tile][n][i % 4] = -INFINITY;
+            }
+        }
+    }
+
+    // Scores times by_token[token], of the step's first `live` tokens.
+    template <int TILES>
+    PRIM void scale_tokens(float (&s)[TILES][NT][4], const float* by_token, int live) const {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+            for (int side = 0; side < 2; side++) {
+                int token = 16 * tile + r + 8 * side;
+                float norm = token < live ? __ldg(by_token + token + KVW_FAULT(138)) : 1.f;
+#pragma unroll
+                for (int n = 0; n < NT; n++) s[tile][n][2 * side] *= norm, s[tile][n][2 * side + 1] *= norm;
+            }
+        }
+    }
+
+    // Scores x become cap * tanh(x / cap).
+    template <int TILES> PRIM void soften(float (&s)[TILES][NT][4], float unit, float cap) const {
+#pragma unroll
+        for (int i = 0; i < NT * 4; i++) {
+            int n = i / 4, c = i % 4;
+            float down = k[n][c % 2] * unit / (cap * LOG2_E), up = 1.f / down; // a raw score and x / cap
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) s[tile][n][c] = tanhf(s[tile][n][c] * down) * up;
+        }
     }
 
     // Writes column c of all tiles as partial row c of `rows`, D + ROW_EXTRA floats each.
@@ -212,18 +250,6 @@ private:
 #pragma unroll
         for (int i = 0; i < NT * 4; i++) {
             out[i / 4][i % 4] = (even[i / 4][i % 2] + odd[i / 4][2 + i % 2]) * unit;
-        }
-    }
-
-    template <int TILES>
-    PRIM void mask(float (&s)[TILES][NT][4], const int (&from)[NT][2], const int (&to)[NT][2]) const {
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-            for (int i = 0; i < NT * 4; i++) {
-                int token = 16 * tile + r + i % 4 / 2 * 8, n = i / 4, c = i % 2;
-                if (token < from[n][c] || token >= to[n][c]) s[tile][n][i % 4] = -INFINITY;
-            }
         }
     }
 

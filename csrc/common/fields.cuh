@@ -18,7 +18,7 @@
     X(k_stride) X(kivi_exact) X(kv_heads) X(least) X(lens) X(lens_heads) X(logits) X(lse) X(lse_rows)       \
     X(max_slabs) X(max_tokens) X(meta) X(min_p) X(op) X(out) X(out_stride) X(packed) X(pairing) X(pools)    \
     X(positions) X(q) X(q_heads) X(q_len) X(reserved) X(ring) X(ring_slabs) X(rotation) X(rows) X(scale)    \
-    X(seeds) X(seqs) X(sinks) X(sliding_window) X(softcap) X(splits) X(steps) X(table) X(table_heads)       \
+    X(seeds) X(seqs) X(sinks) X(sliding_window) X(softcap) X(steps) X(table) X(table_heads)       \
     X(table_stride) X(temperature) X(tokens) X(top_k) X(top_p) X(up) X(v) X(v_stride) X(vocab) X(weight)    \
     X(width) X(window) X(workspace) X(workspace_bytes) X(x) X(x_stride) X(y) X(y_dtype)
 // clang-format on

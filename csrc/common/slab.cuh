@@ -63,6 +63,11 @@ constexpr SlabAddress FORMAT_BITS = 15;
 PRIM int format_of(SlabAddress a) { return int(a & FORMAT_BITS); }
 PRIM unsigned char* bytes_of(SlabAddress a) { return reinterpret_cast<unsigned char*>(a & ~FORMAT_BITS); }
 
+// Slabs in the table of the heads of entry `at` of lens, which hold `len` tokens.
+PRIM int packed_slabs(const kvw_cache& c, int at, int len) {
+    return c.packed ? c.packed[at] : max(0, (len - c.window) / TOKENS);
+}
+
 // Slabs of one (sequence, head). D and GROUP are the cache's.
 template <int D, int GROUP> struct Head {
     const kvw_cache& cache;
@@ -73,7 +78,7 @@ template <int D, int GROUP> struct Head {
     PRIM Head(const kvw_cache& c, int s, int h) : cache(c), head(h) {
         int at = c.lens_heads == 1 ? s : s * c.kv_heads + h;
         len = c.lens[at];
-        packed = c.packed ? c.packed[at] : max(0, (len - c.window) / TOKENS);
+        packed = packed_slabs(c, at, len);
         size_t first = c.indptr ? size_t(c.indptr[s]) : size_t(s) * c.table_heads * c.table_stride;
         if (c.table_heads != 1) first += size_t(h) * c.table_stride;
         row = c.table ? c.table + first : nullptr;

@@ -1,9 +1,10 @@
 // steps.cuh - the walk over slabs that attention makes: which bytes come next, and their copy into shared
 // memory.
 //
-// A step is a whole quantised slab, or TILES * 16 tokens of an f16 slab, K then V. Steps are found and copied
-// by the threads that share their buffers, a warp or a CTA; everything but the copies' offsets is the same in
-// each.
+// A step is a whole quantised slab, or TILES * 16 tokens of an f16 slab, K then V: about as many bytes. Steps
+// are found and copied by the threads that share their buffers, a warp or a CTA; everything but the copies'
+// offsets is the same in each. What is divided among them are units: a slab of the table, or one step of the
+// ring.
 #pragma once
 #include "slab.cuh"
 
@@ -26,34 +27,52 @@ struct Step {
     int first;        // token
 };
 
-// Every `stride`-th slab of next .. end, holes left out, by a whole warp.
+// The units of a head that has `packed` slabs in the table.
+template <int TILES> struct Units {
+    int packed;
+
+    // Unit that holds a token.
+    PRIM int of(int token) const {
+        int ring = packed * TOKENS;
+        return token < ring ? token / TOKENS : packed + (token - ring) / (16 * TILES);
+    }
+
+    // First token of a unit.
+    PRIM int token(int unit) const { return unit * TOKENS - max(0, unit - packed) * (TOKENS - 16 * TILES); }
+
+    // One past the unit of the last of `len` tokens.
+    PRIM int end(int len) const { return len > 0 ? of(len - 1) + 1 : 0; }
+};
+
+// Every `stride`-th unit of next .. end, holes left out, by a whole warp.
 template <int D, int GROUP, int TILES> struct Walk {
     const Head<D, GROUP>& head;
     int next, end, stride, low, high; // tokens below low and from high on are not wanted
-    SlabAddress mine = 0;             // of this lane in the batch of 32 slabs at hand
-    unsigned left = 0;                // lanes whose slab is still to come
-    int batch = 0;                    // slab of lane 0
+    SlabAddress mine = 0;             // of this lane in the batch of 32 units at hand
+    unsigned left = 0;                // lanes whose unit is still to come
+    int batch = 0;                    // unit of lane 0
 
     PRIM Step start() {
         int lane = threadIdx.x % 32;
+        Units<TILES> units{head.packed};
         while (left == 0 && next < end) {
             int i = next + lane * stride;
-            mine = i < end ? head.slab(i) : 0;
+            mine = i < end ? head.slab(units.token(i) / TOKENS) : 0;
             left = __ballot_sync(~0u, mine != 0);
             batch = next;
             next += 32 * stride;
         }
         if (left == 0) return {0, 0};
-        int from = __ffs(int(left)) - 1;
+        int from = __ffs(int(left)) - 1, unit = batch + from * stride;
         left &= left - 1;
-        Step step = {__shfl_sync(~0u, mine, from), (batch + from * stride) * TOKENS};
+        Step step = {__shfl_sync(~0u, mine, from), unit * TOKENS};
         if (format_of(step.slab) == KVW_SLAB_F16)
-            step.first = max(step.first, low / (16 * TILES) * (16 * TILES));
+            step.first = max(units.token(unit), low / (16 * TILES) * (16 * TILES));
         return step;
     }
 
     PRIM Step after(Step step) {
-        if (format_of(step.slab) == KVW_SLAB_F16) {
+        if (format_of(step.slab) == KVW_SLAB_F16 && step.first < head.packed * TOKENS) {
             step.first += 16 * TILES;
             if (step.first % TOKENS != 0 && step.first < high) return step;
         }

@@ -1,8 +1,9 @@
-//! One decode step of attention: one query row a sequence over its slabs, in whatever formats they are.
+//! One decode step of attention: the newest token of each sequence, or its newest 16 at most, over its slabs, in
+//! whatever formats they are.
 //!
 //! Query head `h * G + g` reads kv head `h` (G from 1 to 16). Slabs come through the page table and then from
-//! the f16 ring ([`crate::pages::HeadView`]); holes are skipped as if their tokens did not exist, and a head
-//! without tokens gives zeros and a log-sum-exp of minus infinity.
+//! the f16 ring ([`crate::pages::HeadView`]); holes are skipped as if their tokens did not exist, and a row
+//! that sees no tokens gives zeros and a log-sum-exp of minus infinity.
 
 mod cpu;
 mod halves;
@@ -34,8 +35,26 @@ impl Mask {
     }
 }
 
+/// How a score comes about: `q . k` of a rotated query, times `scale` and a token's norm, softened, masked; and
+/// what else takes part in the softmax. The default is plain attention.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Scores<'a> {
+    /// `[D, D]` row major, R: a query is replaced by R q.
+    pub rotation: Option<&'a [f32]>,
+    /// 0 = `1 / sqrt(D)`.
+    pub scale: f32,
+    /// `[H, N]` for slots below N: multiplies the scores of a token.
+    pub k_norm: Option<&'a [f32]>,
+    /// A score x becomes `softcap * tanh(x / softcap)`; 0 = off.
+    pub softcap: f32,
+    /// Which tokens a row sees of those up to its own.
+    pub mask: Mask,
+    /// `[H * G]`: the score of a token without value that every row sees.
+    pub sinks: Option<&'a [f32]>,
+}
+
 #[cfg(kvw_cuda)]
 crate::launch::op! {
-    /// Enqueue the CUDA kernels on `stream`: one, and a second that merges where there are several splits.
+    /// Enqueue the CUDA kernel on `stream`.
     kvw_paged_attn, kvw_paged_attn_params, "paged_attn"
 }
