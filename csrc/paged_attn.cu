@@ -234,7 +234,7 @@ PRIM bool last_of_head(const Params& p, const Work& work) {
         if (!KVW_FAULT(132)) __threadfence();
         last = atomicAdd(ticket, 1u) == unsigned(work.last_cta() - work.first_cta());
         if (last && !KVW_FAULT(133)) atomicExch(ticket, 0u);
-        if (!KVW_FAULT(140)) __threadfence();
+        __threadfence();
     }
     return __syncthreads_or(last);
 }
