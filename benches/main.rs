@@ -32,6 +32,12 @@ fn criterion(args: &Args) -> Criterion {
     }
 }
 
+/// Whether there is a GPU to run on; the error says why not.
+fn gpu() -> kvwarp::Result<()> {
+    let none = || kvwarp::Error::Cuda { op: "device", code: 100, what: "no CUDA device".into() };
+    if kvwarp::device::device_count()? == 0 { Err(none()) } else { Ok(()) }
+}
+
 fn read(path: &Path) -> Result<record::Record> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     record::Record::from_csv(&text).map_err(|e| anyhow!("{}: {e}", path.display()))
@@ -47,17 +53,17 @@ fn main() -> Result<()> {
         print!("{}", goals::report(&rows));
         return Ok(());
     }
-    #[cfg(kvw_cuda)]
-    if args.once {
-        return gpu::once(&args);
+    match gpu() {
+        _ if args.test => {}
+        #[cfg(kvw_cuda)]
+        Ok(()) if args.once => return gpu::once(&args),
+        #[cfg(kvw_cuda)]
+        Ok(()) => gpu::run(&args, &mut criterion(&args))?,
+        Err(why) if args.once || std::env::var_os("KVW_REQUIRE_GPU").is_some() => {
+            anyhow::bail!("no GPU to measure: {why}")
+        }
+        Err(why) => eprintln!("gpu benches skipped: {why}"),
     }
-    anyhow::ensure!(!args.once, "--once needs a build with kernels and a GPU");
-    #[cfg(kvw_cuda)]
-    if !args.test && gpu::present() {
-        gpu::run(&args, &mut criterion(&args))?;
-    }
-    #[cfg(not(kvw_cuda))]
-    eprintln!("gpu benches skipped: this build holds no kernels");
     if args.filters.iter().any(|f| f.starts_with("gpu")) {
         return Ok(());
     }

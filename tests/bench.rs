@@ -3,6 +3,9 @@
 use crate::args::Args;
 use crate::record::{Record, Row, line, peer, percentiles};
 use crate::{goals, plot};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
 
 /// Decode attention at 1,000 GB/s, half of what a copy reaches.
 fn row(format: &str, context: usize, batch: usize, bytes: f64) -> Row {
@@ -153,4 +156,69 @@ fn arguments_are_told_from_criterions() {
     assert_eq!(parse("--bench --plot a.csv").unwrap().plot.unwrap().to_str(), Some("a.csv"));
     assert!(parse("--seconds soon").unwrap_err().contains("soon"));
     assert!(parse("--plot").unwrap_err().contains("needs a value"));
+}
+
+fn said(command: &mut Command) -> (Option<i32>, String) {
+    let out = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    (out.status.code(), String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
+}
+
+#[test]
+fn drivers_of_peers_pass_their_own_tests() {
+    let mut python = Command::new("python3");
+    python.args(["-B", "-m", "unittest", "test_peers"]).current_dir("benches/peers");
+    let (status, text) = said(&mut python);
+    assert!(status == Some(0) && text.contains("\nOK"), "{text}");
+}
+
+/// A bundle of programs that say what they were asked.
+fn bundle(name: &str, probe: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("kvwarp-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::copy("benches/run", folder.join("run")).unwrap();
+    let tests = "[ \"$1\" = --list ] && echo x::executors_match_oracle: test && exit
+        echo 'on the GPU: x::executors_match_oracle'; echo 'test result: ok. 3 passed'";
+    let bench =
+        "[ \"$1\" = --report ] && echo the table && exit; echo asked: $*; touch \"$4.csv\"; exit 3";
+    for (file, body) in [("probe", probe), ("tests", tests), ("benches", bench)] {
+        let path = folder.join(file);
+        std::fs::write(&path, format!("#!/bin/bash\n{body}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    std::fs::write(folder.join("build.txt"), "commit=0123abc\n").unwrap();
+    folder
+}
+
+#[test]
+fn a_bundle_tells_what_passed_failed_and_was_missing() {
+    let folder = bundle("node", "[ $1 = --device ] && echo gpu=A card || sleep 60");
+    let mut run = Command::new(folder.join("run"));
+    run.arg(folder.join("out"))
+        .args(["tests", "probe", "bench", "paged_attn"])
+        .env("KVW_SECONDS", "12");
+    let (status, text) = said(&mut run);
+    let log = std::fs::read_to_string(folder.join("out/log.txt")).unwrap();
+    assert_eq!(status, Some(1), "{text}");
+    let has = |parts: &[&str]| text.lines().any(|l| parts.iter().all(|p| l.contains(p)));
+    assert!(has(&["A card", "build 0123abc"]), "{text}");
+    assert!(has(&["probe", "TIME OUT"]), "{text}");
+    assert!(has(&["tests", "passed"]) && has(&["1 tests ran kernels on the GPU"]), "{text}");
+    assert!(has(&["bench", "FAILED", "status 3"]), "{text}");
+    assert!(text.ends_with("run: FAILED\n") && !text.contains("sanitizer"), "{text}");
+    assert!(log.contains("asked: --bench gpu/paged_attn --record "), "{log}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn a_bundle_without_a_gpu_says_so_and_fails() {
+    let folder = bundle("bare", "echo 'probe: no usable GPU: no driver' >&2; exit 3");
+    let (status, text) = said(Command::new(folder.join("run")).arg(folder.join("out")));
+    assert_eq!(status, Some(1));
+    assert!(
+        text.contains("no usable GPU: no driver") && text.contains("nothing was checked"),
+        "{text}"
+    );
+    let (status, text) = said(Command::new(folder.join("run")).arg(folder.join("out")).arg("prob"));
+    assert!(status == Some(2) && text.contains("no part is called prob"), "{text}");
+    std::fs::remove_dir_all(&folder).unwrap();
 }

@@ -43,21 +43,6 @@ fn cases(args: &Args) -> Vec<Case> {
     wanted
 }
 
-/// Whether there is a GPU to run on; says why not.
-pub fn present() -> bool {
-    match kvwarp::device::device_count() {
-        Ok(n) if n > 0 => true,
-        Ok(_) => {
-            eprintln!("gpu benches skipped: no CUDA device");
-            false
-        }
-        Err(e) => {
-            eprintln!("gpu benches skipped: {e}");
-            false
-        }
-    }
-}
-
 /// Each matching case's kernel twice, the second time for a profiler (`--launch-skip 1`).
 pub fn once(args: &Args) -> Result<()> {
     let card = Card::open()?;
