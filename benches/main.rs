@@ -33,7 +33,7 @@ fn criterion(args: &Args) -> Criterion {
 }
 
 /// Whether there is a GPU to run on; the error says why not.
-fn gpu() -> kvwarp::Result<()> {
+fn usable_gpu() -> kvwarp::Result<()> {
     let none = || kvwarp::Error::Cuda { op: "device", code: 100, what: "no CUDA device".into() };
     if kvwarp::device::device_count()? == 0 { Err(none()) } else { Ok(()) }
 }
@@ -53,12 +53,16 @@ fn main() -> Result<()> {
         print!("{}", goals::report(&rows));
         return Ok(());
     }
-    match gpu() {
+    match usable_gpu() {
         _ if args.test => {}
-        #[cfg(kvw_cuda)]
-        Ok(()) if args.once => return gpu::once(&args),
-        #[cfg(kvw_cuda)]
-        Ok(()) => gpu::run(&args, &mut criterion(&args))?,
+        Ok(()) => {
+            #[cfg(kvw_cuda)]
+            if args.once {
+                return gpu::once(&args);
+            }
+            #[cfg(kvw_cuda)]
+            gpu::run(&args, &mut criterion(&args))?;
+        }
         Err(why) if args.once || std::env::var_os("KVW_REQUIRE_GPU").is_some() => {
             anyhow::bail!("no GPU to measure: {why}")
         }

@@ -4,7 +4,9 @@ use super::cache::{Heads, Noise, Store};
 use super::card::{Card, Launch};
 use super::case::{Case, Ready};
 use anyhow::Result;
-use kvwarp::ffi::{kvw_paged_attn_bytes, kvw_paged_attn_workspace, kvw_prefill_attn_bytes};
+use kvwarp::ffi::{
+    KVW_F16, kvw_paged_attn_bytes, kvw_paged_attn_workspace, kvw_prefill_attn_bytes,
+};
 use kvwarp::slab::Format::{F16, Q2, Q4, Q8};
 use kvwarp::{paged_attn, prefill_attn};
 
@@ -41,13 +43,32 @@ const SIZES: [(usize, usize); 9] = [
     (131072, 64),
 ];
 
-/// CTAs a (sequence, head) that a sweep tries; 0 is what the op chooses.
-const SPLITS: [i32; 7] = [1, 2, 3, 4, 8, 16, 32];
+/// CTAs, and units that each takes at least, that a sweep tries; 0 is what the op chooses.
+const CUTS: [(i32, i32); 12] = [
+    (132, 0),
+    (264, 0),
+    (396, 0),
+    (528, 0),
+    (792, 0),
+    (0, 1),
+    (0, 2),
+    (0, 8),
+    (0, 16),
+    (264, 8),
+    (528, 2),
+    (528, 8),
+];
+/// Its sizes: the smallest, where launches and cuts weigh most, and the one of the figures.
+const SWEPT: [(usize, usize); 4] = [(4096, 1), (4096, 16), (32768, 1), (32768, 16)];
+/// Queries of a speculative step.
+const DRAFT: usize = 4;
 
-fn decode(store: Store, heads: Heads, context: usize, batch: usize, splits: i32) -> Case {
+/// One step of `queries` tokens a sequence; `cut` as in [`CUTS`].
+fn decode(store: Store, heads: Heads, at: (usize, usize), queries: usize, cut: (i32, i32)) -> Case {
+    let (context, batch) = at;
     let prepare = move |card: &Card| -> Result<Ready> {
         let caches = store.caches(card, heads, context, batch)?;
-        let n = batch * heads.q * heads.d;
+        let n = batch * queries * heads.q * heads.d;
         let out = card.zeros(n * 2)?;
         let mut args = paged_attn::Args {
             struct_size: size_of::<paged_attn::Args>() as u32,
@@ -58,7 +79,10 @@ fn decode(store: Store, heads: Heads, context: usize, batch: usize, splits: i32)
             workspace: 4096 as _, // until its size is known
             workspace_bytes: usize::MAX,
             max_slabs: caches.slabs as i32,
-            splits,
+            q_len: queries as i32,
+            ctas: cut.0,
+            least: cut.1,
+            dtype: KVW_F16,
             ..Default::default()
         };
         // SAFETY: live params; nothing behind their pointers is read.
@@ -73,7 +97,8 @@ fn decode(store: Store, heads: Heads, context: usize, batch: usize, splits: i32)
         let launches = caches.each.into_iter().map(launch).collect();
         Ok(Ready { launches, bytes, operations: 0.0, output: Some((out, n)) })
     };
-    Case::new("paged_attn", store.name, &heads.name(), Box::new(prepare)).at(context, batch, 1)
+    Case::new("paged_attn", store.name, &heads.name(), Box::new(prepare))
+        .at(context, batch, queries)
 }
 
 /// The newest `queries` of `context` tokens, the rest a history in `store`; f16: all in the ring.
@@ -118,21 +143,23 @@ fn prefill(store: Store, heads: Heads, context: usize, queries: usize) -> Case {
 
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
-    for (context, batch) in SIZES {
-        all.extend(STORES.iter().map(|&store| decode(store, LLAMA3, context, batch, 0)));
+    for at in SIZES {
+        all.extend(STORES.iter().map(|&store| decode(store, LLAMA3, at, 1, (0, 0))));
     }
     for &store in STORES {
-        all.push(prefill(store, LLAMA3, 8192, if store.format == F16 { 8192 } else { 2048 }));
+        let queries = if store.format == F16 { 8192 } else { 2048 };
+        all.push(prefill(store, LLAMA3, 8192, queries));
     }
     all.push(prefill(HALVES, LLAMA3, 32768, 32768));
     for heads in [MHA, SMALL] {
-        all.extend(STORES.iter().map(|&store| decode(store, heads, 32768, 4, 0)));
+        all.extend(STORES.iter().map(|&store| decode(store, heads, (32768, 4), 1, (0, 0))));
     }
-    for (context, batch) in [(4096, 1), (4096, 16), (32768, 1), (32768, 16)] {
-        let sweep = |splits: i32| {
-            decode(TWO_BIT, LLAMA3, context, batch, splits).variant(format!("splits={splits}"))
-        };
-        all.extend(SPLITS.map(sweep));
+    for at in [(4096, 1), (32768, 16)] {
+        all.extend([HALVES, TWO_BIT].map(|store| decode(store, LLAMA3, at, DRAFT, (0, 0))));
+    }
+    for at in SWEPT {
+        let name = |(ctas, least)| format!("ctas={ctas};least={least}");
+        all.extend(CUTS.map(|cut| decode(TWO_BIT, LLAMA3, at, 1, cut).variant(name(cut))));
     }
     all
 }

@@ -1,7 +1,7 @@
 // probe: asks the first GPU what the kernels were designed around.
 //
 //   probe --device                    prints card, driver and limits as `key=value`; fails without a usable GPU
-//   probe FILE.csv [PART ...]         bandwidth, subnormals, rates, launches, slabs; all, in that order
+//   probe FILE.csv [PART ...]         bandwidth, subnormals, rates, launches, pages, slabs; all, in that order
 #include "probe.cuh"
 #include <cstring>
 
@@ -49,7 +49,7 @@ int main(int argc, char** argv) {
         void (*run)(const Card&, Report&);
     };
     const Part parts[] = {{"bandwidth", bandwidth}, {"subnormals", subnormals}, {"rates", rates},
-                          {"launches", launches},   {"slabs", slabs}};
+                          {"launches", launches},   {"pages", pages},           {"slabs", slabs}};
     for (int i = 2; i < argc; i++) {
         bool known = false;
         for (const Part& part : parts) known |= !strcmp(argv[i], part.name);

@@ -115,5 +115,6 @@ void subnormals(const Card&, Report&);
 void rates(const Card&, Report&);
 void slabs(const Card&, Report&);
 void launches(const Card&, Report&);
+void pages(const Card&, Report&);
 
 } // namespace probe
