@@ -2,28 +2,41 @@
 //
 // Math      s[i, t] = scale * (q[i] . k[t]) for the tokens t <= position(i) = len - n + i that the sliding
 //           window leaves;  out[i] = sum_t softmax(s[i])[t] * v[t]
-// Shapes    q, out [T, H * G, D] f16, n rows a sequence; lse [S, lse_rows, H * G] f32, of the last rows
+// Shapes    q, out [T, H * G, D] of dtype, n rows a sequence; lse [S, lse_rows, H * G] f32, of the last rows
 // Layout    slabs of common/slab.cuh: history through the table in any format, the chunk in the ring, f16
-// Bytes     q, out and the chunk's own K and V; the host does not know how long the history is
-//                                                                          -> kvw_prefill_attn_bytes()
-// Launch    grid (ceil(max_tokens * G / COLUMNS), H, S), 4 warps; COLUMNS = 64, 32 at D = 256
+// Bytes     q, out, the chunk's own K and V; with max_slabs also the history, once   -> kvw_prefill_attn_bytes()
+// Launch    grid (ceil(max_tokens * G / COLUMNS), H, S); sm_90a at D <= 128: 12 warps, COLUMNS = 128, else
+//           4 warps, COLUMNS = 64, 32 at D = 256
 // Workspace none
-// Order     deterministic: a column's tokens are added in order by one warp
+// Order     deterministic: a column's tokens are added in order, by one warp or warpgroup
 // Oracle    src/prefill_attn/oracle.rs
 //
 // Why it looks like this:
-// 1. The decode kernel's warp (common/attend.cuh) with other columns: column x of a kv head is query row
-//    x / G of query head x % G, 16 a warp (8 at D = 256). Heads of a group share unpacked K and V.
-// 2. The CTA's warps share each step: two buffers filled by all threads, a barrier before and after use.
-// 3. A step that no column of a warp sees is skipped, and only steps on the diagonal, at the window's edge
-//    or at the end pay for masks. CTAs with the longest rows start first.
-// 4. Correct before fast: a warp reads each A fragment for 16 columns, so shared memory bandwidth, not
+// 1. Column x of a kv head is query row x / G of its query head x % G: heads of a group share unpacked K and V.
+//    CTAs with the longest rows start first. Only steps on the diagonal, at the window's edge or at the end pay
+//    for masks.
+// 2. sm_90a (prefill_wgmma.cuh): wgmma wants K and V in shared memory as rows, slabs are in the order of
+//    mma.sync lanes. Keeping slabs as they are and making Q and P the shared operand needs no rewriting, but a
+//    column's scores then lie across four warps: its maxima and P go through shared memory at every step, which
+//    B operands keep busy for half of the time as it is. So one warpgroup rewrites each slab into swizzled rows,
+//    exact codes first, then scale and minimum in one rounding to f16; two warpgroups, 64 columns each, keep Q,
+//    P and O in registers. Scores of the next slab are under way, and its softmax runs, while values are added.
+// 3. Predicted at D = 128 for 64 tokens of 128 columns, in clocks of an SM: tensor cores 1024; shared memory
+//    512 of B operands + 256 of rewriting + 16 to 256 of slabs; exponentials 512; instructions issued by each
+//    scheduler 2 * 265 + 100 (f16) to 320 (2 bits). Nothing reaches the tensor cores' time, but they wait at the
+//    ends of steps: 60 to 65 % of their peak expected with f16 history, 55 to 60 % with 2 bits. 192 registers a
+//    thread of the two, 120 of the one (176 and 152 at D = 96), 193 KB of shared memory: a CTA an SM. At D = 256
+//    the tiles would take all of shared memory and O 128 registers, so it stays with the other kernel.
+// 4. The other kernel is the decode kernel's warp (common/attend.cuh), 16 columns a warp (8 at D = 256); the
+//    CTA's warps share each step: two buffers filled by all threads, a barrier before and after use. A step that
+//    no column of a warp sees is skipped. A warp reads each A fragment for 16 columns, so shared memory, not
 //    mma, is expected to bound it. Registers are in tests/sass.txt; no run on a GPU yet.
 #include "kvwarp.h"
 #include "common/attend.cuh"
 #include "common/check.cuh"
 #include "common/launch.cuh"
 #include "common/steps.cuh"
+#include "prefill_wgmma.cuh"
 #include <cmath>
 
 namespace {
@@ -38,29 +51,6 @@ template <int D> constexpr int ROW_FLOATS = 8 * COLUMN_TILES<D> * (D + ROW_EXTRA
 template <int D> size_t buffer_bytes(const kvw_cache& c) {
     return std::max(2 * size_t(step_bytes<F16_TILES>(c)), size_t(WARPS) * ROW_FLOATS<D> * 4);
 }
-
-// Query columns of one (sequence, kv head).
-struct Columns {
-    int first_row, rows, group, len, sliding_window;
-
-    PRIM bool exists(int column) const { return column / group < rows; }
-
-    // One past the last token that a column sees.
-    PRIM int to(int column) const {
-        return exists(column) ? len - rows + column / group + 1 + KVW_FAULT(120) : 0;
-    }
-
-    PRIM int from(int column) const {
-        return sliding_window > 0 ? max(0, to(column) - sliding_window + KVW_FAULT(127)) : 0;
-    }
-
-    // Row of q and out, [T, H * G].
-    PRIM size_t row(int column, int q_heads, int h) const {
-        int query = KVW_FAULT(126) ? column % rows : column / group,
-            g = KVW_FAULT(126) ? column / rows : column % group;
-        return size_t(first_row + query) * q_heads + h * group + g;
-    }
-};
 
 // One warp's part of a step: columns first_column .. first_column + 8 NT - 1.
 template <int FORMAT, int TILES, int D, int GROUP, int NT>
@@ -111,7 +101,7 @@ __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_p
     if (!columns.exists(begin)) return;
 
     Attend<D, GROUP, NT> a;
-    QueryRows<NT> q{};
+    QueryRows<NT> q{{}, p.dtype == KVW_BF16};
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         int column = mine + 8 * n + lane / 4;
@@ -162,7 +152,7 @@ __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_p
         if (!columns.exists(column)) break;
         Merged sum = merge_rows<D>([&](int) { return parts + x * (D + ROW_EXTRA); }, 1, c);
         size_t row = columns.row(column, p.q_heads, h);
-        put4(static_cast<__half*>(p.out) + row * D + c, false, normalised(sum));
+        put4(static_cast<__half*>(p.out) + row * D + c, q.bf16, normalised(sum));
         int kept = column / group - (rows - p.lse_rows) + KVW_FAULT(123); // row of lse
         if (c == 0 && p.lse && kept >= 0) {
             p.lse[(size_t(s) * p.lse_rows + kept) * p.q_heads + row % p.q_heads] = log_sum_exp(sum);
@@ -170,10 +160,29 @@ __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_p
     }
 }
 
+// Whether the code that this device runs of a kernel for sm_90a has a body.
+template <class Kernel> bool runs_here(Kernel kernel, int threads) {
+#if defined(__CUDACC__)
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+           attributes.maxThreadsPerBlock >= threads;
+#else
+    return prim::WGMMA;
+#endif
+}
+
 template <int D, int GROUP> kvw_status launch(const kvw_prefill_attn_params& p, kvw_stream stream) {
     constexpr int NT = COLUMN_TILES<D>, COLUMNS = 8 * NT * WARPS;
     size_t shared = buffer_bytes<D>(p.cache) + WARPS * Queries<D, NT>::SHARED_BYTES;
     int64_t columns = int64_t(p.max_tokens) * (p.q_heads / p.cache.kv_heads);
+    if constexpr (D <= 128) {
+        using Ring = PrefillRing<D>;
+        if (runs_here(attn_wgmma<D, GROUP>, Ring::THREADS)) {
+            dim3 grid(unsigned((columns + Ring::COLUMNS - 1) / Ring::COLUMNS), p.cache.kv_heads,
+                      p.cache.seqs);
+            return KVW_LAUNCH((attn_wgmma<D, GROUP>), grid, Ring::THREADS, Ring::SHARED_BYTES, stream, p);
+        }
+    }
     dim3 grid(unsigned((columns + COLUMNS - 1) / COLUMNS), p.cache.kv_heads, p.cache.seqs);
     return KVW_LAUNCH((attn<D, GROUP>), grid, THREADS, shared, stream, p);
 }
@@ -201,7 +210,9 @@ kvw_status kvw_prefill_attn_check(const kvw_prefill_attn_params* p) {
     KVW_REQUIRE(p->tokens >= 1 && p->tokens <= INT32_MAX / 16, SHAPE, tokens);
     KVW_REQUIRE(p->max_tokens >= 1 && p->max_tokens <= p->tokens, SHAPE, max_tokens);
     KVW_REQUIRE(p->lse_rows >= (p->lse ? 1 : 0), SHAPE, lse_rows);
+    KVW_REQUIRE(p->max_slabs >= 0, SHAPE, max_slabs);
     KVW_REQUIRE(p->sliding_window >= 0, SHAPE, sliding_window);
+    KVW_REQUIRE(p->dtype == KVW_F16 || p->dtype == KVW_BF16, FORMAT, dtype);
     KVW_REQUIRE(std::isfinite(p->scale) && p->scale >= 0.f, SHAPE, scale);
     KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     return KVW_OK;
@@ -211,7 +222,11 @@ size_t kvw_prefill_attn_workspace(const kvw_prefill_attn_params*) { return 0; }
 
 size_t kvw_prefill_attn_bytes(const kvw_prefill_attn_params* p) {
     if (kvw_prefill_attn_check(p) != KVW_OK) return 0;
-    return size_t(p->tokens) * (2 * p->q_heads + 2 * p->cache.kv_heads) * p->cache.head_dim * 2;
+    const kvw_cache& c = p->cache;
+    size_t moved = size_t(p->tokens) * (2 * p->q_heads + 2 * c.kv_heads) * c.head_dim * 2;
+    int chunk = (p->tokens / c.seqs + TOKENS - 1) / TOKENS; // slabs, of sequences alike
+    int history = slabs_seen(std::max(0, p->max_slabs - chunk), p->sliding_window);
+    return moved + size_t(c.seqs) * c.kv_heads * history * slab_bytes(narrowest(c), c.head_dim, c.group);
 }
 
 kvw_status kvw_prefill_attn(const kvw_prefill_attn_params* p, kvw_stream stream) {

@@ -479,9 +479,9 @@ pub struct kvw_prefill_attn_params {
     pub q_heads: i32,
     #[doc = " lens count the chunk; packed is set: the chunk lies in the ring, f16"]
     pub cache: kvw_cache,
-    #[doc = " [T, H * G, D] f16, rotated; the last row of sequence s is its newest token"]
+    #[doc = " [T, H * G, D] of dtype, rotated; the last row of sequence s is its newest token"]
     pub q: *const ::core::ffi::c_void,
-    #[doc = " [T, H * G, D] f16"]
+    #[doc = " [T, H * G, D] of dtype"]
     pub out: *mut ::core::ffi::c_void,
     #[doc = " [S, lse_rows, H * G] natural log, of the last lse_rows rows, or null; a sequence\nwith fewer rows leaves its leading ones untouched"]
     pub lse: *mut f32,
@@ -492,8 +492,12 @@ pub struct kvw_prefill_attn_params {
     #[doc = " most rows of any sequence"]
     pub max_tokens: i32,
     pub lse_rows: i32,
+    #[doc = " most slabs of any (sequence, head), for kvw_prefill_attn_bytes; 0 = not known"]
+    pub max_slabs: i32,
     #[doc = " a query sees itself and the sliding_window - 1 tokens before it; 0 = all"]
     pub sliding_window: i32,
+    #[doc = " KVW_F16 or KVW_BF16"]
+    pub dtype: i32,
     #[doc = " of q . k; 0 = 1 / sqrt(D)"]
     pub scale: f32,
     #[doc = " 0"]
@@ -502,7 +506,7 @@ pub struct kvw_prefill_attn_params {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of kvw_prefill_attn_params"]
-        [::core::mem::size_of::<kvw_prefill_attn_params>() - 176usize];
+        [::core::mem::size_of::<kvw_prefill_attn_params>() - 184usize];
     ["Alignment of kvw_prefill_attn_params"]
         [::core::mem::align_of::<kvw_prefill_attn_params>() - 8usize];
     ["Offset of field: kvw_prefill_attn_params::struct_size"]
@@ -525,12 +529,16 @@ const _: () = {
         [::core::mem::offset_of!(kvw_prefill_attn_params, max_tokens) - 156usize];
     ["Offset of field: kvw_prefill_attn_params::lse_rows"]
         [::core::mem::offset_of!(kvw_prefill_attn_params, lse_rows) - 160usize];
+    ["Offset of field: kvw_prefill_attn_params::max_slabs"]
+        [::core::mem::offset_of!(kvw_prefill_attn_params, max_slabs) - 164usize];
     ["Offset of field: kvw_prefill_attn_params::sliding_window"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, sliding_window) - 164usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, sliding_window) - 168usize];
+    ["Offset of field: kvw_prefill_attn_params::dtype"]
+        [::core::mem::offset_of!(kvw_prefill_attn_params, dtype) - 172usize];
     ["Offset of field: kvw_prefill_attn_params::scale"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, scale) - 168usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, scale) - 176usize];
     ["Offset of field: kvw_prefill_attn_params::reserved"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, reserved) - 172usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, reserved) - 180usize];
 };
 impl Default for kvw_prefill_attn_params {
     fn default() -> Self {

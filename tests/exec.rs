@@ -189,6 +189,11 @@ impl Run {
         }
     }
 
+    /// Warpgroup products of the last call; the executor's own count.
+    pub fn wgmma(&self) -> Option<u64> {
+        self.session.as_ref().map(|_| self.simt().report().wgmma)
+    }
+
     /// Memory holding `values`.
     pub fn upload<T: Pod>(&self, name: &str, values: &[T]) -> Mem<T> {
         #[cfg(kvw_cuda)]

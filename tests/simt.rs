@@ -18,6 +18,7 @@ pub struct Report {
     pub collectives: u64,
     pub barriers: u64,
     pub mma: u64,
+    pub wgmma: u64,
     pub cp_async: u64,
     pub copy_bulk: u64,
     pub accesses: u64,

@@ -7,6 +7,7 @@ mod async_proxy;
 mod bugs;
 mod device;
 mod halves;
+mod warpgroup;
 
 type Op = unsafe extern "C" fn(*const u32, *mut u32) -> i32;
 const SEEDS: std::ops::Range<u64> = 0..7;

@@ -122,6 +122,8 @@ fn prefill(store: Store, heads: Heads, context: usize, queries: usize) -> Case {
                 cu_tokens: rows as _,
                 tokens: queries as i32,
                 max_tokens: queries as i32,
+                max_slabs: context.div_ceil(kvwarp::slab::TOKENS) as i32,
+                dtype: kvwarp::ffi::KVW_F16,
                 ..Default::default()
             }
         };

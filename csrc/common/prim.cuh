@@ -1,5 +1,5 @@
 // prim.cuh - every instruction that CUDA C++ has no name for, once for the device (inline PTX) and once for
-// the CPU executor. The only file with inline PTX. Including it gives a kernel everything it needs.
+// the CPU executor. With wgmma.cuh the only file with inline PTX. Including it gives a kernel everything it needs.
 //
 // On the device the wrappers cost nothing; in the executor each trailing `file, line` names the caller in
 // reports. Matrix layouts: with g = lane / 4 and t = 2 * (lane % 4), a register holds elements t and t + 1;
@@ -14,6 +14,7 @@
 #if defined(__CUDACC__)
 #define PRIM __device__ __forceinline__
 #define PRIM_SITE
+#define PRIM_ONLY_SITE
 // Dynamic and static shared memory: a pointer to the whole, and an array of n elements.
 #define KVW_DYN_SHARED(T, name) extern __shared__ __align__(128) T name[]
 #define KVW_SHARED(T, name, n)  __shared__ __align__(16) T name[n]
@@ -22,6 +23,7 @@
 #else
 #define PRIM                    inline
 #define PRIM_SITE               , SIMT_SITE
+#define PRIM_ONLY_SITE          SIMT_SITE
 #define KVW_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(::simt::block_view().dynamic)
 #define KVW_SHARED(T, name, n)                                                                               \
     T(&name)                                                                                                 \
@@ -344,7 +346,7 @@ struct Carve {
     }
 
     template <class T, int ALIGN = 16> PRIM T* take(int n) {
-        static_assert(ALIGN >= 16 && ALIGN <= 128 && (ALIGN & (ALIGN - 1)) == 0);
+        static_assert(ALIGN >= 16 && ALIGN <= 1024 && (ALIGN & (ALIGN - 1)) == 0);
         size_t bytes = (size_t(n) * sizeof(T) + 15) / 16 * 16;
 #if defined(__CUDACC__)
         // Added to the pointer, so that the compiler still knows it as one into shared memory.

@@ -32,13 +32,12 @@ std::atomic<uint32_t> next_epoch{1}; // process-wide: buffers may move between O
 
 // Asynchronous agents (behind the block's threads) do not stop at barriers: only their clock orders them.
 bool ordered_before(const Access& a, uint32_t block, uint32_t generation, uint32_t clock, unsigned thread) {
-    unsigned self = a.fiber.thread.flat;
     bool agent = thread >= a.block.fibers.size();
     if (block == a.block.number) {
-        if (!agent && (generation != a.block.generation || thread == self)) return true;
-        if (a.shadow.known[self][thread] >= clock) return true;
+        if (!agent && (generation != a.block.generation || a.by(thread))) return true;
+        if (a.known()[thread] >= clock) return true;
     }
-    for (const Seen* seen : {&a.shadow.seen, &a.shadow.seen_by[self]}) {
+    for (const Seen* seen : {&a.shadow.seen, &a.shadow.seen_by[a.fiber.thread.flat]}) {
         auto of_block = seen->find(block_key(block));
         if (!agent && of_block != seen->end() && of_block->second > generation) return true;
         auto of_thread = seen->find(thread_key(block, thread));
@@ -54,14 +53,17 @@ bool read_in_this_generation(const Access& a, const Cell& cell) {
 void note_write(const Access& a, Cell& cell, const char* space) {
     unsigned self = a.recorded();
     if (cell.read_block != NOBODY && !a.atomic) {
-        if (!ordered_before(a, cell.read_block, cell.read_generation, cell.read_clock, cell.read_thread))
+        auto check_reader = [&](unsigned thread, uint32_t clock) {
+            if (ordered_before(a, cell.read_block, cell.read_generation, clock, thread)) return;
+            cell.read_thread = uint16_t(thread);
             report_race(a, "write-after-read", cell, false, space);
+        };
+        check_reader(cell.read_thread, cell.read_clock);
+        if (cell.other_clock) check_reader(cell.other_thread, cell.other_clock);
         if (cell.readers && read_in_this_generation(a, cell)) {
             const Clocks& clocks = a.shadow.readers[cell.readers - 1];
             for (unsigned t = 0; t < clocks.size(); t++) {
-                if (t == a.fiber.thread.flat || clocks[t] <= a.shadow.known[a.fiber.thread.flat][t]) continue;
-                cell.read_thread = uint16_t(t);
-                report_race(a, "write-after-read", cell, false, space);
+                if (clocks[t]) check_reader(t, clocks[t]);
             }
         }
     }
@@ -71,7 +73,7 @@ void note_write(const Access& a, Cell& cell, const char* space) {
     cell.write_thread = uint16_t(self);
     cell.write_site = a.site;
     cell.read_block = NOBODY;
-    cell.readers = 0;
+    cell.other_clock = cell.readers = 0;
     cell.fence_clock = 0;
     cell.written = true;
     cell.atomic = a.atomic;
@@ -80,22 +82,23 @@ void note_write(const Access& a, Cell& cell, const char* space) {
 void note_read(const Access& a, Cell& cell) {
     unsigned self = a.recorded();
     Shadow& s = a.shadow;
+    uint32_t clock = a.now();
     if (!read_in_this_generation(a, cell)) {
-        cell.readers = 0;
+        cell.other_clock = cell.readers = 0;
+    } else if (cell.read_thread != self && (!cell.other_clock || cell.other_thread == self)) {
+        cell.other_thread = uint16_t(self);
+        cell.other_clock = clock;
+        return;
     } else if (cell.read_thread != self) {
         if (!cell.readers) {
             if (s.readers_used == s.readers.size()) s.readers.emplace_back();
-            Clocks& clocks = s.readers[s.readers_used++];
-            clocks.assign(s.known[0].size(), 0);
-            clocks[cell.read_thread] = cell.read_clock;
+            s.readers[s.readers_used++].assign(s.known[0].size(), 0);
             cell.readers = s.readers_used;
         }
-    }
-    uint32_t clock = a.now();
-    if (cell.readers) {
         Clocks& clocks = s.readers[cell.readers - 1];
         if (clocks.size() <= self) clocks.resize(self + 1, 0);
         clocks[self] = clock;
+        return;
     }
     cell.read_block = a.block.number;
     cell.read_generation = a.block.generation;
@@ -135,7 +138,7 @@ void block_end(Block& block) {
     last_block = nullptr;
     auto found = shadows.find(&block);
     if (found == shadows.end()) return;
-    if (!runner->failed) async_block_end(*found->second, block.fibers.size());
+    if (!runner->failed) async_block_end(*found->second);
     spare_shadows.push_back(std::move(found->second));
     shadows.erase(found);
 }
@@ -239,7 +242,9 @@ const Checker callbacks{launch_begin,
                         async_mbar_wait,
                         async_bulk_begin,
                         async_bulk_land,
-                        async_fence};
+                        async_fence,
+                        async_wgmma_begin,
+                        async_wgmma_wait};
 [[maybe_unused]] const Checker* const installed = checker = &callbacks;
 
 } // namespace

@@ -14,6 +14,7 @@ void merge(Seen& into, const Seen& from);
 
 // What an mbarrier hands on: by the completed phases, and gathered so far for the one under way.
 struct Handed {
+    unsigned agent = 0;
     Clocks released, gathering;
     Seen seen, seen_gathering;
     uint32_t copied = 0, copy_site = 0; // phase that the newest bulk copy completes in, and its line
@@ -24,8 +25,8 @@ struct Range {
     unsigned bytes;
 };
 
-// Of one block. Behind its n threads, clocks count agents that work on their own: n + i is the bulk copies of
-// mbarrier i, whose clock is the phase that they complete in.
+// Of one block. Behind its n threads, clocks count agents that work on their own: the bulk copies of an
+// mbarrier, by the phase that they complete in, and the wgmma of a warpgroup, by their group.
 struct Shadow {
     uint32_t epoch = 0;
     std::vector<Clocks> known;    // known[t][u]: what t knows of u
@@ -50,9 +51,12 @@ struct Access {
     bool write, atomic;
     unsigned agent = 0; // of an access through the async proxy: who makes it, at which clock; 0: the thread
     uint32_t clock = 0;
+    const Clocks* common = nullptr; // what all threads that issue it together know; null: one issues it
 
     bool async() const { return agent != 0; }
     unsigned recorded() const { return agent ? agent : fiber.thread.flat; }
+    bool by(unsigned thread) const { return !common && thread == fiber.thread.flat; } // in its program order
+    const Clocks& known() const { return common ? *common : shadow.known[fiber.thread.flat]; }
     uint32_t now() const { return agent ? clock : shadow.known[recorded()][recorded()]; }
 };
 
@@ -77,8 +81,11 @@ void async_mbar_wait(Fiber& fiber, Mbarrier& bar, Site site);
 void async_bulk_begin(Fiber& fiber, const BulkCopy& copy);
 void async_bulk_land(const BulkCopy& copy);
 void async_fence(Fiber& fiber);
+void async_wgmma_begin(Block& block, Warpgroup& group, const Wgmma& op);
+void async_wgmma_wait(Fiber& fiber, Warpgroup& group, unsigned groups);
+void async_registers(const Access& a, const unsigned char* p, unsigned bytes);
 void async_block_barrier(Shadow& s, size_t threads);
-void async_block_end(Shadow& s, size_t threads);
+void async_block_end(Shadow& s);
 void forget_lookups();
 
 } // namespace simt

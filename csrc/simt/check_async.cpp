@@ -4,6 +4,7 @@
 // own, the copies of its mbarrier, at the phase that it completes in. A thread learns of a phase, and of what
 // the arriving threads knew, only by waiting for it; a block barrier passes on what its threads have learnt.
 // Reads and writes of the async proxy also want a proxy fence after a thread's plain write to the same bytes.
+// The reads of a wgmma are checked with what all its 128 threads know, and last until one waits for its group.
 #include "check.h"
 #include <algorithm>
 
@@ -18,9 +19,14 @@ void raise(Clocks& into, const Clocks& from) {
 Access of_copy(const BulkCopy& copy, Fiber& fiber, const char* what, bool write) {
     Block& block = *copy.block;
     Access a{fiber, block, shadow_of(block), site_id({nullptr, copy.file, copy.line}), what, write, false};
-    a.agent = unsigned(block.fibers.size()) + copy.bar->slot;
+    a.agent = a.shadow.mbarriers[copy.bar->slot].agent;
     a.clock = copy.bar->phase + 1;
     return a;
+}
+
+unsigned new_agent(Shadow& s) {
+    for (Clocks& known : s.known) known.push_back(0);
+    return unsigned(s.known[0].size() - 1);
 }
 
 } // namespace
@@ -28,8 +34,7 @@ Access of_copy(const BulkCopy& copy, Fiber& fiber, const char* what, bool write)
 void async_mbar_init(Fiber& fiber, Mbarrier& bar, Site site) {
     check_access(fiber, bar.at, 8, true, site, "mbarrier.init", false);
     Shadow& s = shadow_of(*fiber.thread.block);
-    s.mbarriers.emplace_back();
-    for (Clocks& known : s.known) known.push_back(0);
+    s.mbarriers.emplace_back().agent = new_agent(s);
 }
 
 void async_mbar_arrive(Fiber& fiber, Mbarrier& bar, Site site) {
@@ -45,9 +50,8 @@ void async_mbar_complete(Block& block, Mbarrier& bar) {
     Handed& handed = shadow_of(block).mbarriers[bar.slot];
     raise(handed.released, handed.gathering);
     merge(handed.seen, handed.seen_gathering);
-    size_t agent = block.fibers.size() + bar.slot;
-    if (handed.released.size() <= agent) handed.released.resize(agent + 1, 0);
-    handed.released[agent] = bar.phase;
+    if (handed.released.size() <= handed.agent) handed.released.resize(handed.agent + 1, 0);
+    handed.released[handed.agent] = bar.phase;
 }
 
 void async_mbar_wait(Fiber& fiber, Mbarrier& bar, Site site) {
@@ -92,6 +96,44 @@ void async_fence(Fiber& fiber) {
     s.unfenced[t].clear();
 }
 
+void async_wgmma_begin(Block& block, Warpgroup& group, const Wgmma& op) {
+    Shadow& s = shadow_of(block);
+    if (!group.agent) group.agent = new_agent(s);
+    Fiber& first = *group.arrived[0];
+    Clocks common = s.known[first.thread.flat];
+    for (Fiber* fiber : group.arrived) {
+        const Clocks& known = s.known[fiber->thread.flat];
+        for (size_t i = 0; i < common.size(); i++) common[i] = std::min(common[i], known[i]);
+    }
+    Access a{first, block, s, site_id({nullptr, op.file, op.line}), "wgmma read", false, false};
+    a.agent = group.agent;
+    a.clock = op.group + 1;
+    a.common = &common;
+    for (unsigned n = 0; n < op.n; n++) {
+        const unsigned char* half[2];
+        wgmma_row(block, op, n, half);
+        check_access(a, half[0], 16);
+        check_access(a, half[1], 16);
+    }
+}
+
+void async_wgmma_wait(Fiber& fiber, Warpgroup& group, unsigned groups) {
+    if (!group.agent) return;
+    uint32_t& clock = shadow_of(*fiber.thread.block).known[fiber.thread.flat][group.agent];
+    clock = std::max(clock, groups);
+}
+
+// A thread's access to its own variables, where the compiler keeps them in memory.
+void async_registers(const Access& a, const unsigned char* p, unsigned bytes) {
+    Fiber& fiber = a.fiber;
+    for (const Accumulators& acc : fiber.accumulators) {
+        auto* d = reinterpret_cast<const unsigned char*>(acc.d);
+        if (p < d + acc.value.size() * sizeof(float) && d < p + bytes)
+            fail("%s of accumulators of a wgmma in flight at %s", a.what, site_text(a.site).c_str());
+    }
+    if (a.write && (fiber.wgmma_fenced || fiber.wgmma_groups)) fiber.changed.push_back({p, bytes});
+}
+
 void async_block_barrier(Shadow& s, size_t threads) {
     for (size_t agent = threads; agent < s.known[0].size(); agent++) {
         uint32_t most = 0;
@@ -100,13 +142,13 @@ void async_block_barrier(Shadow& s, size_t threads) {
     }
 }
 
-void async_block_end(Shadow& s, size_t threads) {
-    for (size_t i = 0; i < s.mbarriers.size(); i++) {
+void async_block_end(Shadow& s) {
+    for (const Handed& handed : s.mbarriers) {
         uint32_t most = 0;
-        for (const Clocks& known : s.known) most = std::max(most, known[threads + i]);
-        if (most < s.mbarriers[i].copied)
+        for (const Clocks& known : s.known) most = std::max(most, known[handed.agent]);
+        if (most < handed.copied)
             fail("a block ends with a bulk copy in flight, issued at %s and not waited for",
-                 site_text(s.mbarriers[i].copy_site).c_str());
+                 site_text(handed.copy_site).c_str());
     }
 }
 

@@ -122,6 +122,8 @@ void check_access(const Access& a, const void* ptr, unsigned bytes) {
         check_device(a, p, bytes);
     else if (Cell* cells = shared_cells(a, p, bytes))
         check_shared(a, cells, bytes);
+    else
+        async_registers(a, p, bytes);
 }
 
 void check_copy_begin(Fiber& fiber, const Copy& copy) {

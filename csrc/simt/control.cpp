@@ -24,7 +24,7 @@ extern "C" {
 
 // Counters of this thread's last launch, as tests/simt.rs declares them.
 struct simt_counters {
-    uint64_t switches, collectives, barriers, mma, cp_async, copy_bulk, accesses, ldmatrix_conflicts;
+    uint64_t switches, collectives, barriers, mma, wgmma, cp_async, copy_bulk, accesses, ldmatrix_conflicts;
 };
 
 void simt_configure(uint64_t seed, uint32_t resident) {
@@ -40,8 +40,8 @@ const char* simt_last_error(void) { return simt::last_report.message.c_str(); }
 
 void simt_report(simt_counters* out) {
     const simt::Report& r = simt::last_report;
-    *out = {r.switches, r.collectives, r.barriers, r.mma,
-            r.cp_async, r.copy_bulk,   r.accesses, r.ldmatrix_conflicts};
+    *out = {r.switches,  r.collectives, r.barriers,          r.mma, r.wgmma, r.cp_async,
+            r.copy_bulk, r.accesses,    r.ldmatrix_conflicts};
 }
 
 void* simt_alloc(size_t bytes, const char* name) { return simt::device_alloc(bytes, name); }

@@ -61,6 +61,7 @@ static void thread_main() {
     runner->kernel(runner->arg);
     Fiber* self = runner->current;
     Block& block = *self->thread.block;
+    if (!self->accumulators.empty()) fail("a thread ends with a wgmma in flight");
     self->state = State::done;
     runner->live--;
     block.live--;
@@ -83,6 +84,10 @@ Fiber* make_fiber() {
         fiber->copy_group = fiber->pieces_taken = 0;
         fiber->fenced = false;
         fiber->waits_on = nullptr;
+        fiber->accumulators.clear();
+        fiber->changed.clear();
+        fiber->wgmma_groups = 0;
+        fiber->wgmma_fenced = false;
     } else {
         fiber = new Fiber;
         size_t bytes = runner->config.stack_bytes;

@@ -42,6 +42,46 @@ struct BulkCopy {
     int line;
 };
 
+// Registers of A of one thread that a wgmma in flight reads: where, and what they must stay.
+struct Fragment {
+    const uint32_t* at;
+    uint32_t held[4];
+    const char* file;
+    int line;
+};
+
+// Accumulators of one thread that a wgmma in flight writes; the thread's own copy holds poison meanwhile.
+struct Accumulators {
+    float* d;
+    std::vector<float> value;
+    unsigned group; // of the newest wgmma on them
+    std::vector<Fragment> read;
+};
+
+// A wgmma on its way, by a whole warpgroup.
+struct Wgmma {
+    unsigned n, group;
+    bool bf16, accumulate;
+    uint64_t b;
+    uint32_t a[128][4];
+    float* d[128];
+    const char* file;
+    int line;
+};
+
+struct Warpgroup {
+    std::vector<Fiber*> arrived; // at the instruction under way
+    std::vector<WgmmaIn> in;
+    const char* name = nullptr;
+    std::vector<Wgmma> queue; // not computed yet
+    unsigned agent = 0;       // of the checked build
+};
+
+struct Span {
+    const unsigned char* at;
+    unsigned bytes;
+};
+
 struct Fiber {
     Thread thread;
     void* stack_pointer = nullptr;
@@ -56,6 +96,10 @@ struct Fiber {
     unsigned pieces_taken = 0;
     bool fenced = false; // a device-wide fence since its last block barrier
     const Mbarrier* waits_on = nullptr;
+    std::vector<Accumulators> accumulators; // in flight
+    unsigned wgmma_groups = 0;              // committed
+    bool wgmma_fenced = false;
+    std::vector<Span> changed; // registers written since the last wgmma fence (checked build)
 };
 
 // Lanes gathering for one collective.
@@ -97,6 +141,7 @@ struct Block : BlockView {
     std::unordered_map<const void*, std::vector<unsigned char>> statics;
     std::vector<std::unique_ptr<Mbarrier>> mbarriers;
     unsigned copies_in_flight = 0;
+    std::vector<Warpgroup> warpgroups;
 };
 
 constexpr size_t STATIC_PAD = 32; // before and after a static shared array
@@ -142,6 +187,8 @@ void drop_fibers();
 void open_barrier_if_full(Block& block, unsigned id);
 // mbarrier.cpp
 bool land_a_copy(); // false: none is on its way
+// wgmma.cpp
+void wgmma_row(Block& block, const Wgmma& op, unsigned n, const unsigned char* (&half)[2]);
 // memory.cpp
 bool in_shared_memory(Block& block, const unsigned char* p, unsigned bytes);
 
@@ -173,6 +220,8 @@ struct Checker {
     void (*bulk_begin)(Fiber&, const BulkCopy&);
     void (*bulk_land)(const BulkCopy&);
     void (*fence_async)(Fiber&);
+    void (*wgmma_begin)(Block&, Warpgroup&, const Wgmma&);
+    void (*wgmma_wait)(Fiber&, Warpgroup&, unsigned groups);
 };
 extern const Checker* checker;
 
@@ -184,10 +233,11 @@ struct Cell {
     uint32_t epoch = 0; // launch of device memory, block life of shared memory; older means untouched
     uint32_t write_block = NOBODY, write_generation = 0, write_clock = 0, write_site = 0;
     uint32_t read_block = NOBODY, read_generation = 0, read_clock = 0, read_site = 0;
-    uint32_t readers = 0; // 1 + index of the readers' clocks, once a second thread read in this generation
+    uint32_t other_clock = 0; // of a second reader in this generation; 0: none
+    uint32_t readers = 0;     // 1 + index of the readers' clocks, once a third one came
     uint32_t fence_generation = 0,
              fence_clock = 0; // of the writer's proxy fence after the write; 0: none yet
-    uint16_t write_thread = 0, read_thread = 0;
+    uint16_t write_thread = 0, read_thread = 0, other_thread = 0;
     bool written = false, in_flight = false, atomic = false;
 };
 

@@ -9,7 +9,7 @@
 
 namespace simt {
 
-constexpr size_t DYNAMIC_ALIGN = 128;
+constexpr size_t DYNAMIC_ALIGN = 1024;
 constexpr size_t RED_ZONE_ROOM = 4096;
 constexpr size_t MAX_SHARED = 227 * 1024; // sm_90, the largest supported
 constexpr unsigned MAX_THREADS = 1024;
@@ -59,6 +59,7 @@ static void start_block(unsigned number) {
     block->dynamic =
         reinterpret_cast<unsigned char*>((at + DYNAMIC_ALIGN - 1) / DYNAMIC_ALIGN * DYNAMIC_ALIGN);
     block->warps.resize((n + 31) / 32);
+    block->warpgroups.resize(n / 128);
     block->fibers.resize(n);
     for (unsigned i = 0; i < n; i++) {
         Fiber* fiber = make_fiber();

@@ -54,7 +54,8 @@ struct Launch {
 struct Report {
     bool ok = true;
     std::string message; // the first failure
-    uint64_t switches = 0, collectives = 0, barriers = 0, cp_async = 0, copy_bulk = 0, mma = 0, accesses = 0;
+    uint64_t switches = 0, collectives = 0, barriers = 0, cp_async = 0, copy_bulk = 0, mma = 0, wgmma = 0,
+             accesses = 0;
     uint64_t ldmatrix_conflicts = 0; // extra shared memory wavefronts of all ldmatrix
 };
 
@@ -120,6 +121,21 @@ void mbar_arrive(void* bar, unsigned expected_bytes, const char* file, int line)
 void mbar_wait(void* bar, unsigned parity, const char* file, int line);
 void copy_bulk(void* dst, const void* src, unsigned bytes, void* bar, const char* file, int line);
 void fence_async();
+
+// sm_90a: matrix products of a warpgroup, four warps from a multiple of four on.
+struct WgmmaIn {
+    float* d;          // [n / 2] of this thread
+    const uint32_t* a; // [4] of this thread
+    uint64_t b;        // descriptor
+    unsigned n;
+    bool bf16, accumulate;
+};
+void wgmma(const WgmmaIn& in, const char* file, int line);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(unsigned keep, const char* file, int line);
+void set_registers(unsigned count, const char* file, int line);
+uint32_t shared_offset(const void* p, const char* file, int line); // as the device would see the address
 
 void* shared_static(const void* key, size_t bytes);
 void shared_rewind();

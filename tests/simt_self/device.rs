@@ -18,7 +18,12 @@ fn nvcc_compiles_every_primitive() {
     };
     let csrc = Path::new(env!("CARGO_MANIFEST_DIR")).join("csrc");
     // The oldest architecture that knows the instructions; build.rs compiles users for all.
-    for (name, arch) in [("selftest", "80"), ("selftest_bugs", "80"), ("selftest_async", "90a")] {
+    for (name, arch) in [
+        ("selftest", "80"),
+        ("selftest_bugs", "80"),
+        ("selftest_async", "90a"),
+        ("selftest_wgmma", "90a"),
+    ] {
         let mut c = Command::new(&nvcc);
         c.args([
             "-c",
