@@ -213,7 +213,7 @@ pub fn line(row: &Row, rows: &[Row]) -> String {
     if row.bits().is_finite() {
         let _ = write!(out, " {:>6.3} bits", row.bits());
     }
-    let own = |r: &Row| r.format == "f16" && r.variant.is_empty();
+    let own = |r: &Row| r.format == "f16" && r.variant.is_empty() && row.format != "f16";
     let baselines = [
         ("own f16", row.speed_over(rows, own)),
         ("16-bit peer", row.speed_over(rows, |r| peer(r, 16))),

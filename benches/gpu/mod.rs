@@ -125,7 +125,7 @@ fn measure(
             // A replay takes as long as its layers, a sample is one of them.
             let layers = if t.mode == "graph" { ready.layers() } else { 1 };
             let mut group = criterion.benchmark_group(format!("gpu/{}", case.name()));
-            group.sample_size(10).nresamples(1000).warm_up_time(Duration::from_millis(1));
+            group.sample_size(10).nresamples(2000).warm_up_time(Duration::from_millis(1));
             group.measurement_time(A_SAMPLE_SET / layers as u32);
             group.bench_function(format!("{}/round{}", t.mode, round + 1), |b| {
                 b.iter_custom(|iters| match times(iters as usize) {
