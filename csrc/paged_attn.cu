@@ -28,7 +28,9 @@
 //    barrier in the loop. The warps' partial rows meet once in shared memory.
 // 4. Table entries are read 32 at a time, one a lane, and become addresses there; holes cost one ballot.
 // 5. A step is a slab, or 16 tokens of an f16 slab, whose bytes are then about those of a quantised slab.
-//    Two step buffers a warp, filled by cp.async, 16 bytes a lane, keep 6 to 8 KB a warp in flight.
+//    Two step buffers a warp (Pipe in common/steps.cuh): one is read while the other fills, by one bulk copy
+//    for lane 0 on sm_90, read once and evicted first, by cp.async of all lanes elsewhere. With three CTAs
+//    an SM that is 72 KB of q2 or 96 KB of f16 in flight at D = 128.
 // 6. Format is a warp-uniform branch round inlined bodies. Outputs accumulate in the unit of the format
 //    read last (attend.cuh); a change of format rescales them by powers of two, which is exact.
 // 7. Masks and the clearing of bytes past the length are off the path of all slabs but the outermost. What
@@ -36,14 +38,15 @@
 // 8. The running maximum is a whole number of powers of two: partial results differ by exact factors, and
 //    heads cut 1 to 18 ways agree to 1e-6 before the output is rounded, although probabilities are f16.
 // 9. Hot path, a q2 slab of 64 tokens at D = 128, group 32, 8 columns: predicted 714 SASS instructions
-//    without loop overhead, budget 760 with it; measured HOTPATH
+//    without loop overhead, budget 760 with it; measured
+//    728 on sm_80, 730 on sm_89, 740 on sm_90a, 84 of them HMMA, with 167, 167 and 162 registers
+//    (tests/sass.txt): three CTAs an SM. What only outer steps need lies in shared memory for that.
 //    No run on a GPU yet.
 #include "kvwarp.h"
 #include "common/attend.cuh"
 #include "common/check.cuh"
 #include "common/launch.cuh"
-#include "common/steps.cuh"
-#include "common/streamk.cuh"
+#include "common/pieces.cuh"
 #include <algorithm>
 #include <cmath>
 
@@ -51,72 +54,20 @@ namespace {
 using namespace kvw;
 
 constexpr int WARPS = 4;
-constexpr int F16_TILES = 1;
+constexpr int STAGES = 2; // step buffers of a warp
 constexpr int DEFAULT_CTAS = 3 * 132, DEFAULT_LEAST = WARPS;
 constexpr int MOST_CTAS = KVW_PAGED_ATTN_TICKETS / 4, MOST_LEAST = 1 << 16, MOST_ROWS = 16;
-
-using Params = kvw_paged_attn_params;
-
-// Query columns of a kv head: column x is row x / G of query head x % G. A CTA takes blocks of them.
-__host__ __device__ inline int columns_of(const Params& p) {
-    return p.q_len * (p.q_heads / p.cache.kv_heads);
-}
-
-// Which of `len` tokens the rows of a sequence see.
-struct Seen {
-    int len, rows, window;
-
-    PRIM Seen(const Params& p, int n) : len(n), rows(p.q_len), window(p.sliding_window) {}
-    PRIM int to(int row) const { return len - rows + row + 1; }
-    PRIM int from(int row) const { return window > 0 ? max(0, to(row) - window + KVW_FAULT(110)) : 0; }
-};
-
-// Units of heads of entry `at` of lens; one where nothing is seen, so that somebody writes the zeros.
-PRIM int units_of(const Params& p, int at) {
-    Seen seen(p, p.cache.lens[at]);
-    Units<F16_TILES> units{packed_slabs(p.cache, at, seen.len)};
-    return max(1, units.end(seen.len) - units.of(seen.from(0)));
-}
-
-// The columns of head `head` of the list: column x of it is column skip + x of (s, h).
-struct Columns {
-    int s, h, skip, count, group;
-
-    template <int MOST> PRIM static Columns of(const Params& p, int head) {
-        int all = columns_of(p), blocks = (all + MOST - 1) / MOST, skip = head % blocks * MOST;
-        head /= blocks;
-        return {head / p.cache.kv_heads, head % p.cache.kv_heads, skip, min(MOST, all - skip),
-                p.q_heads / p.cache.kv_heads};
-    }
-
-    PRIM int row(int x) const { return KVW_FAULT(130) ? (skip + x) % group : (skip + x) / group; }
-
-    PRIM int q_head(const Params& p, int x) const {
-        int g = (skip + x) % group;
-        return KVW_FAULT(106) ? g * p.cache.kv_heads + h : h * group + g;
-    }
-
-    // Row of q, out and lse.
-    PRIM size_t at(const Params& p, int x) const {
-        return (size_t(s) * p.q_len + (skip + x) / group) * p.q_heads + q_head(p, x);
-    }
-};
-
-// Heads of the list that share an entry of lens.
-template <int MOST> PRIM int heads_an_entry(const Params& p) {
-    int blocks = (columns_of(p) + MOST - 1) / MOST;
-    return p.cache.lens_heads == 1 ? p.cache.kv_heads * blocks : blocks;
-}
 
 // Scores of an outer step before the softmax: what is given to change them, then the masks.
 template <int D, int GROUP, int NT> struct Outer {
     const Params& p;
     const Attend<D, GROUP, NT>& a;
-    const Columns& columns;
-    Seen seen;
+    const Piece& piece;
     int first;
 
     template <int TILES> PRIM void operator()(float (&s)[TILES][NT][4], float unit) const {
+        const QueryBlock& columns = piece.columns;
+        Seen seen(p, piece.len);
         if (p.k_norm) {
             size_t head = size_t(columns.s) * p.cache.kv_heads + columns.h;
             a.scale_tokens(s, p.k_norm + head * p.k_norm_stride + first, seen.len - first);
@@ -139,82 +90,89 @@ PRIM void attend(Attend<D, GROUP, NT>& a, const Outer<D, GROUP, NT>& outer, unsi
                  int to) {
     using S = Slab<FORMAT, D, GROUP>;
     unsigned char* v = data + (S::QUANTISED ? S::V_CODES : TILES * 32 * D);
-    int end = outer.first + TILES * 16, len = outer.seen.len;
+    int end = outer.first + TILES * 16;
     bool edge = outer.first < from || end > to;
-    if (edge && end > len && !KVW_FAULT(109)) {
-        clear_past<FORMAT, D, GROUP, TILES>(v, len - outer.first, threadIdx.x % 32, 32);
+    if (edge && end > outer.piece.len && !KVW_FAULT(109)) {
+        clear_past<FORMAT, D, GROUP, TILES>(v, outer.piece.len - outer.first, threadIdx.x % 32, 32);
+        Pipe<STAGES>::wrote();
         __syncwarp();
     }
     a.template step<FORMAT, TILES>(data, v, edge, outer);
 }
 
-// What a warp does of its CTA's units of one head: its partial rows, left at the start of its buffers. The
-// rows of a CTA's warps lie `2 * bytes` apart; `buffers` are the first warp's.
+template <int FORMATS, int D, int GROUP, int NT>
+PRIM void attend_format(int format, Attend<D, GROUP, NT>& a, const Outer<D, GROUP, NT>& outer,
+                        unsigned char* data, int from, int to) {
+    if (is<FORMATS, KVW_SLAB_Q2>(format)) return attend<KVW_SLAB_Q2, 4>(a, outer, data, from, to);
+    if (is<FORMATS, KVW_SLAB_Q4>(format)) return attend<KVW_SLAB_Q4, 4>(a, outer, data, from, to);
+    if (is<FORMATS, KVW_SLAB_Q8>(format)) return attend<KVW_SLAB_Q8, 4>(a, outer, data, from, to);
+    attend<KVW_SLAB_F16, RING_TILES>(a, outer, data, from, to);
+}
+
+// What a warp does of its CTA's units of one head: its partial rows, left in its buffers. `rows` is where the
+// first warp's are, and rotated queries meanwhile.
 template <int D, int GROUP, int NT, int FORMATS>
-PRIM void attend_units(const Params& p, const Work& work, const Columns& columns, unsigned char* buffers,
-                       int bytes, uint4* shared_q) {
+PRIM void attend_units(const Params& p, const Piece& piece, float* rows, Pipe<STAGES>& pipe,
+                       uint4* shared_q) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    unsigned char* buffer = buffers + 2 * bytes * warp;
+    const QueryBlock& columns = piece.columns;
     Head<D, GROUP> head(p.cache, columns.s, columns.h);
-    Seen seen(p, head.len);
-    Units<F16_TILES> units{head.packed};
-    int low = seen.from(0), begin = units.of(low) + work.unit,
-        end = min(begin + work.take() + KVW_FAULT(135), units.end(head.len));
+    Seen seen(p, piece.len);
+    Units<RING_TILES> units{head.packed};
+    int begin = units.of(piece.low) + piece.work.unit,
+        end = min(begin + piece.work.take() + KVW_FAULT(135), units.end(piece.len));
     bool hooked = p.k_norm || p.softcap > 0.f;
     int inner_from = hooked ? INT32_MAX : seen.from(p.q_len - 1),
         inner_to = seen.to(KVW_FAULT(136) ? p.q_len - 1 : 0);
 
-    QueryRows<NT> rows;
-    rows.bf16 = p.dtype == KVW_BF16;
+    QueryRows<NT> queries;
+    queries.bf16 = p.dtype == KVW_BF16;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         int x = 8 * n + lane / 4;
-        rows.row[n] = x < columns.count ? static_cast<const __half*>(p.q) + columns.at(p, x) * D : nullptr;
+        queries.row[n] = x < columns.count ? static_cast<const __half*>(p.q) + columns.at(p, x) * D : nullptr;
     }
     Attend<D, GROUP, NT> a;
     if (p.rotation) {
-        float* rotated = reinterpret_cast<float*>(buffers);
-        rotate<D, NT>(p.rotation, rows, rotated);
+        rotate<D, NT>(p.rotation, queries, rows);
+        pipe.wrote();
         __syncthreads();
-        a.begin(RotatedRows<D>{rotated}, p.scale, shared_q, warp == 0);
+        a.begin(RotatedRows<D>{rows}, p.scale, shared_q, warp == 0);
         __syncthreads();
     }
-    Walk<D, GROUP, F16_TILES> walk{head, begin + warp, end, warps, low, head.len};
-    Step step = walk.start();
-    if (step.slab) fetch<D, GROUP, FORMATS, F16_TILES>(step, buffer, lane, 32);
-    prim::cp_async_commit();
+    Walk<D, GROUP, RING_TILES, Kept> walk{head, begin + warp, end, warps, {&piece.low}, {&piece.len}};
+    Step ahead[STAGES - 1];
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        ahead[i] = i == 0 ? walk.start() : walk.after(ahead[i - 1]);
+        pipe.fetch<D, GROUP, FORMATS, RING_TILES>(ahead[i], i);
+    }
     if (!p.rotation) {
-        a.begin(rows, p.scale, shared_q, warp == 0);
+        a.begin(queries, p.scale, shared_q, warp == 0);
         if (Queries<D, NT>::SHARED) __syncthreads();
     }
 
-    for (int at = 0;; at ^= bytes) {
+    for (;;) {
+        Step step = ahead[0];
         a.use_format(step.slab ? format_of(step.slab) : KVW_SLAB_F16);
         if (!step.slab) break;
-        Step next = walk.after(step);
-        if (next.slab) fetch<D, GROUP, FORMATS, F16_TILES>(next, buffer + (at ^ bytes), lane, 32);
-        prim::cp_async_commit();
-        if (!KVW_FAULT(100)) prim::cp_async_wait<1>();
+        Step last = walk.after(ahead[STAGES - 2]);
+#pragma unroll
+        for (int i = 0; i < STAGES - 2; i++) ahead[i] = ahead[i + 1];
+        ahead[STAGES - 2] = last;
+        pipe.fetch<D, GROUP, FORMATS, RING_TILES>(last, STAGES - 1);
+        unsigned char* data = pipe.take();
         __syncwarp();
-        unsigned char* data = buffer + at;
-        int format = format_of(step.slab);
-        Outer<D, GROUP, NT> outer{p, a, columns, seen, step.first};
-        if (is<FORMATS, KVW_SLAB_Q2>(format))
-            attend<KVW_SLAB_Q2, 4>(a, outer, data, inner_from, inner_to);
-        else if (is<FORMATS, KVW_SLAB_Q4>(format))
-            attend<KVW_SLAB_Q4, 4>(a, outer, data, inner_from, inner_to);
-        else if (is<FORMATS, KVW_SLAB_Q8>(format))
-            attend<KVW_SLAB_Q8, 4>(a, outer, data, inner_from, inner_to);
-        else
-            attend<KVW_SLAB_F16, F16_TILES>(a, outer, data, inner_from, inner_to);
+        attend_format<FORMATS>(format_of(step.slab), a, Outer<D, GROUP, NT>{p, a, piece, step.first}, data,
+                               inner_from, inner_to);
         if (!KVW_FAULT(101)) __syncwarp(); // before the buffer is filled again
-        step = next;
     }
-    a.store(reinterpret_cast<float*>(buffer));
+    a.store(reinterpret_cast<float*>(pipe.buffer(0)));
+    pipe.wrote();
 }
 
 // Writes channels c .. c + 3 of column x.
-template <int D> PRIM void write(const Params& p, const Columns& columns, int x, int c, Merged merged) {
+template <int D> PRIM void write(const Params& p, const QueryBlock& columns, int x, int c, Merged merged) {
     if (p.sinks) merged = with_sink(merged, p.sinks[columns.q_head(p, KVW_FAULT(137) ? 0 : x)]);
     size_t row = columns.at(p, x);
     put4(static_cast<__half*>(p.out) + row * D + c, p.dtype == KVW_BF16, normalised(merged));
@@ -242,7 +200,9 @@ PRIM bool last_of_head(const Params& p, const Work& work) {
 // Adds the warps' partial rows of a head. Where the CTA had all of the head, that is the result; else a part
 // of it, and the last CTA to get here adds the parts.
 template <int D, int COLUMNS>
-PRIM void finish(const Params& p, const Work& work, const Columns& columns, const float* rows, int stride) {
+PRIM void finish(const Params& p, const Piece& piece, const float* rows, int stride) {
+    const Work& work = piece.work;
+    const QueryBlock& columns = piece.columns;
     const size_t floats = block_floats<D, COLUMNS>(p);
     float* blocks = static_cast<float*>(p.workspace) + KVW_PAGED_ATTN_TICKETS / 4;
     float* mine = blocks + (2 * size_t(blockIdx.x) + (work.unit == 0 && !KVW_FAULT(134))) * floats;
@@ -274,22 +234,26 @@ __global__ void __launch_bounds__(WARPS * 32, NT == 1 && D <= 128 ? 3 : 2)
     attn(const __grid_constant__ kvw_paged_attn_params p) {
     constexpr int COLUMNS = 8 * NT;
     KVW_DYN_SHARED(unsigned char, raw);
-    KVW_SHARED(Work, kept, 1); // not in registers while slabs are read
+    KVW_SHARED(Piece, kept, 1);
     prim::Carve carve(raw);
-    int warps = blockDim.x / 32, bytes = step_bytes<F16_TILES>(p.cache);
-    unsigned char* buffers = carve.take<unsigned char, 128>(2 * bytes * warps);
+    int bytes = step_bytes<RING_TILES>(p.cache), ring = Pipe<STAGES>::size(bytes);
+    unsigned char* rings = carve.take<unsigned char, 128>(ring * int(blockDim.x / 32));
     uint4* shared_q = carve.take<uint4>(Queries<D, NT>::SHARED_BYTES / 16);
 
+    Pipe<STAGES> pipe{rings + int(threadIdx.x / 32) * ring, bytes, int(threadIdx.x % 32), 32};
+    pipe.init();
+    float* rows = reinterpret_cast<float*>(rings + Pipe<STAGES>::HEADER); // the first warp's
+    __syncwarp();
     auto units = [&](int at) { return units_of(p, at); };
     Work work = first_work(p.cache.seqs * p.cache.lens_heads, heads_an_entry<COLUMNS>(p), p.least, units);
     while (work.at < work.end) {
-        if (threadIdx.x == 0) kept[0] = work;
-        Columns columns = Columns::of<COLUMNS>(p, work.head);
-        attend_units<D, GROUP, NT, FORMATS>(p, work, columns, buffers, bytes, shared_q);
+        if (threadIdx.x == 0) kept[0] = piece_of<COLUMNS>(p, work);
+        __syncthreads();
+        attend_units<D, GROUP, NT, FORMATS>(p, kept[0], rows, pipe, shared_q);
         if (!KVW_FAULT(113)) __syncthreads();
-        work = kept[0];
-        columns = Columns::of<COLUMNS>(p, work.head);
-        finish<D, COLUMNS>(p, work, columns, reinterpret_cast<const float*>(buffers), 2 * bytes / 4);
+        const Piece piece = kept[0];
+        finish<D, COLUMNS>(p, piece, rows, ring / 4);
+        work = piece.work;
         work.advance(heads_an_entry<COLUMNS>(p), units);
     }
 }
@@ -301,14 +265,14 @@ int column_tiles(const Params& p) { return columns_of(p) > 8 && p.cache.head_dim
 int64_t most_units(const Params& p) {
     int columns = 8 * column_tiles(p), ring = std::min(p.max_slabs, p.cache.ring_slabs);
     int64_t heads = int64_t(p.cache.seqs) * p.cache.kv_heads * ((columns_of(p) + columns - 1) / columns);
-    return heads * (p.max_slabs + int64_t(ring) * (TOKENS / (16 * F16_TILES) - 1));
+    return heads * (p.max_slabs + int64_t(ring) * (TOKENS / (16 * RING_TILES) - 1));
 }
 
 template <int D, int GROUP, int NT> kvw_status launch(const Params& p, kvw_stream stream) {
-    // As many warps, up to four, as fit 96 KB with two steps each: every architecture has that much.
-    int bytes = step_bytes<F16_TILES>(p.cache), warps = WARPS;
-    while (warps > 1 && 2 * warps * bytes > 96 * 1024) warps /= 2;
-    size_t shared = 2 * size_t(bytes) * warps + Queries<D, NT>::SHARED_BYTES;
+    // As many warps, up to four, as fit 96 KB with their rings: every architecture has that much.
+    int ring = Pipe<STAGES>::size(step_bytes<RING_TILES>(p.cache)), warps = WARPS;
+    while (warps > 1 && warps * ring > 96 * 1024) warps /= 2;
+    size_t shared = size_t(ring) * warps + Queries<D, NT>::SHARED_BYTES;
     int64_t grid = std::min<int64_t>(p.ctas, (most_units(p) + p.least - 1) / p.least);
     return KVW_LAUNCH((attn<D, GROUP, NT, ALL_FORMATS>), unsigned(grid), warps * 32, shared, stream, p);
 }

@@ -45,12 +45,13 @@ template <int TILES> struct Units {
 };
 
 // Every `stride`-th unit of next .. end, holes left out, by a whole warp.
-template <int D, int GROUP, int TILES> struct Walk {
+template <int D, int GROUP, int TILES, class Token = int> struct Walk {
     const Head<D, GROUP>& head;
-    int next, end, stride, low, high; // tokens below low and from high on are not wanted
-    SlabAddress mine = 0;             // of this lane in the batch of 32 units at hand
-    unsigned left = 0;                // lanes whose unit is still to come
-    int batch = 0;                    // unit of lane 0
+    int next, end, stride;
+    Token low, high;      // tokens below low and from high on are not wanted
+    SlabAddress mine = 0; // of this lane in the batch of 32 units at hand
+    unsigned left = 0;    // lanes whose unit is still to come
+    int batch = 0;        // unit of lane 0
 
     PRIM Step start() {
         int lane = threadIdx.x % 32;
@@ -80,35 +81,103 @@ template <int D, int GROUP, int TILES> struct Walk {
     }
 };
 
+// Whether a format among FORMATS is this one. Two bits tell q2 from the others: where all are compared as one
+// value ptxas makes a jump table, of which q2 wants no part.
 template <int FORMATS, int FORMAT> PRIM bool is(int format) {
-    return FORMATS == 1 << FORMAT || ((FORMATS >> FORMAT & 1) && format == FORMAT);
+    static_assert(KVW_SLAB_Q2 == 3 && KVW_SLAB_FORMATS <= 7);
+    constexpr int BITS = FORMAT == KVW_SLAB_Q2 ? 3 : 15;
+    return FORMATS == 1 << FORMAT || ((FORMATS >> FORMAT & 1) && (format & BITS) == FORMAT);
 }
 
-// This thread's share of a copy by `threads`.
-template <int BYTES> PRIM void copy(unsigned char* to, const unsigned char* from, int thread, int threads) {
+// Who copies a step where: thread `thread` of `threads` that share the buffer. A bulk copy completes on `bar`.
+struct Copier {
+    int thread, threads;
+    uint64_t* bar;
+};
+
+// PARTS pieces of BYTES, `apart` bytes from one to the next in memory, one after the other at `to`.
+template <bool BULK, int BYTES, int PARTS = 1>
+PRIM void copy(unsigned char* to, const unsigned char* from, int apart, const Copier& c) {
+    if (BULK && prim::HOPPER) {
+        if (c.thread != 0) return;
+        prim::mbar_expect(c.bar, PARTS * BYTES);
 #pragma unroll
-    for (int at = 0; at < BYTES; at += 16 * threads) {
-        int offset = at + 16 * thread;
-        if (at + 16 * threads <= BYTES || offset < BYTES) prim::cp_async16(to + offset, from + offset);
+        for (int i = 0; i < PARTS; i++) prim::copy_bulk(to + i * BYTES, from + i * apart, BYTES, c.bar);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+#pragma unroll
+        for (int at = 0; at < BYTES; at += 16 * c.threads) {
+            int offset = at + 16 * c.thread;
+            if (at + 16 * c.threads <= BYTES || offset < BYTES)
+                prim::cp_async16(to + i * BYTES + offset, from + i * apart + offset);
+        }
     }
 }
 
-template <int D, int GROUP, int FORMATS, int TILES>
-PRIM void fetch(Step step, unsigned char* to, int thread, int threads) {
+// The bytes of a step: by cp.async of all threads, or, where BULK, by bulk copies of thread 0 on sm_90.
+template <int D, int GROUP, int FORMATS, int TILES, bool BULK = false>
+PRIM void fetch(Step step, unsigned char* to, int thread, int threads, uint64_t* bar = nullptr) {
     const unsigned char* slab = bytes_of(step.slab);
+    const Copier c{thread, threads, bar};
     int format = format_of(step.slab);
     if (is<FORMATS, KVW_SLAB_Q2>(format)) {
-        copy<Slab<KVW_SLAB_Q2, D, GROUP>::BYTES>(to, slab, thread, threads);
+        copy<BULK, Slab<KVW_SLAB_Q2, D, GROUP>::BYTES>(to, slab, 0, c);
     } else if (is<FORMATS, KVW_SLAB_Q4>(format)) {
-        copy<Slab<KVW_SLAB_Q4, D, GROUP>::BYTES>(to, slab, thread, threads);
+        copy<BULK, Slab<KVW_SLAB_Q4, D, GROUP>::BYTES>(to, slab, 0, c);
     } else if (is<FORMATS, KVW_SLAB_Q8>(format)) {
-        copy<Slab<KVW_SLAB_Q8, D, GROUP>::BYTES>(to, slab, thread, threads);
+        copy<BULK, Slab<KVW_SLAB_Q8, D, GROUP>::BYTES>(to, slab, 0, c);
     } else {
-        constexpr int PART = TILES * 32 * D;
         slab += step.first % TOKENS / 16 * (32 * D);
-        copy<PART>(to, slab, thread, threads);
-        copy<PART>(to + PART, slab + Slab<KVW_SLAB_F16, D, GROUP>::V_CODES, thread, threads);
+        copy<BULK, TILES * 32 * D, 2>(to, slab, Slab<KVW_SLAB_F16, D, GROUP>::V_CODES, c);
     }
 }
+
+// A ring of STAGES buffers that hold steps on their way, STAGES - 1 of them ahead of the one in use. Of all
+// the threads that share it: filled by bulk copies and an mbarrier a buffer on sm_90, by cp.async elsewhere.
+template <int STAGES> struct Pipe {
+    static constexpr int HEADER = 128; // STAGES mbarriers
+
+    unsigned char* base; // 128-byte aligned: the header, then the buffers
+    int bytes;           // of a buffer
+    int thread, threads;
+    unsigned taken = 0; // steps
+
+    __host__ __device__ static constexpr int size(int bytes) { return HEADER + STAGES * bytes; }
+    PRIM unsigned char* buffer(unsigned i) const { return base + HEADER + int(i % STAGES) * bytes; }
+    PRIM uint64_t* full(unsigned i) const { return reinterpret_cast<uint64_t*>(base) + i % STAGES; }
+
+    // Once, before a barrier of the sharing threads.
+    PRIM void init() const {
+        if (!prim::HOPPER || thread != 0) return;
+        for (int i = 0; i < STAGES; i++) prim::mbar_init(full(i), 1);
+        prim::mbar_fence();
+    }
+
+    // Starts a step's copy, `ahead` steps after the next to be taken; no step counts too. The sharing threads
+    // are through with what the buffer held, and those that wrote there have called wrote() before a barrier.
+    template <int D, int GROUP, int FORMATS, int TILES> PRIM void fetch(Step step, int ahead) const {
+        unsigned i = taken + ahead;
+        if (step.slab) kvw::fetch<D, GROUP, FORMATS, TILES, true>(step, buffer(i), thread, threads, full(i));
+        if (!prim::HOPPER) prim::cp_async_commit();
+    }
+
+    // The buffer of the next step. It is full for threads past a barrier after this.
+    PRIM unsigned char* take() {
+        unsigned i = taken++;
+        if (KVW_FAULT(100)) return buffer(i);
+        if (prim::HOPPER)
+            prim::mbar_wait(full(i), KVW_FAULT(141) ? 0 : i / STAGES % 2);
+        else
+            prim::cp_async_wait<STAGES - 1>();
+        return buffer(i);
+    }
+
+    // After this thread wrote to a buffer: bulk copies come by another way than its stores.
+    PRIM static void wrote() {
+        if (prim::HOPPER && !KVW_FAULT(142)) prim::fence_async();
+    }
+};
 
 } // namespace kvw

@@ -24,6 +24,8 @@ pub struct Call {
     pub sinks: bool,
     pub k_norm: bool,
     pub rotation: bool,
+    /// The way of sm_90, where the executor can choose.
+    pub hopper: bool,
 }
 
 pub const CALL: Call = Call {
@@ -38,6 +40,7 @@ pub const CALL: Call = Call {
     sinks: false,
     k_norm: false,
     rotation: false,
+    hopper: false,
 };
 
 pub struct Outcome {
@@ -151,6 +154,7 @@ pub fn run_in(
     let own = room.is_none().then(|| workspace(run, params.workspace_bytes));
     let room = room.or(own.as_ref()).expect("one of the two");
     params.workspace = room.ptr().cast();
+    run.hopper(call.hopper);
     run.call(&op!(kvw_paged_attn), &params)?;
     if room.download()[..TICKETS].iter().any(|&x| x != 0) {
         return Err("a ticket is not zero".into());

@@ -24,10 +24,12 @@ fn cuts_agree_and_repeat_bit_for_bit() {
         }
     }
     for ctas in [3, 7] {
-        let run = |exec: Exec| run_op(&exec.start(), &cache, Call { ctas, ..CALL }).unwrap();
-        let first = run(Exec::SimtPlain);
+        let run = |exec: Exec, hopper| {
+            run_op(&exec.start(), &cache, Call { ctas, hopper, ..CALL }).unwrap()
+        };
+        let first = run(Exec::SimtPlain, false);
         for seed in 1..6 {
-            let got = run(Exec::SimtChecked(seed));
+            let got = run(Exec::SimtChecked(seed), seed > 3);
             assert!(got.out == first.out && got.lse == first.lse, "{ctas} CTAs, schedule {seed}");
         }
     }
@@ -50,7 +52,7 @@ fn a_workspace_serves_call_after_call() {
         let long = Spec { lens: vec![700], ..mixed() };
         for (spec, call) in [
             (long.clone(), Call { ctas: 7, ..CALL }),
-            (ragged(), largest),
+            (ragged(), Call { hopper: true, ..largest }),
             (Spec { lens: vec![80, 0, 200], ..long.clone() }, Call { ctas: 7, ..CALL }),
             (long, Call { ctas: 7, ..CALL }),
         ] {

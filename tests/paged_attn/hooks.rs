@@ -15,7 +15,7 @@ fn rows_match_oracle() {
         // Rows end in the last slab and before it; some sequences are shorter than the rows.
         let few = Spec { lens: vec![64 * 3 + 2, 7, 0, 129], heads: 2, ..mixed() };
         for (q_len, g, ctas) in [(2, 4, 3), (5, 3, 2), (16, 1, 5), (16, 5, 4)] {
-            check(&few, Call { q_len, g, ctas, ..CALL });
+            check(&few, Call { q_len, g, ctas, hopper: ctas == 4, ..CALL });
         }
         check(&few, Call { q_len: 5, g: 2, ctas: 3, sliding_window: 65, ..CALL });
         check(&Spec { head_dim: 256, ..few }, Call { q_len: 2, g: 6, ctas: 3, ..CALL });
