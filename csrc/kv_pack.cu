@@ -2,10 +2,10 @@
 //
 // Math      K' = rotate(K, position), beyond the range of f16 +-65504, as V; ring[slot] = (K', V); packed
 //           slab = quantise(its 64 tokens), bit for bit src/slab/codec.rs::encode
-// Shapes    k, v [T, H, D] f16 with strides between tokens; the cache as slab.h has it
+// Shapes    k, v [T, H, D] f16 or bf16 with strides between tokens; the cache as slab.h has it
 // Layout    K quantised per channel over group tokens, V per token over group channels (KIVI,
 //           arXiv:2402.02750)
-// Bytes     8 D a token and head; FLUSH reads f16 slabs and writes packed ones -> kvw_kv_pack_bytes()
+// Bytes     8 D a token and head; f16 slabs are read and packed ones written -> kvw_kv_pack_bytes()
 // Launch    APPEND grid (H, S), FILL (tiles of 16 tokens, H, S), FLUSH (slabs, H, S); 128 threads, at
 //           most 17 KB of shared memory
 // Workspace none
@@ -15,7 +15,7 @@
 // APPEND: a slab leaves the window with token len - 1 if (len - window) is a positive multiple of 64. In
 // a ring of kvw_ring_slabs(window) that token may fall on the slab's first one, so the slab is packed
 // before the token is written; only with window 0 the slab holds the token itself and comes after it. The
-// entry's format decides: q8, q4 and q2 are quantised, f16 is copied, a hole drops the tokens.
+// entry's format decides: fp8, q8, q4 and q2 are packed, f16 is copied, a hole drops the tokens.
 //
 // kivi_exact: KIVI's schedule with residual length R = window. With N = len after this token: if N % R ==
 // 0, K of the last R tokens is quantised (groups aligned to token 0); if N > R, V of token N - 1 - R. So
@@ -49,12 +49,19 @@ struct KeyWords {
     uint32_t word[2];
 };
 
+// Elements i and i + 1 of rows in the input's type.
+PRIM float2 two(const Params& p, const void* rows, int64_t i) {
+    if (p.dtype == KVW_BF16)
+        return __bfloat1622float2(
+            *reinterpret_cast<const __nv_bfloat162*>(static_cast<const __nv_bfloat16*>(rows) + i));
+    return __half22float2(*reinterpret_cast<const __half2*>(static_cast<const __half*>(rows) + i));
+}
+
 template <int D> PRIM KeyWords key_words(const Params& p, int64_t token, int head, int n) {
     bool half = p.pairing == KVW_ROPE_HALF;
     KeyWords w = {{half ? 2 * n : 4 * n, half ? 2 * n + D / 2 : 4 * n + 2}, {}};
-    const __half* row = static_cast<const __half*>(p.k) + token * p.k_stride + head * D;
-    float2 x = __half22float2(*reinterpret_cast<const __half2*>(row + w.c[0]));
-    float2 y = __half22float2(*reinterpret_cast<const __half2*>(row + w.c[1]));
+    int64_t row = token * p.k_stride + head * D;
+    float2 x = two(p, p.k, row + w.c[0]), y = two(p, p.k, row + w.c[1]);
     if (p.positions) {
         float position = float(p.positions[token]), sin[2], cos[2];
         sin_cos(__fmul_rn(position, p.inv_freq[2 * n]), sin[0], cos[0]);
@@ -71,8 +78,7 @@ template <int D> PRIM KeyWords key_words(const Params& p, int64_t token, int hea
 
 // Two channels of a value.
 template <int D> PRIM uint32_t value_word(const Params& p, int64_t token, int head, int n) {
-    const __half* row = static_cast<const __half*>(p.v) + token * p.v_stride + head * D;
-    float2 x = __half22float2(*reinterpret_cast<const __half2*>(row + 2 * n));
+    float2 x = two(p, p.v, token * p.v_stride + head * D + 2 * n);
     return half2_bits(half_saturated(x.x), half_saturated(x.y));
 }
 
@@ -82,13 +88,12 @@ template <int D> PRIM __half& v_element(unsigned char* slab, int token, int chan
     return *reinterpret_cast<__half*>(slab + V_SECTION<D> + v_word<D>(token, channel) + token % 2 * 2);
 }
 
-template <int D, int GROUP> PRIM unsigned char* ring_slab(const Head<D, GROUP>& head, int slab) {
-    return head.ring + size_t(slab % head.cache.ring_slabs) * Slab<KVW_SLAB_F16, D, GROUP>::BYTES;
+template <int D> PRIM unsigned char* ring_slab(const Head<D, 0>& head, int slab) {
+    return head.ring + size_t(slab % head.cache.ring_slabs) * Slab<KVW_SLAB_F16, D, 32>::BYTES;
 }
 
 // Row `token` of k and v to `slot` of the ring.
-template <int D, int GROUP>
-PRIM void write_token(const Params& p, const Head<D, GROUP>& head, int64_t token, int slot) {
+template <int D> PRIM void write_token(const Params& p, const Head<D, 0>& head, int64_t token, int slot) {
     unsigned char* slab = ring_slab(head, slot / TOKENS);
     int at = slot % TOKENS;
     for (int n = int(threadIdx.x); n < D / 4; n += PACK_THREADS) {
@@ -112,7 +117,7 @@ template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) fill(const _
     KVW_SHARED(__half, keys, TILE * ROW);
     KVW_SHARED(__half, values, TILE * ROW);
     int s = int(blockIdx.z), tokens = p.cu_tokens[s + 1] - p.cu_tokens[s];
-    Head<D, 32> head(p.cache, s, int(blockIdx.y));
+    Head<D, 0> head(p.cache, s, int(blockIdx.y));
     int start = head.len - tokens, first = start / TILE * TILE + int(blockIdx.x) * TILE;
     if (tokens <= 0 || start < 0 || first >= head.len) return;
     auto ours = [&](int row) { return first + row >= start && first + row < head.len; };
@@ -160,38 +165,44 @@ template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) fill(const _
 
 // ---- slabs out of the ring
 
-template <int D, int GROUP> constexpr int META_WORDS = Packer<Slab<KVW_SLAB_Q2, D, GROUP>, D>::META_WORDS;
+// Scales and minima of K and V as f16 pairs in the smallest groups, and steps.
+template <int D> constexpr int META_WORDS = 2 * D + TOKENS * (D / 32) + STEPS_BYTES / 4;
 
 // The table's slab i, 0 where there is none.
-template <int D, int GROUP> PRIM SlabAddress table_slab(const Head<D, GROUP>& head, int i) {
+template <int D> PRIM SlabAddress table_slab(const Head<D, 0>& head, int i) {
     return head.row ? head.entry(head.row[i]) : 0;
 }
 
-template <int D, int GROUP> PRIM void copy_slab(const unsigned char* from, unsigned char* to) {
-    for (int at = int(threadIdx.x) * 16; at < Slab<KVW_SLAB_F16, D, GROUP>::BYTES; at += PACK_THREADS * 16)
+template <int D> PRIM void copy_slab(const unsigned char* from, unsigned char* to) {
+    for (int at = int(threadIdx.x) * 16; at < Slab<KVW_SLAB_F16, D, 32>::BYTES; at += PACK_THREADS * 16)
         prim::stg128(to + at, *reinterpret_cast<const uint4*>(from + at));
 }
 
-template <int D, int GROUP> PRIM void pack_slab(const Head<D, GROUP>& head, int i, uint32_t* meta) {
+template <int D> PRIM void pack_slab(const Head<D, 0>& head, int i, uint32_t* meta) {
     SlabAddress to = table_slab(head, i);
     unsigned char *from = ring_slab(head, i), *bytes = bytes_of(to);
     if (to == 0) return;
-    if (format_of(to) == KVW_SLAB_F16) copy_slab<D, GROUP>(from, bytes);
-    if (format_of(to) == KVW_SLAB_Q8) Packer<Slab<KVW_SLAB_Q8, D, GROUP>, D>(from, bytes, meta).pack();
-    if (format_of(to) == KVW_SLAB_Q4) Packer<Slab<KVW_SLAB_Q4, D, GROUP>, D>(from, bytes, meta).pack();
-    if (format_of(to) == KVW_SLAB_Q2) Packer<Slab<KVW_SLAB_Q2, D, GROUP>, D>(from, bytes, meta).pack();
+    switch (format_of(to)) {
+    case KVW_SLAB_F16: return copy_slab<D>(from, bytes);
+    case KVW_SLAB_Q8: return Packer<KVW_SLAB_Q8, D>(head.cache, from, bytes, meta).pack();
+    case KVW_SLAB_Q4: return Packer<KVW_SLAB_Q4, D>(head.cache, from, bytes, meta).pack();
+    case KVW_SLAB_Q2: return Packer<KVW_SLAB_Q2, D>(head.cache, from, bytes, meta).pack();
+    case KVW_SLAB_FP8: return Packer<KVW_SLAB_FP8, D>(head.cache, from, bytes, meta).pack();
+    }
 }
 
 // KIVI: V of one token, by one warp. Lane (r, q) takes channels 8 j + r, j = q mod 4; of the lanes whose codes
 // share a word the first joins them into it. This token owns one half of the word at most.
-template <class L, int D> PRIM void pack_value(unsigned char* from, unsigned char* to, int token) {
-    constexpr int PAIRS = D / 8, GROUP_PAIRS = L::V_GROUP / 8, MAX_CODE = (1 << L::BITS) - 1;
-    constexpr int SHARE = L::SLOTS < 4 ? L::SLOTS : 4; // lanes
+template <int FORMAT, int D>
+PRIM void pack_value(const Layout& l, unsigned char* from, unsigned char* to, int token) {
+    constexpr int BITS = code_bits(FORMAT), SLOTS = 16 / BITS, MAX_CODE = (1 << BITS) - 1, PAIRS = D / 8;
+    constexpr int SHARE = SLOTS < 4 ? SLOTS : 4; // lanes
+    const int group_pairs = l.v_group / 8;
     int lane = int(threadIdx.x) % 32, r = lane / 4, q = lane % 4;
     int tile = token / 16, t = token % 8 / 2, side = token % 16 / 8, e = token % 2;
 #pragma unroll 1
-    for (int first = 0; first < PAIRS; first += GROUP_PAIRS) {
-        int end = min(first + GROUP_PAIRS, PAIRS);
+    for (int first = 0; first < PAIRS; first += group_pairs) {
+        int end = min(first + group_pairs, PAIRS);
         float low = INFINITY, high = -INFINITY;
         for (int j = first + q; j < end; j += 4) {
             float x = __half2float(v_element<D>(from, token, 8 * j + r));
@@ -204,19 +215,19 @@ template <class L, int D> PRIM void pack_value(unsigned char* from, unsigned cha
             high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
         }
         __half scale = group_scale(low, high, MAX_CODE), min = __float2half_rn(low + 0.f);
-        int pair = ((tile * 4 + t) * L::V_GROUPS + first / GROUP_PAIRS) * 2 + side;
-        __half* meta = reinterpret_cast<__half*>(to + L::V_META) + 2 * pair + e;
-        if (lane == 0) meta[0] = scale, meta[L::V_MINIMA / 2] = min;
+        int pair = ((tile * 4 + t) * l.v_groups + first / group_pairs) * 2 + side;
+        __half* meta = reinterpret_cast<__half*>(to + l.v_meta) + 2 * pair + e;
+        if (lane == 0) meta[0] = scale, meta[l.v_minima / 2] = min;
         for (int j0 = first; j0 < end; j0 += 4) {
             __half& x = v_element<D>(from, token, 8 * (j0 + q) + r);
             uint32_t code = code_of(__half2float(x), low, __half2float(scale), MAX_CODE);
             x = half_saturated(fmaf(float(code), __half2float(scale), __half2float(min)));
-            int f = tile * PAIRS + j0 + q, word = f / L::SLOTS, shift = L::BITS * (f % L::SLOTS) + 16 * e;
-            uint32_t codes = code << shift, mask = ((1u << (L::BITS * SHARE)) - 1) << shift;
+            int f = tile * PAIRS + j0 + q, word = f / SLOTS, shift = BITS * (f % SLOTS) + 16 * e;
+            uint32_t codes = code << shift, mask = ((1u << (BITS * SHARE)) - 1) << shift;
             for (int lanes = 1; lanes < SHARE; lanes *= 2) codes |= __shfl_xor_sync(~0u, codes, lanes);
             if (KVW_FAULT(207)) mask |= mask << 16 | mask >> 16;
             unsigned char* at =
-                to + L::V_CODES + (word / 2 * 32 + r * 4 + t) * 16 + (2 * (word % 2) + side) * 4;
+                to + l.v_codes + (word / 2 * 32 + r * 4 + t) * 16 + (2 * (word % 2) + side) * 4;
             uint32_t* own = reinterpret_cast<uint32_t*>(at);
             if (q % SHARE == 0) *own = (*own & ~mask) | codes;
         }
@@ -225,12 +236,14 @@ template <class L, int D> PRIM void pack_value(unsigned char* from, unsigned cha
 
 // KIVI: K of `keys` and V of `values`, tokens of slab i, in the table's format. The tokens of one lane's
 // words, (t, side), stay with one warp, one after the other.
-template <class L, int D>
-PRIM void advance(unsigned char* from, unsigned char* to, Span keys, Span values, uint32_t* meta) {
-    if (keys.from < keys.until) Packer<L, D>(from, to, meta).pack_keys(keys);
+template <int FORMAT, int D>
+PRIM void advance(const kvw_cache& c, unsigned char* from, unsigned char* to, Span keys, Span values,
+                  uint32_t* meta) {
+    const Packer<FORMAT, D> packer(c, from, to, meta);
+    if (keys.from < keys.until) packer.pack_keys(keys);
     for (int token = values.from; token < values.until; token++) {
         int words = token % 16 / 2; // t + 4 * side
-        if (words % PACK_WARPS == int(threadIdx.x) / 32) pack_value<L, D>(from, to, token);
+        if (words % PACK_WARPS == int(threadIdx.x) / 32) pack_value<FORMAT, D>(packer.l, from, to, token);
     }
     __syncthreads(); // meta is free again
 }
@@ -239,26 +252,27 @@ PRIM Span within(int slab, int from, int until) {
     return {min(max(from - slab * TOKENS, 0), TOKENS), min(max(until - slab * TOKENS, 0), TOKENS)};
 }
 
-template <int D, int GROUP>
-PRIM void advance_slab(const Head<D, GROUP>& head, int i, Span keys, Span values, uint32_t* meta) {
+template <int D>
+PRIM void advance_slab(const Head<D, 0>& head, int i, Span keys, Span values, uint32_t* meta) {
     SlabAddress to = table_slab(head, i);
     unsigned char *from = ring_slab(head, i), *bytes = bytes_of(to);
+    const kvw_cache& c = head.cache;
     bool complete = values.from < values.until && values.until == TOKENS;
     if (to == 0) return;
-    if (format_of(to) == KVW_SLAB_F16 && complete) copy_slab<D, GROUP>(from, bytes);
-    if (format_of(to) == KVW_SLAB_Q8)
-        advance<Slab<KVW_SLAB_Q8, D, GROUP>, D>(from, bytes, keys, values, meta);
-    if (format_of(to) == KVW_SLAB_Q4)
-        advance<Slab<KVW_SLAB_Q4, D, GROUP>, D>(from, bytes, keys, values, meta);
-    if (format_of(to) == KVW_SLAB_Q2)
-        advance<Slab<KVW_SLAB_Q2, D, GROUP>, D>(from, bytes, keys, values, meta);
+    switch (format_of(to)) {
+    case KVW_SLAB_F16:
+        if (complete) copy_slab<D>(from, bytes);
+        return;
+    case KVW_SLAB_Q8: return advance<KVW_SLAB_Q8, D>(c, from, bytes, keys, values, meta);
+    case KVW_SLAB_Q4: return advance<KVW_SLAB_Q4, D>(c, from, bytes, keys, values, meta);
+    case KVW_SLAB_Q2: return advance<KVW_SLAB_Q2, D>(c, from, bytes, keys, values, meta);
+    }
 }
 
-template <int D, int GROUP>
-__global__ void __launch_bounds__(PACK_THREADS, 4) append(const __grid_constant__ Params p) {
-    KVW_SHARED(uint32_t, meta, (META_WORDS<D, GROUP>));
+template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) append(const __grid_constant__ Params p) {
+    KVW_SHARED(uint32_t, meta, META_WORDS<D>);
     int s = int(blockIdx.y), window = p.cache.window;
-    Head<D, GROUP> head(p.cache, s, int(blockIdx.x));
+    Head<D, 0> head(p.cache, s, int(blockIdx.x));
     int len = head.len, rest = len - window;
     if (len < 1) return;
     bool leaves = rest >= TOKENS && rest % TOKENS == 0;
@@ -279,11 +293,10 @@ __global__ void __launch_bounds__(PACK_THREADS, 4) append(const __grid_constant_
     }
 }
 
-template <int D, int GROUP>
-__global__ void __launch_bounds__(PACK_THREADS, 4) flush(const __grid_constant__ Params p) {
-    KVW_SHARED(uint32_t, meta, (META_WORDS<D, GROUP>));
+template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) flush(const __grid_constant__ Params p) {
+    KVW_SHARED(uint32_t, meta, META_WORDS<D>);
     int s = int(blockIdx.z), h = int(blockIdx.y);
-    Head<D, GROUP> head(p.cache, s, h);
+    Head<D, 0> head(p.cache, s, h);
     int i = p.first[p.cache.lens_heads == 1 ? s : s * p.cache.kv_heads + h] + int(blockIdx.x);
     if (i < 0) return;
     if (!p.kivi_exact) {
@@ -294,20 +307,14 @@ __global__ void __launch_bounds__(PACK_THREADS, 4) flush(const __grid_constant__
     if (i * TOKENS < keys) advance_slab(head, i, within(i, 0, keys), within(i, 0, values), meta);
 }
 
-template <int D, int GROUP> kvw_status launch(const Params& p, kvw_stream stream) {
+template <int D> kvw_status launch(const Params& p, kvw_stream stream) {
     unsigned heads = unsigned(p.cache.kv_heads), seqs = unsigned(p.cache.seqs), most = unsigned(p.max_tokens);
     if (p.op == KVW_PACK_APPEND)
-        return KVW_LAUNCH((append<D, GROUP>), dim3(heads, seqs), PACK_THREADS, 0, stream, p);
+        return KVW_LAUNCH((append<D>), dim3(heads, seqs), PACK_THREADS, 0, stream, p);
     if (p.op == KVW_PACK_FLUSH)
-        return KVW_LAUNCH((flush<D, GROUP>), dim3(most, heads, seqs), PACK_THREADS, 0, stream, p);
+        return KVW_LAUNCH((flush<D>), dim3(most, heads, seqs), PACK_THREADS, 0, stream, p);
     // A run of `most` slots touches one aligned tile more than it fills.
     return KVW_LAUNCH((fill<D>), dim3((most + 14) / TILE + 1, heads, seqs), PACK_THREADS, 0, stream, p);
-}
-
-template <int D> kvw_status launch_group(const Params& p, kvw_stream stream) {
-    if (p.cache.group == 32) return launch<D, 32>(p, stream);
-    if (p.cache.group == 64) return launch<D, 64>(p, stream);
-    return launch<D, 128>(p, stream);
 }
 
 } // namespace
@@ -320,6 +327,7 @@ kvw_status kvw_kv_pack_check(const kvw_kv_pack_params* p) {
     KVW_TRY(check_cache(c));
     KVW_REQUIRE(fill || !c.packed, SHAPE, packed);
     KVW_REQUIRE(p->kivi_exact == 0 || (p->kivi_exact == 1 && !fill), SHAPE, kivi_exact);
+    KVW_REQUIRE(p->kivi_exact == 0 || (c.meta == KVW_META_F16 && !c.pools[KVW_SLAB_FP8]), FORMAT, kivi_exact);
     KVW_REQUIRE(p->kivi_exact == 0 || (c.window >= 1 && c.window % c.group == 0), SHAPE, window);
     if (flush) {
         KVW_REQUIRED(*p, first);
@@ -329,6 +337,7 @@ kvw_status kvw_kv_pack_check(const kvw_kv_pack_params* p) {
     }
     KVW_REQUIRED(*p, k);
     KVW_REQUIRED(*p, v);
+    KVW_REQUIRE(p->dtype == KVW_F16 || p->dtype == KVW_BF16, FORMAT, dtype);
     KVW_OPTIONAL(*p, positions);
     KVW_OPTIONAL(*p, inv_freq);
     KVW_REQUIRE(p->positions || !p->inv_freq, NULL, positions);
@@ -348,23 +357,25 @@ kvw_status kvw_kv_pack_check(const kvw_kv_pack_params* p) {
 
 size_t kvw_kv_pack_workspace(const kvw_kv_pack_params*) { return 0; }
 
-// APPEND counts the token, not the slab that leaves once in 64 steps; FLUSH counts full launches, written in
-// the smallest format that has a pool.
+// APPEND counts the token and a 64th of the slab that leaves once in 64 steps; FLUSH counts full launches.
+// Slabs are written in the smallest format that has a pool.
 size_t kvw_kv_pack_bytes(const kvw_kv_pack_params* p) {
     if (kvw_kv_pack_check(p) != KVW_OK) return 0;
     const kvw_cache& c = p->cache;
-    if (p->op != KVW_PACK_FLUSH) return size_t(p->tokens) * c.kv_heads * c.head_dim * 8;
-    size_t slab =
-        slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) + slab_bytes(narrowest(c), c.head_dim, c.group);
-    return size_t(c.seqs) * c.kv_heads * p->max_tokens * slab;
+    size_t token = size_t(c.kv_heads) * c.head_dim * 8;
+    size_t slab = slab_bytes(KVW_SLAB_F16, c.head_dim, c.group, c.meta) +
+                  slab_bytes(narrowest(c), c.head_dim, c.group, c.meta);
+    if (p->op == KVW_PACK_FILL) return p->tokens * token;
+    if (p->op == KVW_PACK_FLUSH) return size_t(c.seqs) * c.kv_heads * p->max_tokens * slab;
+    return p->tokens * (token + (c.table ? c.kv_heads * slab / TOKENS : 0));
 }
 
 kvw_status kvw_kv_pack(const kvw_kv_pack_params* p, kvw_stream stream) {
     KVW_TRY(kvw_kv_pack_check(p));
     switch (p->cache.head_dim) {
-    case 64: return launch_group<64>(*p, stream);
-    case 96: return launch_group<96>(*p, stream);
-    case 128: return launch_group<128>(*p, stream);
-    default: return launch_group<256>(*p, stream);
+    case 64: return launch<64>(*p, stream);
+    case 96: return launch<96>(*p, stream);
+    case 128: return launch<128>(*p, stream);
+    default: return launch<256>(*p, stream);
     }
 }

@@ -11,8 +11,8 @@ typedef struct kvw_kv_pack_params {
     uint32_t struct_size;     /* sizeof(kvw_kv_pack_params) */
     int32_t op;               /* KVW_PACK_* */
     kvw_cache cache;          /* APPEND, FILL: lens already count the new tokens. APPEND, FLUSH: packed is null */
-    const void *k;            /* [T, H, D] f16, T = S in APPEND; not read by FLUSH */
-    const void *v;            /* [T, H, D] f16 */
+    const void *k;            /* [T, H, D] of dtype, T = S in APPEND; not read by FLUSH */
+    const void *v;            /* [T, H, D] of dtype */
     const int32_t *positions; /* [T] RoPE positions; null: K is rotated already */
     const float *inv_freq;    /* [D / 2] radians a position, scaling applied; null with positions null */
     const int32_t *cu_tokens; /* [S + 1] first row of each sequence in k, v (FILL) */
@@ -23,6 +23,7 @@ typedef struct kvw_kv_pack_params {
     int32_t max_tokens;       /* FILL: most new tokens of any sequence; FLUSH: most slabs of any (seq, head) */
     int32_t pairing;          /* KVW_ROPE_INTERLEAVED or KVW_ROPE_HALF */
     int32_t kivi_exact;       /* 1 (APPEND, FLUSH): KIVI's own boundaries, window % group == 0; see kv_pack.cu */
+    int32_t dtype;            /* of k, v: KVW_F16 or KVW_BF16; beyond f16's range they become +-65504 */
 } kvw_kv_pack_params;
 
 kvw_status kvw_kv_pack_check(const kvw_kv_pack_params *p);

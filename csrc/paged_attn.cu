@@ -89,7 +89,7 @@ template <int FORMAT, int TILES, int D, int GROUP, int NT>
 PRIM void attend(Attend<D, GROUP, NT>& a, const Outer<D, GROUP, NT>& outer, unsigned char* data, int from,
                  int to) {
     using S = Slab<FORMAT, D, GROUP>;
-    unsigned char* v = data + (S::QUANTISED ? S::V_CODES : TILES * 32 * D);
+    unsigned char* v = data + (FORMAT == KVW_SLAB_F16 ? TILES * 32 * D : S::V_CODES);
     int end = outer.first + TILES * 16;
     bool edge = outer.first < from || end > to;
     if (edge && end > outer.piece.len && !KVW_FAULT(109)) {
@@ -106,6 +106,7 @@ PRIM void attend_format(int format, Attend<D, GROUP, NT>& a, const Outer<D, GROU
     if (is<FORMATS, KVW_SLAB_Q2>(format)) return attend<KVW_SLAB_Q2, 4>(a, outer, data, from, to);
     if (is<FORMATS, KVW_SLAB_Q4>(format)) return attend<KVW_SLAB_Q4, 4>(a, outer, data, from, to);
     if (is<FORMATS, KVW_SLAB_Q8>(format)) return attend<KVW_SLAB_Q8, 4>(a, outer, data, from, to);
+    if (is<FORMATS, KVW_SLAB_FP8>(format)) return attend<KVW_SLAB_FP8, 4>(a, outer, data, from, to);
     attend<KVW_SLAB_F16, RING_TILES>(a, outer, data, from, to);
 }
 
@@ -268,28 +269,25 @@ int64_t most_units(const Params& p) {
     return heads * (p.max_slabs + int64_t(ring) * (TOKENS / (16 * RING_TILES) - 1));
 }
 
-template <int D, int GROUP, int NT> kvw_status launch(const Params& p, kvw_stream stream) {
+template <int D, int GROUP, int NT, int FORMATS> kvw_status launch(const Params& p, kvw_stream stream) {
     // As many warps, up to four, as fit 96 KB with their rings: every architecture has that much.
     int ring = Pipe<STAGES>::size(step_bytes<RING_TILES>(p.cache)), warps = WARPS;
     while (warps > 1 && warps * ring > 96 * 1024) warps /= 2;
     size_t shared = size_t(ring) * warps + Queries<D, NT>::SHARED_BYTES;
     int64_t grid = std::min<int64_t>(p.ctas, (most_units(p) + p.least - 1) / p.least);
-    return KVW_LAUNCH((attn<D, GROUP, NT, ALL_FORMATS>), unsigned(grid), warps * 32, shared, stream, p);
+    return KVW_LAUNCH((attn<D, GROUP, NT, FORMATS>), unsigned(grid), warps * 32, shared, stream, p);
 }
 
-template <int D, int GROUP> kvw_status launch_tiles(const Params& p, kvw_stream stream) {
+template <int D, int GROUP, int FORMATS> kvw_status launch_tiles(const Params& p, kvw_stream stream) {
     if constexpr (D < 256) {
-        if (column_tiles(p) == 2) return launch<D, GROUP, 2>(p, stream);
+        if (column_tiles(p) == 2) return launch<D, GROUP, 2, FORMATS>(p, stream);
     }
-    return launch<D, GROUP, 1>(p, stream);
+    return launch<D, GROUP, 1, FORMATS>(p, stream);
 }
 
 template <int D> kvw_status launch_group(const Params& p, kvw_stream stream) {
-    if (p.cache.group == 32) return launch_tiles<D, 32>(p, stream);
-    if constexpr (D > 64) { // groups of 64 and of 128 are the same at D = 64
-        if (p.cache.group == 128) return launch_tiles<D, 128>(p, stream);
-    }
-    return launch_tiles<D, 64>(p, stream);
+    return launch_for<D>(
+        p.cache, [&](auto group, auto formats) { return launch_tiles<D, group(), formats()>(p, stream); });
 }
 
 kvw_status check_numbers(const Params& p) {

@@ -83,7 +83,7 @@ PRIM void attend_together(Attend<D, GROUP, NT>& a, const Columns& columns, int f
     attend<FORMAT, TILES>(a, columns, first_column, kc, vc, first);
 }
 
-template <int D, int GROUP>
+template <int D, int GROUP, int FORMATS>
 __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_prefill_attn_params p) {
     constexpr int NT = COLUMN_TILES<D>;
     KVW_DYN_SHARED(unsigned char, raw);
@@ -115,29 +115,31 @@ __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_p
     Units<F16_TILES> units{head.packed};
     Walk<D, GROUP, F16_TILES> walk{head, units.of(low), units.end(min(high, head.len)), 1, low, high};
     Step step = walk.start();
-    if (step.slab) fetch<D, GROUP, ALL_FORMATS, F16_TILES>(step, buffer, threadIdx.x, THREADS);
+    if (step.slab) fetch<D, GROUP, FORMATS, F16_TILES>(step, buffer, threadIdx.x, THREADS);
     prim::cp_async_commit();
     for (int at = 0; step.slab; at ^= bytes) {
         Step next = walk.after(step);
-        if (next.slab)
-            fetch<D, GROUP, ALL_FORMATS, F16_TILES>(next, buffer + (at ^ bytes), threadIdx.x, THREADS);
+        if (next.slab) fetch<D, GROUP, FORMATS, F16_TILES>(next, buffer + (at ^ bytes), threadIdx.x, THREADS);
         prim::cp_async_commit();
         if (!KVW_FAULT(122)) prim::cp_async_wait<1>();
         __syncthreads();
         unsigned char* data = buffer + at;
         int format = format_of(step.slab);
-        if (format == KVW_SLAB_F16) {
-            attend_together<KVW_SLAB_F16, F16_TILES>(a, columns, mine, data, data + F16_TILES * 32 * D,
-                                                     step.first);
-        } else if (format == KVW_SLAB_Q2) {
+        if (is<FORMATS, KVW_SLAB_Q2>(format)) {
             constexpr int V = Slab<KVW_SLAB_Q2, D, GROUP>::V_CODES;
             attend_together<KVW_SLAB_Q2, 4>(a, columns, mine, data, data + V, step.first);
-        } else if (format == KVW_SLAB_Q4) {
+        } else if (is<FORMATS, KVW_SLAB_Q4>(format)) {
             constexpr int V = Slab<KVW_SLAB_Q4, D, GROUP>::V_CODES;
             attend_together<KVW_SLAB_Q4, 4>(a, columns, mine, data, data + V, step.first);
-        } else {
+        } else if (is<FORMATS, KVW_SLAB_Q8>(format)) {
             constexpr int V = Slab<KVW_SLAB_Q8, D, GROUP>::V_CODES;
             attend_together<KVW_SLAB_Q8, 4>(a, columns, mine, data, data + V, step.first);
+        } else if (is<FORMATS, KVW_SLAB_FP8>(format)) {
+            constexpr int V = Slab<KVW_SLAB_FP8, D, GROUP>::V_CODES;
+            attend_together<KVW_SLAB_FP8, 4>(a, columns, mine, data, data + V, step.first);
+        } else {
+            attend_together<KVW_SLAB_F16, F16_TILES>(a, columns, mine, data, data + F16_TILES * 32 * D,
+                                                     step.first);
         }
         if (!KVW_FAULT(121)) __syncthreads(); // before the buffer is filled again
         step = next;
@@ -171,11 +173,13 @@ template <class Kernel> bool runs_here(Kernel kernel, int threads) {
 #endif
 }
 
-template <int D, int GROUP> kvw_status launch(const kvw_prefill_attn_params& p, kvw_stream stream) {
+template <int D, int GROUP, int FORMATS>
+kvw_status launch(const kvw_prefill_attn_params& p, kvw_stream stream) {
     constexpr int NT = COLUMN_TILES<D>, COLUMNS = 8 * NT * WARPS;
     size_t shared = buffer_bytes<D>(p.cache) + WARPS * Queries<D, NT>::SHARED_BYTES;
     int64_t columns = int64_t(p.max_tokens) * (p.q_heads / p.cache.kv_heads);
-    if constexpr (D <= 128) {
+    // Warpgroups unpack f16 metadata only; they read neither bytes of it nor fp8.
+    if constexpr (D <= 128 && FORMATS == QUANTISED_FORMATS<32>) {
         using Ring = PrefillRing<D>;
         if (runs_here(attn_wgmma<D, GROUP>, Ring::THREADS)) {
             dim3 grid(unsigned((columns + Ring::COLUMNS - 1) / Ring::COLUMNS), p.cache.kv_heads,
@@ -184,15 +188,12 @@ template <int D, int GROUP> kvw_status launch(const kvw_prefill_attn_params& p, 
         }
     }
     dim3 grid(unsigned((columns + COLUMNS - 1) / COLUMNS), p.cache.kv_heads, p.cache.seqs);
-    return KVW_LAUNCH((attn<D, GROUP>), grid, THREADS, shared, stream, p);
+    return KVW_LAUNCH((attn<D, GROUP, FORMATS>), grid, THREADS, shared, stream, p);
 }
 
 template <int D> kvw_status launch_group(const kvw_prefill_attn_params& p, kvw_stream stream) {
-    if (p.cache.group == 32) return launch<D, 32>(p, stream);
-    if constexpr (D > 64) { // groups of 64 and of 128 are the same at D = 64
-        if (p.cache.group == 128) return launch<D, 128>(p, stream);
-    }
-    return launch<D, 64>(p, stream);
+    return launch_for<D>(p.cache,
+                         [&](auto group, auto formats) { return launch<D, group(), formats()>(p, stream); });
 }
 } // namespace
 
@@ -226,7 +227,8 @@ size_t kvw_prefill_attn_bytes(const kvw_prefill_attn_params* p) {
     size_t moved = size_t(p->tokens) * (2 * p->q_heads + 2 * c.kv_heads) * c.head_dim * 2;
     int chunk = (p->tokens / c.seqs + TOKENS - 1) / TOKENS; // slabs, of sequences alike
     int history = slabs_seen(std::max(0, p->max_slabs - chunk), p->sliding_window);
-    return moved + size_t(c.seqs) * c.kv_heads * history * slab_bytes(narrowest(c), c.head_dim, c.group);
+    return moved +
+           size_t(c.seqs) * c.kv_heads * history * slab_bytes(narrowest(c), c.head_dim, c.group, c.meta);
 }
 
 kvw_status kvw_prefill_attn(const kvw_prefill_attn_params* p, kvw_stream stream) {

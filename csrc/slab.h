@@ -1,6 +1,6 @@
 /* slab.h - the cache as the kernels see it: slabs, page tables, the recent ring.
  *
- * A slab is 64 tokens of one kv head of one layer, K and V together, contiguous, 128-byte aligned. Token t of
+ * A slab is 64 tokens of one kv head of one layer, K and V together, contiguous, 16-byte aligned. Token t of
  * a (sequence, head) lies in slab t / 64. The first `packed` slabs of a (sequence, head) are found through the
  * page table, each in its own format; the later ones, still f16, lie in the ring at slot (slab % ring_slabs).
  * Slabs are stored in the order in which mma.m16n8k16 lanes consume them; common/slab.cuh gives the layout.
@@ -18,7 +18,12 @@
 #define KVW_SLAB_Q8 1 /* q8, q4, q2: codes of 8, 4, 2 bits, f16 scale and minimum a group */
 #define KVW_SLAB_Q4 2
 #define KVW_SLAB_Q2 3
-#define KVW_SLAB_FORMATS 4
+#define KVW_SLAB_FP8 4 /* e4m3, saturated to +-448, no metadata; not in one cache with q8, q4 or q2 */
+#define KVW_SLAB_FORMATS 5
+
+/* Scales and minima. */
+#define KVW_META_F16 0
+#define KVW_META_U8 1 /* bytes in steps of the slab's own; q4 and q2, group 32 or 64 */
 
 /* Page table entry: format << 28 | slab index in the pool of that format. */
 #define KVW_ENTRY_INDEX 0x0FFFFFFFu
@@ -41,11 +46,12 @@ typedef struct kvw_cache {
     int32_t table_stride;          /* entries a row; unused with indptr */
     int32_t table_heads;           /* H: a row a head; 1: rows shared by all heads, entry e is slab e * H + h */
     int32_t lens_heads;            /* H: a length a head; 1: one for all heads */
-    int32_t reserved;              /* 0 */
+    int32_t meta;                  /* KVW_META_* of q4 and q2 */
 } kvw_cache;
 
-/* Bytes of a slab, a multiple of 128; 0 where format, head_dim or group is not supported. */
-size_t kvw_slab_bytes(int32_t format, int32_t head_dim, int32_t group);
+/* Bytes of a slab; 0 where it is not supported. A multiple of 128, with KVW_META_U8 of 32: cp.async and bulk
+ * copies ask for 16. */
+size_t kvw_slab_bytes(int32_t format, int32_t head_dim, int32_t group, int32_t meta);
 /* Ring slabs that a window needs: (window + 126) / 64. */
 int32_t kvw_ring_slabs(int32_t window);
 

@@ -43,8 +43,8 @@ kvw_status kvw_device_count(int32_t* count) {
     return static_cast<kvw_status>(e);
 }
 
-size_t kvw_slab_bytes(int32_t format, int32_t head_dim, int32_t group) {
-    return kvw::slab_bytes(format, head_dim, group);
+size_t kvw_slab_bytes(int32_t format, int32_t head_dim, int32_t group, int32_t meta) {
+    return kvw::slab_bytes(format, head_dim, group, meta);
 }
 
 int32_t kvw_ring_slabs(int32_t window) { return kvw::ring_slabs(window); }

@@ -18,7 +18,10 @@ pub const KVW_SLAB_F16: i32 = 0;
 pub const KVW_SLAB_Q8: i32 = 1;
 pub const KVW_SLAB_Q4: i32 = 2;
 pub const KVW_SLAB_Q2: i32 = 3;
-pub const KVW_SLAB_FORMATS: i32 = 4;
+pub const KVW_SLAB_FP8: i32 = 4;
+pub const KVW_SLAB_FORMATS: i32 = 5;
+pub const KVW_META_F16: i32 = 0;
+pub const KVW_META_U8: i32 = 1;
 pub const KVW_ENTRY_INDEX: i32 = 268435455;
 pub const KVW_ENTRY_SHIFT: i32 = 28;
 pub const KVW_ENTRY_HOLE: i64 = 4294967295;
@@ -51,7 +54,7 @@ unsafe extern "C" {
 #[derive(Debug, Copy, Clone)]
 pub struct kvw_cache {
     #[doc = " by format: [slabs][kvw_slab_bytes]; null where a format is not in use"]
-    pub pools: [*mut ::core::ffi::c_void; 4usize],
+    pub pools: [*mut ::core::ffi::c_void; 5usize],
     #[doc = " [S, H, ring_slabs] f16 slabs"]
     pub ring: *mut ::core::ffi::c_void,
     #[doc = " entries: [S, table_heads, table_stride], or CSR rows where indptr is set"]
@@ -80,36 +83,35 @@ pub struct kvw_cache {
     pub table_heads: i32,
     #[doc = " H: a length a head; 1: one for all heads"]
     pub lens_heads: i32,
-    #[doc = " 0"]
-    pub reserved: i32,
+    #[doc = " KVW_META_* of q4 and q2"]
+    pub meta: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_cache"][::core::mem::size_of::<kvw_cache>() - 112usize];
+    ["Size of kvw_cache"][::core::mem::size_of::<kvw_cache>() - 120usize];
     ["Alignment of kvw_cache"][::core::mem::align_of::<kvw_cache>() - 8usize];
     ["Offset of field: kvw_cache::pools"][::core::mem::offset_of!(kvw_cache, pools) - 0usize];
-    ["Offset of field: kvw_cache::ring"][::core::mem::offset_of!(kvw_cache, ring) - 32usize];
-    ["Offset of field: kvw_cache::table"][::core::mem::offset_of!(kvw_cache, table) - 40usize];
-    ["Offset of field: kvw_cache::indptr"][::core::mem::offset_of!(kvw_cache, indptr) - 48usize];
-    ["Offset of field: kvw_cache::lens"][::core::mem::offset_of!(kvw_cache, lens) - 56usize];
-    ["Offset of field: kvw_cache::packed"][::core::mem::offset_of!(kvw_cache, packed) - 64usize];
-    ["Offset of field: kvw_cache::seqs"][::core::mem::offset_of!(kvw_cache, seqs) - 72usize];
+    ["Offset of field: kvw_cache::ring"][::core::mem::offset_of!(kvw_cache, ring) - 40usize];
+    ["Offset of field: kvw_cache::table"][::core::mem::offset_of!(kvw_cache, table) - 48usize];
+    ["Offset of field: kvw_cache::indptr"][::core::mem::offset_of!(kvw_cache, indptr) - 56usize];
+    ["Offset of field: kvw_cache::lens"][::core::mem::offset_of!(kvw_cache, lens) - 64usize];
+    ["Offset of field: kvw_cache::packed"][::core::mem::offset_of!(kvw_cache, packed) - 72usize];
+    ["Offset of field: kvw_cache::seqs"][::core::mem::offset_of!(kvw_cache, seqs) - 80usize];
     ["Offset of field: kvw_cache::kv_heads"]
-        [::core::mem::offset_of!(kvw_cache, kv_heads) - 76usize];
+        [::core::mem::offset_of!(kvw_cache, kv_heads) - 84usize];
     ["Offset of field: kvw_cache::head_dim"]
-        [::core::mem::offset_of!(kvw_cache, head_dim) - 80usize];
-    ["Offset of field: kvw_cache::group"][::core::mem::offset_of!(kvw_cache, group) - 84usize];
-    ["Offset of field: kvw_cache::window"][::core::mem::offset_of!(kvw_cache, window) - 88usize];
+        [::core::mem::offset_of!(kvw_cache, head_dim) - 88usize];
+    ["Offset of field: kvw_cache::group"][::core::mem::offset_of!(kvw_cache, group) - 92usize];
+    ["Offset of field: kvw_cache::window"][::core::mem::offset_of!(kvw_cache, window) - 96usize];
     ["Offset of field: kvw_cache::ring_slabs"]
-        [::core::mem::offset_of!(kvw_cache, ring_slabs) - 92usize];
+        [::core::mem::offset_of!(kvw_cache, ring_slabs) - 100usize];
     ["Offset of field: kvw_cache::table_stride"]
-        [::core::mem::offset_of!(kvw_cache, table_stride) - 96usize];
+        [::core::mem::offset_of!(kvw_cache, table_stride) - 104usize];
     ["Offset of field: kvw_cache::table_heads"]
-        [::core::mem::offset_of!(kvw_cache, table_heads) - 100usize];
+        [::core::mem::offset_of!(kvw_cache, table_heads) - 108usize];
     ["Offset of field: kvw_cache::lens_heads"]
-        [::core::mem::offset_of!(kvw_cache, lens_heads) - 104usize];
-    ["Offset of field: kvw_cache::reserved"]
-        [::core::mem::offset_of!(kvw_cache, reserved) - 108usize];
+        [::core::mem::offset_of!(kvw_cache, lens_heads) - 112usize];
+    ["Offset of field: kvw_cache::meta"][::core::mem::offset_of!(kvw_cache, meta) - 116usize];
 };
 impl Default for kvw_cache {
     fn default() -> Self {
@@ -121,8 +123,8 @@ impl Default for kvw_cache {
     }
 }
 unsafe extern "C" {
-    #[doc = " Bytes of a slab, a multiple of 128; 0 where format, head_dim or group is not supported."]
-    pub fn kvw_slab_bytes(format: i32, head_dim: i32, group: i32) -> usize;
+    #[doc = " Bytes of a slab; 0 where it is not supported. A multiple of 128, with KVW_META_U8 of 32: cp.async and bulk\n copies ask for 16."]
+    pub fn kvw_slab_bytes(format: i32, head_dim: i32, group: i32, meta: i32) -> usize;
 }
 unsafe extern "C" {
     #[doc = " Ring slabs that a window needs: (window + 126) / 64."]
@@ -202,9 +204,9 @@ pub struct kvw_kv_pack_params {
     pub op: i32,
     #[doc = " APPEND, FILL: lens already count the new tokens. APPEND, FLUSH: packed is null"]
     pub cache: kvw_cache,
-    #[doc = " [T, H, D] f16, T = S in APPEND; not read by FLUSH"]
+    #[doc = " [T, H, D] of dtype, T = S in APPEND; not read by FLUSH"]
     pub k: *const ::core::ffi::c_void,
-    #[doc = " [T, H, D] f16"]
+    #[doc = " [T, H, D] of dtype"]
     pub v: *const ::core::ffi::c_void,
     #[doc = " [T] RoPE positions; null: K is rotated already"]
     pub positions: *const i32,
@@ -226,10 +228,12 @@ pub struct kvw_kv_pack_params {
     pub pairing: i32,
     #[doc = " 1 (APPEND, FLUSH): KIVI's own boundaries, window % group == 0; see kv_pack.cu"]
     pub kivi_exact: i32,
+    #[doc = " of k, v: KVW_F16 or KVW_BF16; beyond f16's range they become +-65504"]
+    pub dtype: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_kv_pack_params"][::core::mem::size_of::<kvw_kv_pack_params>() - 200usize];
+    ["Size of kvw_kv_pack_params"][::core::mem::size_of::<kvw_kv_pack_params>() - 216usize];
     ["Alignment of kvw_kv_pack_params"][::core::mem::align_of::<kvw_kv_pack_params>() - 8usize];
     ["Offset of field: kvw_kv_pack_params::struct_size"]
         [::core::mem::offset_of!(kvw_kv_pack_params, struct_size) - 0usize];
@@ -238,29 +242,31 @@ const _: () = {
     ["Offset of field: kvw_kv_pack_params::cache"]
         [::core::mem::offset_of!(kvw_kv_pack_params, cache) - 8usize];
     ["Offset of field: kvw_kv_pack_params::k"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, k) - 120usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, k) - 128usize];
     ["Offset of field: kvw_kv_pack_params::v"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, v) - 128usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, v) - 136usize];
     ["Offset of field: kvw_kv_pack_params::positions"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, positions) - 136usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, positions) - 144usize];
     ["Offset of field: kvw_kv_pack_params::inv_freq"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, inv_freq) - 144usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, inv_freq) - 152usize];
     ["Offset of field: kvw_kv_pack_params::cu_tokens"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, cu_tokens) - 152usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, cu_tokens) - 160usize];
     ["Offset of field: kvw_kv_pack_params::first"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, first) - 160usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, first) - 168usize];
     ["Offset of field: kvw_kv_pack_params::k_stride"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, k_stride) - 168usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, k_stride) - 176usize];
     ["Offset of field: kvw_kv_pack_params::v_stride"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, v_stride) - 176usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, v_stride) - 184usize];
     ["Offset of field: kvw_kv_pack_params::tokens"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, tokens) - 184usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, tokens) - 192usize];
     ["Offset of field: kvw_kv_pack_params::max_tokens"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, max_tokens) - 188usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, max_tokens) - 196usize];
     ["Offset of field: kvw_kv_pack_params::pairing"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, pairing) - 192usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, pairing) - 200usize];
     ["Offset of field: kvw_kv_pack_params::kivi_exact"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, kivi_exact) - 196usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, kivi_exact) - 204usize];
+    ["Offset of field: kvw_kv_pack_params::dtype"]
+        [::core::mem::offset_of!(kvw_kv_pack_params, dtype) - 208usize];
 };
 impl Default for kvw_kv_pack_params {
     fn default() -> Self {
@@ -405,7 +411,7 @@ pub struct kvw_paged_attn_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_paged_attn_params"][::core::mem::size_of::<kvw_paged_attn_params>() - 224usize];
+    ["Size of kvw_paged_attn_params"][::core::mem::size_of::<kvw_paged_attn_params>() - 232usize];
     ["Alignment of kvw_paged_attn_params"]
         [::core::mem::align_of::<kvw_paged_attn_params>() - 8usize];
     ["Offset of field: kvw_paged_attn_params::struct_size"]
@@ -415,39 +421,39 @@ const _: () = {
     ["Offset of field: kvw_paged_attn_params::cache"]
         [::core::mem::offset_of!(kvw_paged_attn_params, cache) - 8usize];
     ["Offset of field: kvw_paged_attn_params::q"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, q) - 120usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, q) - 128usize];
     ["Offset of field: kvw_paged_attn_params::out"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, out) - 128usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, out) - 136usize];
     ["Offset of field: kvw_paged_attn_params::lse"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, lse) - 136usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, lse) - 144usize];
     ["Offset of field: kvw_paged_attn_params::workspace"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, workspace) - 144usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, workspace) - 152usize];
     ["Offset of field: kvw_paged_attn_params::workspace_bytes"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, workspace_bytes) - 152usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, workspace_bytes) - 160usize];
     ["Offset of field: kvw_paged_attn_params::sinks"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, sinks) - 160usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, sinks) - 168usize];
     ["Offset of field: kvw_paged_attn_params::k_norm"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, k_norm) - 168usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, k_norm) - 176usize];
     ["Offset of field: kvw_paged_attn_params::rotation"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, rotation) - 176usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, rotation) - 184usize];
     ["Offset of field: kvw_paged_attn_params::k_norm_stride"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, k_norm_stride) - 184usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, k_norm_stride) - 192usize];
     ["Offset of field: kvw_paged_attn_params::q_len"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, q_len) - 188usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, q_len) - 196usize];
     ["Offset of field: kvw_paged_attn_params::max_slabs"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, max_slabs) - 192usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, max_slabs) - 200usize];
     ["Offset of field: kvw_paged_attn_params::ctas"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, ctas) - 196usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, ctas) - 204usize];
     ["Offset of field: kvw_paged_attn_params::least"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, least) - 200usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, least) - 208usize];
     ["Offset of field: kvw_paged_attn_params::sliding_window"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, sliding_window) - 204usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, sliding_window) - 212usize];
     ["Offset of field: kvw_paged_attn_params::dtype"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, dtype) - 208usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, dtype) - 216usize];
     ["Offset of field: kvw_paged_attn_params::scale"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, scale) - 212usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, scale) - 220usize];
     ["Offset of field: kvw_paged_attn_params::softcap"]
-        [::core::mem::offset_of!(kvw_paged_attn_params, softcap) - 216usize];
+        [::core::mem::offset_of!(kvw_paged_attn_params, softcap) - 224usize];
 };
 impl Default for kvw_paged_attn_params {
     fn default() -> Self {
@@ -506,7 +512,7 @@ pub struct kvw_prefill_attn_params {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of kvw_prefill_attn_params"]
-        [::core::mem::size_of::<kvw_prefill_attn_params>() - 184usize];
+        [::core::mem::size_of::<kvw_prefill_attn_params>() - 192usize];
     ["Alignment of kvw_prefill_attn_params"]
         [::core::mem::align_of::<kvw_prefill_attn_params>() - 8usize];
     ["Offset of field: kvw_prefill_attn_params::struct_size"]
@@ -516,29 +522,29 @@ const _: () = {
     ["Offset of field: kvw_prefill_attn_params::cache"]
         [::core::mem::offset_of!(kvw_prefill_attn_params, cache) - 8usize];
     ["Offset of field: kvw_prefill_attn_params::q"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, q) - 120usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, q) - 128usize];
     ["Offset of field: kvw_prefill_attn_params::out"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, out) - 128usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, out) - 136usize];
     ["Offset of field: kvw_prefill_attn_params::lse"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, lse) - 136usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, lse) - 144usize];
     ["Offset of field: kvw_prefill_attn_params::cu_tokens"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, cu_tokens) - 144usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, cu_tokens) - 152usize];
     ["Offset of field: kvw_prefill_attn_params::tokens"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, tokens) - 152usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, tokens) - 160usize];
     ["Offset of field: kvw_prefill_attn_params::max_tokens"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, max_tokens) - 156usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, max_tokens) - 164usize];
     ["Offset of field: kvw_prefill_attn_params::lse_rows"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, lse_rows) - 160usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, lse_rows) - 168usize];
     ["Offset of field: kvw_prefill_attn_params::max_slabs"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, max_slabs) - 164usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, max_slabs) - 172usize];
     ["Offset of field: kvw_prefill_attn_params::sliding_window"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, sliding_window) - 168usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, sliding_window) - 176usize];
     ["Offset of field: kvw_prefill_attn_params::dtype"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, dtype) - 172usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, dtype) - 180usize];
     ["Offset of field: kvw_prefill_attn_params::scale"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, scale) - 176usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, scale) - 184usize];
     ["Offset of field: kvw_prefill_attn_params::reserved"]
-        [::core::mem::offset_of!(kvw_prefill_attn_params, reserved) - 180usize];
+        [::core::mem::offset_of!(kvw_prefill_attn_params, reserved) - 188usize];
 };
 impl Default for kvw_prefill_attn_params {
     fn default() -> Self {

@@ -1,6 +1,6 @@
 //! Page table entries, host pools of slabs, and what one kv head of one sequence looks like to a kernel.
 
-use crate::slab::{Format, Layout};
+use crate::slab::{Format, Layout, Meta};
 
 /// Page table entry, as `csrc/slab.h` has it: format tag in the top four bits, index in that format's pool below.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, bytemuck::Pod, bytemuck::Zeroable)]
@@ -32,6 +32,7 @@ struct Line([u8; 64]);
 pub struct Pool {
     lines: Vec<Line>,
     slab_lines: usize,
+    slab_bytes: usize,
     free: Vec<u32>,
 }
 
@@ -40,14 +41,20 @@ impl Clone for Pool {
     fn clone(&self) -> Self {
         let mut lines = Vec::with_capacity(self.lines.capacity());
         lines.extend_from_slice(&self.lines);
-        Self { lines, slab_lines: self.slab_lines, free: self.free.clone() }
+        Self { lines, free: self.free.clone(), ..*self }
     }
 }
 
 impl Pool {
     /// An empty pool of slabs of `layout.slab_bytes()` bytes.
     pub fn new(layout: &Layout) -> Self {
-        Self { lines: Vec::new(), slab_lines: layout.slab_bytes() / 64, free: Vec::new() }
+        let slab_bytes = layout.slab_bytes();
+        Self {
+            lines: Vec::new(),
+            slab_lines: slab_bytes.div_ceil(64),
+            slab_bytes,
+            free: Vec::new(),
+        }
     }
 
     /// Make room for `slabs` more without another allocation.
@@ -71,12 +78,14 @@ impl Pool {
 
     /// Bytes of one slab.
     pub fn slab(&self, index: usize) -> &[u8] {
-        bytemuck::cast_slice(&self.lines[index * self.slab_lines..][..self.slab_lines])
+        let lines = &self.lines[index * self.slab_lines..][..self.slab_lines];
+        &bytemuck::cast_slice(lines)[..self.slab_bytes]
     }
 
     /// Bytes of one slab, to write.
     pub fn slab_mut(&mut self, index: usize) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.lines[index * self.slab_lines..][..self.slab_lines])
+        let lines = &mut self.lines[index * self.slab_lines..][..self.slab_lines];
+        &mut bytemuck::cast_slice_mut(lines)[..self.slab_bytes]
     }
 
     /// Bytes taken from the allocator.
@@ -95,14 +104,37 @@ impl Pool {
 pub struct Pools {
     /// By tag.
     pools: [(Layout, Pool); Format::ALL.len()],
+    /// What the CPU paths turn slabs into where they do not read them as they are, by tag.
+    plain: [Layout; Format::ALL.len()],
 }
 
 impl Pools {
-    /// Empty pools for heads of `head_dim` channels, quantised in groups of `group`.
+    /// Empty pools for heads of `head_dim` channels, quantised in groups of `group`, with f16 metadata.
     pub fn new(head_dim: usize, group: usize) -> crate::Result<Self> {
-        let pool = |f| Layout::new(f, head_dim, group).map(|l| (l, Pool::new(&l)));
-        let [a, b, c, d] = Format::ALL.map(pool);
-        Ok(Self { pools: [a?, b?, c?, d?] })
+        Self::with_meta(head_dim, group, Meta::F16)
+    }
+
+    /// The same with metadata of a kind for q4 and q2.
+    pub fn with_meta(head_dim: usize, group: usize, meta: Meta) -> crate::Result<Self> {
+        let layout = |f| match f {
+            Format::Q4 | Format::Q2 => Layout::with_meta(f, head_dim, group, meta),
+            _ => Layout::new(f, head_dim, group),
+        };
+        let pool = |f| layout(f).map(|l| (l, Pool::new(&l)));
+        let [a, b, c, d, e] = Format::ALL.map(pool);
+        let pools = [a?, b?, c?, d?, e?];
+        let mut plain = [pools[0].0; Format::ALL.len()];
+        for (plain, (layout, _)) in plain.iter_mut().zip(&pools) {
+            if layout.format.is_quantised() {
+                *plain = Layout { meta: Meta::F16, ..*layout };
+            }
+        }
+        Ok(Self { pools, plain })
+    }
+
+    /// The layout as which the CPU paths read slabs of `format`: f16 for fp8, f16 metadata for any other.
+    pub(crate) fn plain_layout(&self, format: Format) -> &Layout {
+        &self.plain[format as usize]
     }
 
     /// Layout of slabs of `format`.

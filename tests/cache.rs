@@ -8,13 +8,14 @@ use crate::exec::{Mem, Run};
 use half::f16;
 use kvwarp::ffi::kvw_cache;
 use kvwarp::pages::{Entry, HeadView, Pools, packed_slabs, ring_slabs};
-use kvwarp::slab::{Format, Layout, TOKENS, encode};
+use kvwarp::slab::{Format, Layout, Meta, TOKENS, encode};
 
 /// What to build.
 #[derive(Clone)]
 pub struct Spec {
     pub head_dim: usize,
     pub group: usize,
+    pub meta: Meta,
     pub heads: usize,
     /// Tokens of each sequence; with `per_head`, head `h` holds `h * 37` fewer.
     pub lens: Vec<usize>,
@@ -36,6 +37,7 @@ impl Default for Spec {
         Self {
             head_dim: 64,
             group: 32,
+            meta: Meta::F16,
             heads: 2,
             lens: vec![300],
             per_head: false,
@@ -77,7 +79,7 @@ impl Cache {
             if spec.packed.is_some() { most.max(1) } else { ring_slabs(spec.window) + 1 };
         let mut cache = Self {
             spec: spec.clone(),
-            pools: Pools::new(spec.head_dim, spec.group).unwrap(),
+            pools: Pools::with_meta(spec.head_dim, spec.group, spec.meta).unwrap(),
             rows: Vec::new(),
             pages: Vec::new(),
             ring_slabs,
@@ -231,6 +233,7 @@ impl Cache {
                 kv_heads: self.spec.heads as i32,
                 head_dim: self.spec.head_dim as i32,
                 group: self.spec.group as i32,
+                meta: self.spec.meta as i32,
                 window: self.spec.window as i32,
                 ring_slabs: self.ring_slabs as i32,
                 table_stride: stride as i32,

@@ -5,7 +5,7 @@ use half::f16;
 use kvwarp::paged_attn::{self, Mask, Scores};
 use kvwarp::pages::{Entry, HeadView, Pools};
 use kvwarp::simd::Level;
-use kvwarp::slab::{Format, TOKENS, encode};
+use kvwarp::slab::{Format, Meta, TOKENS, encode};
 use kvwarp::threads::Team;
 
 pub const D: [usize; 4] = [64, 96, 128, 256];
@@ -36,6 +36,11 @@ pub struct Cache {
 impl Cache {
     pub fn new(d: usize, group: usize) -> Self {
         Self { pools: Pools::new(d, group).unwrap(), heads: Vec::new() }
+    }
+
+    /// With two-level metadata.
+    pub fn two_level(d: usize, group: usize) -> Self {
+        Self { pools: Pools::with_meta(d, group, Meta::U8).unwrap(), heads: Vec::new() }
     }
 
     /// A head of `len` tokens, slab `i` in format `format(i)` (`None`: a hole), the last `ring` slabs in the ring.
@@ -173,6 +178,23 @@ fn decode_of_each_shape_and_format() {
 }
 
 #[test]
+fn decode_of_two_level_metadata() {
+    let mut noise = Noise(17);
+    let mixed = |i: usize| [Some(Format::Q2), Some(Format::Q4), None, Some(Format::F16)][i % 5 % 4];
+    for d in D {
+        for quant in [32, 64] {
+            for data in [Data::Outlier, Data::Extreme] {
+                let mut cache = Cache::two_level(d, quant);
+                cache.push(1000, 1, data, &mut noise, mixed);
+                cache.push(700, 0, data, &mut noise, |_| Some(Format::Q2));
+                let what = format!("d {d} group {quant}");
+                check_decode(&what, &cache, 3, Mask::default(), &mut noise);
+            }
+        }
+    }
+}
+
+#[test]
 fn decode_of_each_number_of_query_heads() {
     let mut noise = Noise(12);
     for format in Format::ALL {
@@ -204,11 +226,12 @@ fn decode_of_each_length() {
 #[test]
 fn decode_of_ragged_mixed_heads_with_holes_and_windows() {
     let mut noise = Noise(14);
-    let mixed = |i: usize| match i % 7 {
+    let mixed = |i: usize| match i % 8 {
         0 => Some(Format::F16),
         1 | 2 | 5 => Some(Format::Q2),
         3 => Some(Format::Q4),
         4 => None,
+        6 => Some(Format::Fp8),
         _ => Some(Format::Q8),
     };
     for d in [64, 96, 128] {

@@ -50,7 +50,7 @@ fn check(what: &str, cache: &Cache, n: usize, group: usize, mask: Mask, noise: &
 fn prefill_of_each_shape_and_format() {
     let mut noise = Noise(21);
     for d in D {
-        for (format, quant) in Format::ALL.into_iter().zip([32, 64, 64, 32]).chain([
+        for (format, quant) in Format::ALL.into_iter().zip([32, 64, 64, 32, 32]).chain([
             (Format::Q2, 64),
             (Format::Q8, 32),
             (Format::Q8, 128),
@@ -64,6 +64,20 @@ fn prefill_of_each_shape_and_format() {
                 let what = format!("d {d} group {quant} {format:?} G {group}");
                 check(&what, &cache, 50, group, Mask::default(), &mut noise);
             }
+        }
+    }
+}
+
+#[test]
+fn prefill_of_two_level_metadata() {
+    let mut noise = Noise(25);
+    let mixed = |i: usize| [Some(Format::Q2), Some(Format::Q4), None, Some(Format::F16)][i % 4];
+    for d in D {
+        for quant in [32, 64] {
+            let mut cache = Cache::two_level(d, quant);
+            cache.push(420, 2, Data::Outlier, &mut noise, mixed);
+            let what = format!("d {d} group {quant}, two-level");
+            check(&what, &cache, 50, 3, Mask::default(), &mut noise);
         }
     }
 }

@@ -7,7 +7,7 @@ mod ops;
 
 use crate::cases::somewhere;
 use crate::exec::{assert_caught, executors, op};
-use device::{Host, cache, params};
+use device::{FP8, Host, MIXED, TWO_LEVEL, cache, params};
 use half::f16;
 use kvwarp::ffi::{self, kvw_kv_pack_params as Params};
 use kvwarp::kv_pack::{append, pack};
@@ -51,7 +51,29 @@ fn c_checks_need_no_gpu() {
             ("ring", |p| p.cache.ring = null_mut(), ffi::KVW_ERR_NULL),
             ("ring_slabs", |p| p.cache.ring_slabs = 2, ffi::KVW_ERR_SHAPE),
             ("packed", |p| p.cache.packed = somewhere(), ffi::KVW_ERR_SHAPE),
-            ("cache.reserved", |p| p.cache.reserved = 1, ffi::KVW_ERR_SHAPE),
+            ("meta", |p| p.cache.meta = 2, ffi::KVW_ERR_FORMAT),
+            (
+                "byte metadata, group",
+                |p| (p.cache.meta, p.cache.group) = (1, 128),
+                ffi::KVW_ERR_FORMAT,
+            ),
+            (
+                "byte metadata, q8",
+                |p| (p.cache.meta, p.cache.pools[1]) = (1, somewhere()),
+                ffi::KVW_ERR_FORMAT,
+            ),
+            (
+                "fp8 with q2",
+                |p| (p.cache.pools[3], p.cache.pools[4]) = (somewhere(), somewhere()),
+                ffi::KVW_ERR_FORMAT,
+            ),
+            ("kivi, byte metadata", |p| (p.cache.meta, p.kivi_exact) = (1, 1), ffi::KVW_ERR_FORMAT),
+            (
+                "kivi, fp8",
+                |p| (p.cache.pools[4], p.kivi_exact) = (somewhere(), 1),
+                ffi::KVW_ERR_FORMAT,
+            ),
+            ("dtype", |p| p.dtype = ffi::KVW_F32, ffi::KVW_ERR_FORMAT),
             ("k", |p| p.k = null(), ffi::KVW_ERR_NULL),
             ("v", |p| p.v = null(), ffi::KVW_ERR_NULL),
             ("k unaligned", |p| p.k = 8 as _, ffi::KVW_ERR_ALIGN),
@@ -66,7 +88,13 @@ fn c_checks_need_no_gpu() {
             ("kivi, odd window", |p| (p.kivi_exact, p.cache.window) = (1, 48), ffi::KVW_ERR_SHAPE),
         ],
     );
-    assert_eq!(kv_pack.bytes(&valid), 128 * 8);
+    // A token; a 64th of an f16 slab read and of one written, f16 or q2.
+    assert_eq!(kv_pack.bytes(&valid), 128 * 8 + (32768 + 32768) / 64);
+    let mut q2 = valid;
+    q2.cache.pools[3] = somewhere();
+    assert_eq!(kv_pack.bytes(&q2), 128 * 8 + (32768 + 6144) / 64);
+    (q2.cache.meta, q2.op) = (1, ffi::KVW_PACK_FLUSH);
+    assert_eq!(kv_pack.bytes(&q2), 32768 + 5152);
     assert_eq!(kv_pack.workspace(&valid), 0);
     kv_pack.refuses(
         Params { op: ffi::KVW_PACK_FILL, tokens: 7, max_tokens: 5, ..valid },
@@ -97,16 +125,18 @@ fn c_checks_need_no_gpu() {
 #[test]
 fn executors_match_oracle() {
     for exec in executors(2) {
-        let host = Host { d: 64, group: 32, window: 0, heads: 3, seqs: 3, slabs: 3 };
+        let host = Host { d: 64, group: 32, window: 0, heads: 3, seqs: 3, slabs: 3, ..MIXED };
         ops::fill_and_flush(&exec.start(), &host, &[192, 1, 64]).unwrap();
-        let host = Host { d: 64, group: 32, window: 64, heads: 2, seqs: 2, slabs: 4 };
+        let host = Host { d: 64, group: 32, window: 64, heads: 2, seqs: 2, slabs: 4, ..MIXED };
         ops::stream(&exec.start(), &host, 130).unwrap();
+        let host = Host { window: 20, heads: 2, ..TWO_LEVEL };
+        ops::stream(&exec.start(), &host, 150).unwrap();
     }
 }
 
 #[test]
 fn faults_are_caught() {
-    let host = |d, group, window| Host { d, group, window, heads: 1, seqs: 1, slabs: 3 };
+    let host = |d, group, window| Host { d, group, window, ..MIXED };
     let flush = |run: &crate::exec::Run| ops::fill_and_flush(run, &host(96, 64, 0), &[192]);
     assert_caught(201, "no barrier between a group's extremes and its codes", flush);
     assert_caught(203, "a row's short last group takes as many channels as the others", flush);
@@ -117,8 +147,13 @@ fn faults_are_caught() {
         |run| ops::stream(run, &host(64, 32, 1), 70),
     );
     assert_caught(205, "a tile is written whole though some of its tokens are not new", |run| {
-        ops::rotated(run, 64, kvwarp::rope_select::Pairing::Half, ffi::KVW_PACK_FILL)
+        let (half, fill) = (kvwarp::rope_select::Pairing::Half, ffi::KVW_PACK_FILL);
+        ops::rotated(run, 64, half, fill, ffi::KVW_F16)
     });
+    let two_level = |run: &crate::exec::Run| ops::fill_and_flush(run, &TWO_LEVEL, &[192]);
+    assert_caught(208, "codes are made before their scales are on the grid", two_level);
+    assert_caught(209, "e4m3 ties go up", |run| ops::fill_and_flush(run, &FP8, &[64]));
+    assert_caught(210, "the scale of two-level metadata is rounded down", two_level);
     assert_caught(
         207,
         "a value's codes wipe out its neighbour's, in the other half of the words",

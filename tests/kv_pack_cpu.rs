@@ -1,6 +1,7 @@
 //! Packing on the CPU: every level gives the bits of the codec.
 
 use crate::cases::Noise;
+use crate::slab::layouts_of;
 use half::f16;
 use kvwarp::kv_pack::pack_at;
 use kvwarp::simd::Level;
@@ -27,17 +28,14 @@ fn every_level_packs_what_the_codec_encodes() {
             let (k, v) = (tokens(kind, d, &mut noise), tokens(kind, d, &mut noise));
             let mut from = vec![0; half.slab_bytes()];
             encode(&half, &k, &v, &mut from);
-            for (format, group) in
-                Format::ALL.into_iter().flat_map(|f| [32, 64, 128].map(|g| (f, g)))
-            {
-                let layout = Layout::new(format, d, group).unwrap();
+            for layout in layouts_of(d) {
                 let mut want = vec![0; layout.slab_bytes()];
                 encode(&layout, &k, &v, &mut want);
                 for level in Level::available() {
                     let mut got = vec![0xAB; layout.slab_bytes()];
                     pack_at(level, &from, &mut got, &layout);
                     let first = got.iter().zip(&want).position(|(a, b)| a != b);
-                    let what = format!("d {d} {format:?} group {group} kind {kind} {level:?}");
+                    let what = format!("{layout:?} kind {kind} {level:?}");
                     assert_eq!(first, None, "{what}: first byte that differs");
                 }
             }

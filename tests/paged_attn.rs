@@ -136,7 +136,7 @@ fn c_checks_need_no_gpu() {
             ("a CSR row a head", |p| p.cache.indptr = 16 as _, ffi::KVW_ERR_SHAPE),
             ("table_stride", |p| p.cache.table_stride = 0, ffi::KVW_ERR_SHAPE),
             ("lens_heads", |p| p.cache.lens_heads = 3, ffi::KVW_ERR_SHAPE),
-            ("cache.reserved", |p| p.cache.reserved = 1, ffi::KVW_ERR_SHAPE),
+            ("meta", |p| p.cache.meta = 2, ffi::KVW_ERR_FORMAT),
             ("max_slabs", |p| p.max_slabs = 0, ffi::KVW_ERR_SHAPE),
             ("max_slabs of 2^31 units", |p| p.max_slabs = 1 << 30, ffi::KVW_ERR_SHAPE),
             ("ctas", |p| p.ctas = -1, ffi::KVW_ERR_SHAPE),

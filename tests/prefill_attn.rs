@@ -12,12 +12,12 @@ use kvwarp::slab::encode;
 
 /// How the op is called on a cache; `rows[s]` query rows, `lse_rows` of them with a log-sum-exp.
 #[derive(Clone)]
-struct Call {
-    g: usize,
-    rows: Vec<usize>,
-    lse_rows: usize,
-    sliding_window: usize,
-    bf16: bool,
+pub struct Call {
+    pub g: usize,
+    pub rows: Vec<usize>,
+    pub lse_rows: usize,
+    pub sliding_window: usize,
+    pub bf16: bool,
 }
 
 impl Call {
@@ -39,7 +39,7 @@ fn queries(cache: &Cache, call: &Call) -> Vec<u16> {
     (0..n).map(|_| call.narrow(0.5 * noise.unit())).collect()
 }
 
-fn matches(run: &Run, spec: &Spec, call: &Call) -> Result<(), String> {
+pub fn matches(run: &Run, spec: &Spec, call: &Call) -> Result<(), String> {
     let cache = Cache::new(spec, 6);
     let (device, q) = (cache.upload(run), queries(&cache, call));
     let q_heads = spec.heads * call.g;

@@ -8,38 +8,23 @@
 // Codes enter the mma as subnormals (codec.cuh). Their powers of two and the scales are folded into the B
 // side: K's scale and power into the query words, V's scale into the probabilities; V's power stays in the
 // accumulator until the format changes. At 8 bits scales are small, so that their products would lose bits as
-// f16 subnormals: both factors are made larger by a power of two first. q . minima of a K group is D / 16 more mma whose result every row
-// shares; V's minima and the sum of probabilities share one more mma a tile of tokens (rows 0 to 7: minima of
-// V groups; rows 8 to 15: ones).
+// f16 subnormals: both factors are made larger by a power of two first. q . minima of a K group is D / 16 more
+// mma whose result every row shares; V's minima and the sum of probabilities share one more mma a tile of
+// tokens (rows 0 to 7: minima of V groups; rows 8 to 15: ones).
+//
+// Two-level metadata: bytes enter as subnormals too (K's scales, all minima), or as 1024 + byte less 1024 times
+// the probability (V's scales: one rounding, and no loss where both are small). K's steps are in the unit of
+// scores, and its minima's base times the sum of a query. V's step of scales multiplies the probabilities of its
+// slab, relative to `v_step`, the step that outputs are multiples of: that follows the slabs' steps only where
+// one is not within 2^0 to 2^5 of it, so that probabilities neither overflow nor lose bits in f16. Sums of
+// minima and of probabilities are made for each slab and scaled when it is done.
 #pragma once
+#include "meta.cuh"
 #include "queries.cuh"
 #include "slab.cuh"
 #include "softmax.cuh"
 
 namespace kvw {
-
-// Token of word i, low half, of the f16 V codes or of the V scales or minima of a step.
-template <int FORMAT, int D, int GROUP> PRIM int v_token(int i) {
-    constexpr int V_GROUPS = Slab<FORMAT, D, GROUP>::V_GROUPS;
-    if (FORMAT == KVW_SLAB_F16) return i / (32 * 4 * (D / 16)) * 16 + i / 4 % 4 * 2 + i % 2 * 8;
-    return i / (8 * V_GROUPS) * 16 + i / (2 * V_GROUPS) % 4 * 2 + i % 2 * 8;
-}
-
-// Bytes past the newest token may be anything, NaN too, and 0 * NaN is NaN: clears the V values (f16) or V
-// metadata of tokens >= live of a step of TILES tiles. `v` is the step's V section; threads thread, thread +
-// threads, ...
-template <int FORMAT, int D, int GROUP, int TILES>
-PRIM void clear_past(unsigned char* v, int live, int thread, int threads) {
-    using S = Slab<FORMAT, D, GROUP>;
-    constexpr int WORDS = S::QUANTISED ? S::V_MINIMA / 4 : TILES * D * 8;
-    uint32_t* words = reinterpret_cast<uint32_t*>(v + (S::QUANTISED ? S::CODE_BYTES : 0));
-    for (int i = thread; i < WORDS; i += threads) {
-        int held = live - v_token<FORMAT, D, GROUP>(i);
-        uint32_t keep = held >= 2 ? ~0u : held == 1 ? 0xFFFFu : 0u;
-        words[i] &= keep;
-        if (S::QUANTISED) words[WORDS + i] &= keep;
-    }
-}
 
 // tanh within 3e-6 of itself; tanhf takes three times the instructions and too many registers.
 PRIM float tanh_close(float x) {
@@ -50,13 +35,16 @@ PRIM float tanh_close(float x) {
 
 template <int D, int GROUP, int NT> struct Attend {
     static constexpr int WORDS = D / 8;
+    static constexpr bool TWO_LEVEL = GROUP >= U8_META;
 
-    Queries<D, NT> q;
+    Queries<D, NT, GROUP / U8_META> q;
     float o[NT][D / 16][4]; // sums of p * v, rows of channel word j times 2^code_exponent(j) of `format`
     float z[NT][4];         // 0, 1: sums of p * minimum of V group r; 2, 3: sums of p
     float m[NT][2];         // columns 2 t, 2 t + 1: largest score, base 2, rounded up to a whole number
     float k[NT][2];         // base-2 score of a raw score of 1
+    float q_sum[NT][2];     // two-level metadata: of the query words
     int r, t, format;
+    int v_step = 0; // two-level metadata: log2 of the step of scales that outputs are multiples of
 
     // Columns r of the NT tiles, of which pair(n, j) gives channels 8 j + 2 t + {0, 1}.
     template <class Pair> PRIM void begin(Pair pair, float scale, uint4* shared, bool write) {
@@ -70,6 +58,7 @@ template <int D, int GROUP, int NT> struct Attend {
             for (int c = 0; c < 2; c++) {
                 k[n][c] = __shfl_sync(~0u, mine, (2 * t + c) * 4);
                 m[n][c] = NO_SCORE;
+                if (TWO_LEVEL) q_sum[n][c] = __shfl_sync(~0u, q.sums[TWO_LEVEL ? n : 0], (2 * t + c) * 4);
             }
 #pragma unroll
             for (int c = 0; c < 4; c++) z[n][c] = 0.f;
@@ -83,7 +72,8 @@ template <int D, int GROUP, int NT> struct Attend {
         if (to == format || KVW_FAULT(111)) return; // 111: formats read alike
         float change[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) change[j] = power_of_two(exponent(to, j) - exponent(format, j));
+        for (int j = 0; j < 4; j++) change[j] = power_of_two(exponent(to, j) - exponent(format, j) + v_step);
+        v_step = 0;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -92,15 +82,38 @@ template <int D, int GROUP, int NT> struct Attend {
         format = to;
     }
 
+    // Brings `v_step` near a slab's step 2^e; returns what probabilities are to be multiplied by, log2.
+    PRIM int use_step(int e) {
+        if (e < v_step || e > v_step + 5) {
+            float change = power_of_two(v_step - (e - 2));
+#pragma unroll
+            for (int i = 0; i < NT * (D / 16) * 4; i++) o[i / (D / 4)][i / 4 % (D / 16)][i % 4] *= change;
+            v_step = e - 2;
+        }
+        return e - v_step;
+    }
+
     // One step of TILES * 16 tokens: `kc` its K section (metadata after the codes), `vc` its V section. Where
     // `edge`, adjust(s, unit) first changes the raw scores s, in units of `unit`: mask() and its like.
     template <int FORMAT, int TILES, class Adjust>
     PRIM void step(const unsigned char* kc, const unsigned char* vc, bool edge, Adjust adjust) {
+        using S = Slab<FORMAT, D, GROUP>;
         float s[TILES][NT][4];
-        scores<FORMAT>(kc, s);
-        if (edge) adjust(s, score_unit<FORMAT>);
-        softmax(s, score_unit<FORMAT>);
-        values<FORMAT>(vc, s);
+        if constexpr (S::TWO_LEVEL) {
+            const float4* steps = reinterpret_cast<const float4*>(kc + S::STEPS);
+            float unit = steps[0].x * float(1 << 29),
+                  inverse = __int_as_float(0x7F000000 - __float_as_int(unit));
+            scores<FORMAT>(kc, steps[0].y * float(1 << 24) * inverse, steps[0].z * inverse, s);
+            if (edge) adjust(s, unit);
+            int lift = use_step((__float_as_int(steps[1].x) >> 23) - 127);
+            softmax<true>(s, unit, float(lift));
+            values<FORMAT>(vc, power_of_two(-lift), s);
+        } else {
+            scores<FORMAT>(kc, 1.f / score_unit<FORMAT>, 0.f, s);
+            if (edge) adjust(s, score_unit<FORMAT>);
+            softmax<false>(s, score_unit<FORMAT>, 0.f);
+            values<FORMAT>(vc, 1.f, s);
+        }
     }
 
     // Column c of tile n sees the step's tokens from[n][c] .. to[n][c] - 1 only.
@@ -165,27 +178,31 @@ private:
     static constexpr int V_GROUP = Slab<KVW_SLAB_Q2, D, GROUP>::V_GROUP;
     // What a product of a folded query and a code as it reads is a fraction of.
     template <int FORMAT>
-    static constexpr float score_unit = FORMAT == KVW_SLAB_F16  ? 1.f
-                                        : FORMAT == KVW_SLAB_Q8 ? float(1 << 14)
-                                                                : float(1 << 20);
+    static constexpr float score_unit = FORMAT == KVW_SLAB_F16   ? 1.f
+                                        : FORMAT == KVW_SLAB_FP8 ? float(1 << 8)
+                                        : FORMAT == KVW_SLAB_Q8  ? float(1 << 14)
+                                                                 : float(1 << 20);
     // log2 of what probabilities are multiplied by before V's scale.
     template <int FORMAT> static constexpr int V_FOLD = FORMAT == KVW_SLAB_Q8 ? 6 : 0;
 
     // log2 of the output that code 1 of pair j adds at scale 1 and probability 1.
     PRIM static int exponent(int f, int j) {
         if (f == KVW_SLAB_Q8) return code_exponent<8>(j) + (KVW_FAULT(115) ? 0 : V_FOLD<KVW_SLAB_Q8>);
+        if (f == KVW_SLAB_FP8) return KVW_FAULT(117) ? 0 : -8;
         return f == KVW_SLAB_F16 ? 0 : f == KVW_SLAB_Q4 ? code_exponent<4>(j) : code_exponent<2>(j);
     }
 
     // Pair f of a side, out of the unit that holds it.
     template <int FORMAT> PRIM static uint32_t pair(const uint4& unit, int f, int side) {
         constexpr int SLOTS = Slab<FORMAT, D, GROUP>::SLOTS;
-        return unpack<Slab<FORMAT, D, GROUP>::BITS>(component(unit, f / SLOTS % 2 * 2 + side), f % SLOTS);
+        uint32_t word = component(unit, f / SLOTS % 2 * 2 + side);
+        if (FORMAT == KVW_SLAB_FP8) return e4m3_pair(word, f % SLOTS);
+        return unpack<Slab<FORMAT, D, GROUP>::BITS>(word, f % SLOTS);
     }
 
-    // Raw scores of the step, 1 / score_unit of them.
+    // Raw scores of the step. A raw 1 of a minimum as it reads counts `least`, a query's sum `base`.
     template <int FORMAT, int TILES>
-    PRIM void scores(const unsigned char* kc, float (&s)[TILES][NT][4]) const {
+    PRIM void scores(const unsigned char* kc, float least, float base, float (&s)[TILES][NT][4]) const {
         using S = Slab<FORMAT, D, GROUP>;
         constexpr int GROUPS = S::QUANTISED ? S::K_GROUPS : 1, PER_GROUP = TILES / GROUPS;
         constexpr int BLOCK = WORDS < 16 ? WORDS : 16; // query words scaled at a time
@@ -193,10 +210,9 @@ private:
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
             const int group = KVW_FAULT(104) ? 0 : g; // the wrong group's scale
-            const uint4* scales =
-                reinterpret_cast<const uint4*>(kc + S::K_META + group * S::K_GROUP_BYTES) + t;
+            const unsigned char* scales = kc + S::K_META + group * S::K_GROUP_BYTES;
             float constant[NT][4] = {};
-            if constexpr (S::QUANTISED) minima(scales + S::K_MINIMA / 16, 1.f / score_unit<FORMAT>, constant);
+            if constexpr (S::QUANTISED) minima<S>(scales + S::K_MINIMA, least, base, constant);
 #pragma unroll
             for (int i = 0; i < PER_GROUP * NT * 4; i++) {
                 s[g * PER_GROUP + i / (NT * 4)][i / 4 % NT][i % 4] = constant[i / 4 % NT][i % 4];
@@ -206,7 +222,7 @@ private:
                 uint4 b[NT][BLOCK / 4];
 #pragma unroll
                 for (int i = 0; i < BLOCK / 4; i++) {
-                    uint4 scale = S::QUANTISED ? scales[(block / 4 + i) * 4] : uint4{};
+                    uint4 scale = S::QUANTISED ? k_meta<S>(scales, block / 4 + i, t) : uint4{};
 #pragma unroll
                     for (int n = 0; n < NT; n++) {
                         uint4 f = q.template folded<FORMAT>(n, block / 4 + i);
@@ -239,14 +255,14 @@ private:
         }
     }
 
-    // q . minimum of a K group in every row, times `unit`. A unit of minima is an A
-    // fragment as it is: rows 0 to 7 hold words 4 i and 4 i + 2, rows 8 to 15 the odd ones, and each half
-    // meets its own B.
-    PRIM void minima(const uint4* units, float unit, float (&out)[NT][4]) const {
+    // q . minimum of a K group in every row. A unit of minima is an A fragment as it is: rows 0 to 7 hold words
+    // 4 i and 4 i + 2, rows 8 to 15 the odd ones, and each half meets its own B.
+    template <class S>
+    PRIM void minima(const unsigned char* at, float least, float base, float (&out)[NT][4]) const {
         float even[NT][4] = {}, odd[NT][4] = {};
 #pragma unroll
         for (int i = 0; i < WORDS / 4; i++) {
-            uint4 u = units[i * 4];
+            uint4 u = k_meta<S>(at, i, t);
             const uint32_t a[4] = {u.x, u.y, u.z, u.w};
 #pragma unroll
             for (int n = 0; n < NT; n++) {
@@ -257,12 +273,13 @@ private:
         }
 #pragma unroll
         for (int i = 0; i < NT * 4; i++) {
-            out[i / 4][i % 4] = (even[i / 4][i % 2] + odd[i / 4][2 + i % 2]) * unit;
+            float& x = out[i / 4][i % 4] = (even[i / 4][i % 2] + odd[i / 4][2 + i % 2]) * least;
+            if (S::TWO_LEVEL && !KVW_FAULT(118)) x = fmaf(q_sum[i / 4][i % 2], base, x);
         }
     }
 
-    // Raw scores, in units of `unit`, to probabilities relative to the running maximum.
-    template <int TILES> PRIM void softmax(float (&s)[TILES][NT][4], float unit) {
+    // Raw scores, in units of `unit`, to probabilities relative to the running maximum, times 2^lift.
+    template <bool LIFTED, int TILES> PRIM void softmax(float (&s)[TILES][NT][4], float unit, float lift) {
         float most[NT][2], slope[NT][2];
         bool grows = false;
 #pragma unroll
@@ -281,7 +298,8 @@ private:
 #pragma unroll
         for (int i = 0; i < TILES * NT * 4; i++) {
             float& x = s[i / (NT * 4)][i / 4 % NT][i % 4];
-            x = prim::exp2_approx(fmaf(x, slope[i / 4 % NT][i % 2], -m[i / 4 % NT][i % 2]));
+            float top = m[i / 4 % NT][i % 2];
+            x = prim::exp2_approx(fmaf(x, slope[i / 4 % NT][i % 2], LIFTED ? lift - top : -top));
         }
     }
 
@@ -298,27 +316,30 @@ private:
         }
     }
 
-    // Adds probabilities times V.
+    // Adds probabilities times V; `down` undoes what probabilities were multiplied by.
     template <int FORMAT, int TILES>
-    PRIM void values(const unsigned char* vc, const float (&p)[TILES][NT][4]) {
+    PRIM void values(const unsigned char* vc, float down, const float (&p)[TILES][NT][4]) {
         using S = Slab<FORMAT, D, GROUP>;
+        constexpr int PER_TILE = S::V_MINIMA / (TOKENS / 16) / 4; // bytes of scales a lane t
         const uint4* codes = reinterpret_cast<const uint4*>(vc) + threadIdx.x % 32;
-        const uint2* scales = reinterpret_cast<const uint2*>(vc + S::CODE_BYTES) + t * S::V_GROUPS;
-        const uint2* minima = scales + S::V_MINIMA / 8 + r % S::V_GROUPS;
+        const unsigned char* scales = vc + S::CODE_BYTES + t * PER_TILE;
+        const unsigned char* minima = scales + S::V_MINIMA + r % S::V_GROUPS * (PER_TILE / S::V_GROUPS);
+        float part[NT][4] = {}; // what `z` gets of a slab with two-level metadata
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             uint2 least = make_uint2(0, 0);
-            if constexpr (S::QUANTISED) least = minima[tile * 4 * S::V_GROUPS];
+            if constexpr (S::QUANTISED) least = v_minima<S>(minima + tile * 4 * PER_TILE);
             const uint32_t sums[4] = {least.x, HALF2_ONES, least.y, HALF2_ONES};
-            uint32_t b[NT][2], scaled[NT][2];
+            uint32_t b[NT][2], scaled[NT][2], less[NT][2];
 #pragma unroll
             for (int n = 0; n < NT; n++) {
 #pragma unroll
                 for (int side = 0; side < 2; side++) {
                     __half2 tokens = __floats2half2_rn(p[tile][n][2 * side], p[tile][n][2 * side + 1]);
                     b[n][side] = scaled[n][side] = prim::movmatrix_trans(half2_bits(tokens));
+                    if (S::TWO_LEVEL) less[n][side] = mul2(b[n][side], HALF2_MINUS_1024);
                 }
-                prim::mma_16816<__half>(z[n], sums, b[n][0], b[n][1]);
+                prim::mma_16816<__half>(S::TWO_LEVEL ? part[n] : z[n], sums, b[n][0], b[n][1]);
                 if (V_FOLD<FORMAT> != 0) {
                     constexpr uint32_t FACTOR =
                         uint32_t(15 + V_FOLD<FORMAT>) << 10 | uint32_t(15 + V_FOLD<FORMAT>) << 26;
@@ -326,18 +347,19 @@ private:
                 }
             }
             uint4 unit;
-            uint2 scale[2];
+            uint2 scale[4];
 #pragma unroll
             for (int j = 0; j < WORDS; j += 2) {
                 int f = tile * WORDS + j, group = 8 * j / S::V_GROUP;
                 if (j == 0 || f % (2 * S::SLOTS) == 0) unit = codes[f / (2 * S::SLOTS) * 32];
                 if (S::QUANTISED && 8 * j % S::V_GROUP == 0) {
-                    v_scales<S>(scales + tile * 4 * S::V_GROUPS, group, scale);
+                    v_scales<S>(scales + tile * 4 * PER_TILE, group, scale);
+                    uint2 x = scale[group % 4];
+                    if (KVW_FAULT(114)) x.y = x.x;
 #pragma unroll
                     for (int n = 0; n < NT; n++) {
-                        scaled[n][0] = mul2(b[n][0], scale[group % 2].x);
-                        scaled[n][1] =
-                            mul2(b[n][1], KVW_FAULT(114) ? scale[group % 2].x : scale[group % 2].y);
+                        scaled[n][0] = S::TWO_LEVEL ? fma2(b[n][0], x.x, less[n][0]) : mul2(b[n][0], x.x);
+                        scaled[n][1] = S::TWO_LEVEL ? fma2(b[n][1], x.y, less[n][1]) : mul2(b[n][1], x.y);
                     }
                 }
                 const uint32_t a[4] = {pair<FORMAT>(unit, f, 0), pair<FORMAT>(unit, f + 1, 0),
@@ -347,15 +369,15 @@ private:
                     prim::mma_16816<__half>(o[n][j / 2], a, scaled[n][0], scaled[n][1]);
             }
         }
-    }
-
-    // Scales of a V group into scale[group % 2], two groups a load where they come in pairs.
-    template <class S> PRIM static void v_scales(const uint2* scales, int group, uint2 (&scale)[2]) {
-        if (S::V_GROUPS % 2 != 0) {
-            scale[group % 2] = scales[group];
-        } else if (group % 2 == 0) {
-            uint4 both = *reinterpret_cast<const uint4*>(scales + group);
-            scale[0] = make_uint2(both.x, both.y), scale[1] = make_uint2(both.z, both.w);
+        if constexpr (S::TWO_LEVEL) {
+            float4 steps = *reinterpret_cast<const float4*>(vc + (S::STEPS - S::V_CODES) + STEPS_BYTES / 2);
+            float least = steps.y * float(1 << 24) * down, base = steps.z * down;
+#pragma unroll
+            for (int i = 0; i < NT * 2; i++) {
+                float sum = part[i / 2][i % 2 + 2], &minimum = z[i / 2][i % 2], &total = z[i / 2][i % 2 + 2];
+                minimum = fmaf(part[i / 2][i % 2], least, fmaf(sum, base, minimum));
+                total = fmaf(sum, KVW_FAULT(119) ? 1.f : down, total);
+            }
         }
     }
 };

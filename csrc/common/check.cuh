@@ -15,16 +15,18 @@ inline kvw_status check_cache(const kvw_cache& c) {
     KVW_REQUIRE(c.seqs >= 1 && c.seqs <= GRID_YZ_MAX, SHAPE, seqs);
     KVW_REQUIRE(c.kv_heads >= 1 && c.kv_heads <= GRID_YZ_MAX, SHAPE, kv_heads);
     KVW_REQUIRE(int64_t(c.seqs) * c.kv_heads <= INT32_MAX, SHAPE, seqs); // indices of lens
-    KVW_REQUIRE(slab_bytes(KVW_SLAB_F16, c.head_dim, 32) != 0, SHAPE, head_dim);
-    KVW_REQUIRE(slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) != 0, FORMAT, group);
+    KVW_REQUIRE(slab_bytes(KVW_SLAB_F16, c.head_dim, 32, KVW_META_F16) != 0, SHAPE, head_dim);
+    KVW_REQUIRE(c.meta == KVW_META_F16 || c.meta == KVW_META_U8, FORMAT, meta);
+    KVW_REQUIRE(slab_bytes(KVW_SLAB_F16, c.head_dim, c.group, c.meta) != 0, FORMAT, group);
     KVW_REQUIRED(c, ring);
     KVW_REQUIRED(c, lens);
     KVW_OPTIONAL(c, indptr);
     KVW_OPTIONAL(c, packed);
     KVW_OPTIONAL(c, table);
     for (int f = 0; f < KVW_SLAB_FORMATS; f++) {
-        bool known = slab_bytes(f, c.head_dim, c.group) != 0;
+        bool known = slab_bytes(f, c.head_dim, c.group, c.meta) != 0;
         KVW_REQUIRE(known || !c.pools[f], FORMAT, pools);
+        KVW_REQUIRE(!c.pools[f] || !c.pools[KVW_SLAB_FP8] || !has_meta(f), FORMAT, pools);
         KVW_REQUIRE(reinterpret_cast<uintptr_t>(c.pools[f]) % 16 == 0, ALIGN, pools);
         KVW_REQUIRE(!c.pools[f] || c.table, NULL, table);
     }
@@ -34,13 +36,12 @@ inline kvw_status check_cache(const kvw_cache& c) {
     KVW_REQUIRE(c.table_heads == 1 || !c.indptr, SHAPE, indptr);
     KVW_REQUIRE(!c.table || c.indptr || c.table_stride >= 1, SHAPE, table_stride);
     KVW_REQUIRE(c.lens_heads == 1 || c.lens_heads == c.kv_heads, SHAPE, lens_heads);
-    KVW_REQUIRE(c.reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
 
 // The narrowest format that has a pool.
 inline int narrowest(const kvw_cache& c) {
-    for (int f = KVW_SLAB_Q2; f > KVW_SLAB_F16; f--) {
+    for (int f : {KVW_SLAB_Q2, KVW_SLAB_Q4, KVW_SLAB_FP8, KVW_SLAB_Q8}) {
         if (c.pools[f]) return f;
     }
     return KVW_SLAB_F16;
@@ -57,8 +58,8 @@ inline int slabs_seen(int slabs, int sliding_window) {
 inline size_t slab_bytes_held(const kvw_cache& c, int slabs, int sliding_window) {
     slabs = slabs_seen(slabs, sliding_window);
     int f16 = std::min(slabs, ring_slabs(c.window));
-    return f16 * slab_bytes(KVW_SLAB_F16, c.head_dim, c.group) +
-           (slabs - f16) * slab_bytes(narrowest(c), c.head_dim, c.group);
+    return f16 * slab_bytes(KVW_SLAB_F16, c.head_dim, c.group, c.meta) +
+           (slabs - f16) * slab_bytes(narrowest(c), c.head_dim, c.group, c.meta);
 }
 
 } // namespace kvw

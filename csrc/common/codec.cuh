@@ -34,7 +34,10 @@ template <class T> PRIM void swap(T& a, T& b) {
     b = c;
 }
 
-constexpr uint32_t HALF2_ONES = 0x3C003C00u;
+// 2^n for -126 <= n <= 127.
+PRIM float power_of_two(int n) { return __int_as_float((n + 127) << 23); }
+
+constexpr uint32_t HALF2_ONES = 0x3C003C00u, HALF2_MINUS_1024 = 0xE400E400u;
 
 PRIM uint32_t half2_bits(__half2 x) {
     uint32_t u;
@@ -50,6 +53,33 @@ PRIM __half2 half2_of(uint32_t u) {
 
 // Both halves of a, times those of b, rounded to f16.
 PRIM uint32_t mul2(uint32_t a, uint32_t b) { return half2_bits(__hmul2(half2_of(a), half2_of(b))); }
+
+// Both halves of a * b + c, rounded to f16 once.
+PRIM uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+    return half2_bits(__hfma2(half2_of(a), half2_of(b), half2_of(c)));
+}
+
+// Pair `slot` (0, 1) of the bytes of a word, each below the byte `high` of its half.
+template <uint32_t HIGH = 0> PRIM uint32_t spread(uint32_t word, int slot) {
+    if (HIGH == 0 && slot == 0) return word & 0x00FF00FFu;
+    return prim::prmt(word, HIGH * 0x01010101u, slot == 0 ? 0x4240 : 0x4341);
+}
+
+// Pair `slot` of a word of e4m3, times 2^-8: exponent and mantissa in their places in a half, whose exponent
+// is 8 larger for the same bits, subnormals included. No byte gives a NaN; 0x7F and 0xFF are +-480.
+PRIM uint32_t e4m3_pair(uint32_t word, int slot) {
+    uint32_t digits = slot == 0 ? word << 7 : word >> 1, sign = slot == 0 ? word << 8 : word;
+    return (digits & 0x3F803F80u) | (sign & 0x80008000u);
+}
+
+// The nearest e4m3, ties to even, beyond +-448 that; 0 for NaN.
+PRIM uint32_t e4m3_of(float x) {
+    float y = fminf(fabsf(x), 448.f);
+    uint32_t bits = __float_as_uint(y),
+             normal = ((bits + 0x7FFFFu + (KVW_FAULT(209) ? 1 : bits >> 20 & 1)) >> 20) - (120u << 3);
+    uint32_t code = y < 0.015625f ? uint32_t(rintf(y * 512.f)) : normal;
+    return x == x ? code | (__float_as_uint(x) >> 31) << 7 : 0u;
+}
 
 // A 16-byte vector as an array; i is known at compile time.
 PRIM uint32_t component(const uint4& u, int i) { return i == 0 ? u.x : i == 1 ? u.y : i == 2 ? u.z : u.w; }

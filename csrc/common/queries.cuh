@@ -6,9 +6,6 @@
 
 namespace kvw {
 
-// 2^n for -126 <= n <= 127.
-PRIM float power_of_two(int n) { return __int_as_float((n + 127) << 23); }
-
 // Rows of queries in memory, f16 or bf16, one for column r = lane / 4 of each tile; null: a column of zeros.
 // Called with a tile and j, gives this lane's channels 8 j + 2 t + {0, 1}.
 template <int NT> struct QueryRows {
@@ -40,18 +37,20 @@ template <int WORDS> PRIM int normalise(const float2 (&x)[WORDS], uint32_t (&w)[
 
 // Query words of NT column tiles, normalised: times any finite f16 scale they do not overflow. `folded` is
 // q * 2^(4 - 2 (j % 4)), the 2-bit fold; the 4-bit one is made from both. At 8 bits, where a scale is
-// 131008 / 255 at most, the fold is q * 2^10. Words live in registers, or in shared memory where they would
-// not fit.
-template <int D, int NT> struct Queries {
+// 131008 / 255 at most, the fold is q * 2^10. Scales that are bytes read as subnormals: with META U8 the folds
+// of 2 and 4 bits are 2^15 times larger. Words live in registers, or in shared memory where they would not fit.
+template <int D, int NT, int META = KVW_META_F16> struct Queries {
     static constexpr int WORDS = D / 8;
     static constexpr bool SHARED = NT * D > 128;
     static constexpr int SHARED_BYTES = SHARED ? NT * 2 * WORDS / 4 * UNIT_BYTES : 0;
 
-    static constexpr uint32_t HALF2_16 = 0x4C004C00u, HALF2_1024 = 0x64006400u;
+    static constexpr uint32_t HALF2_16 = 0x4C004C00u, HALF2_4 = 0x44004400u, HALF2_QUARTER = 0x34003400u;
+    static constexpr uint32_t HALF2_1024 = 0x64006400u, HALF2_32768 = 0x78007800u;
 
     // [column tile][plain, folded][j / 4]; a plain unit is in the order 0, 2, 1, 3 (`minima`).
     uint4 units[SHARED ? 1 : NT][2][SHARED ? 1 : WORDS / 4];
-    uint4* shared; // this lane's; [column tile][2][j / 4][32 lanes]
+    uint4* shared;                            // this lane's; [column tile][2][j / 4][32 lanes]
+    float sums[META == KVW_META_U8 ? NT : 1]; // of the plain words of column r
 
     PRIM uint4 unit(int n, int kind, int i) const {
         return SHARED ? shared[((n * 2 + kind) * (WORDS / 4) + i) * 32]
@@ -69,13 +68,17 @@ template <int D, int NT> struct Queries {
     template <int FORMAT> PRIM uint4 folded(int n, int i) const {
         if (FORMAT == KVW_SLAB_Q2) return unit(n, 1, i);
         uint4 plain = unit(n, 0, i);
-        if (FORMAT == KVW_SLAB_F16) return make_uint4(plain.x, plain.z, plain.y, plain.w);
+        if (FORMAT == KVW_SLAB_F16 || FORMAT == KVW_SLAB_FP8)
+            return make_uint4(plain.x, plain.z, plain.y, plain.w);
         if (FORMAT == KVW_SLAB_Q8) {
             if (KVW_FAULT(116)) swap(plain.y, plain.z); // the order of the minima
             return make_uint4(mul2(plain.x, HALF2_1024), mul2(plain.z, HALF2_1024), mul2(plain.y, HALF2_1024),
                               mul2(plain.w, HALF2_1024));
         }
-        return make_uint4(unit(n, 1, i).x, plain.z, mul2(plain.y, HALF2_16), plain.w);
+        uint4 f = unit(n, 1, i);
+        if (META == KVW_META_U8)
+            return make_uint4(f.x, mul2(f.y, HALF2_QUARTER), mul2(f.z, HALF2_16), mul2(f.w, HALF2_4));
+        return make_uint4(f.x, plain.z, mul2(plain.y, HALF2_16), plain.w);
     }
 
     // Column r of tile n, of which pair(n, j) gives channels 8 j + 2 t + {0, 1}; returns the power of two that
@@ -86,11 +89,24 @@ template <int D, int NT> struct Queries {
 #pragma unroll
         for (int j = 0; j < WORDS; j++) x[j] = pair(n, j);
         int e = normalise(x, w);
-        constexpr uint32_t HALF2_4 = 0x44004400u, HALF2_QUARTER = 0x34003400u;
+        if (META == KVW_META_U8) {
+            float sum = 0.f;
+#pragma unroll
+            for (int j = 0; j < WORDS; j++) {
+                float2 y = __half22float2(half2_of(w[j]));
+                sum += y.x + y.y;
+            }
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sums[META == KVW_META_U8 ? n : 0] = sum + __shfl_xor_sync(~0u, sum, 2);
+        }
 #pragma unroll
         for (int i = 0; i < WORDS / 4 && (write || !SHARED); i++) {
             uint4 u = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
             put(n, 0, i, make_uint4(u.x, u.z, u.y, u.w));
+            if (META == KVW_META_U8) {
+                u = make_uint4(mul2(u.x, HALF2_32768), mul2(u.y, HALF2_32768), mul2(u.z, HALF2_32768),
+                               mul2(u.w, HALF2_32768));
+            }
             put(n, 1, i, make_uint4(mul2(u.x, HALF2_16), mul2(u.y, HALF2_4), u.z, mul2(u.w, HALF2_QUARTER)));
         }
         return e;

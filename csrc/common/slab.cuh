@@ -1,6 +1,6 @@
 // slab.cuh - where everything lies in a slab, and where slab i of a (sequence, head) lies in memory.
 //
-// A slab is four sections: K codes, K metadata, V codes, V metadata (f16 has no metadata). With r = lane / 4,
+// A slab is four sections: K codes, K metadata, V codes, V metadata (f16 and fp8 have no metadata). With r = lane / 4,
 // t = lane % 4 and tiles of 16 tokens, a pair is two neighbouring elements of one lane, the halves of a word:
 //   K pair (tile, j, side)   token 16 tile + r + 8 side,          channels 8 j + 2 t + {0, 1}
 //   V pair (tile, j, side)   tokens 16 tile + 2 t + {0, 1} + 8 side,   channel 8 j + r
@@ -11,6 +11,10 @@
 // so that one unit feeds whole A fragments of mma.m16n8k16; at 16 bits a unit of K is one fragment.
 // K metadata: for each group of tokens, scales then minima, f16 pairs (channels 8 j + 2 t + {0, 1}) in units
 // [j / 4][t], component j % 4. V metadata: scales then minima, f16 pairs of tokens, [tile][t][group][side].
+// Two-level metadata (KVW_META_U8) is the same in bytes: two neighbouring pairs, j and j + 1 of K or the sides
+// of V, share a word as the pairs of 8-bit codes do; f32 steps at the slab's end say what a byte stands for:
+//   scale = byte * step of scales,   minimum = byte * step of minima + base
+// Steps are powers of two and the base is a multiple of its step below 1024 of them, so that both are f16.
 #pragma once
 #include "prim.cuh"
 #include "../kvwarp.h"
@@ -19,39 +23,78 @@ namespace kvw {
 
 constexpr int TOKENS = KVW_SLAB_TOKENS;
 constexpr int UNIT_BYTES = 16 * 32; // a unit of all lanes
+constexpr int STEPS_BYTES = 32;     // of K: step of scales, step and base of minima, 0; then of V; f32
+
+// In a template's GROUP: metadata is KVW_META_U8. GROUP 0: group and metadata are those of the cache at run time.
+constexpr int U8_META = KVW_META_U8 << 8;
 
 __host__ __device__ constexpr int code_bits(int format) {
-    return format == KVW_SLAB_F16 ? 16 : format == KVW_SLAB_Q8 ? 8 : format == KVW_SLAB_Q4 ? 4 : 2;
+    if (format == KVW_SLAB_F16) return 16;
+    return format == KVW_SLAB_Q4 ? 4 : format == KVW_SLAB_Q2 ? 2 : 8;
 }
 
-// Layout of slabs of FORMAT; all offsets are bytes from the slab's start.
-template <int FORMAT, int D, int GROUP> struct Slab {
-    static constexpr bool QUANTISED = FORMAT != KVW_SLAB_F16;
-    static constexpr int BITS = code_bits(FORMAT);
-    static constexpr int SLOTS = 16 / BITS;                         // pairs a word
-    static constexpr int K_GROUP = GROUP < TOKENS ? GROUP : TOKENS; // tokens
-    static constexpr int V_GROUP = GROUP < D ? GROUP : D;           // channels; the last group may be shorter
-    static constexpr int K_GROUPS = TOKENS / K_GROUP;
-    static constexpr int V_GROUPS = (D + V_GROUP - 1) / V_GROUP;
-    static constexpr int CODE_BYTES = TOKENS * D * BITS / 8; // of K, and of V
-    static constexpr int K_META = CODE_BYTES;
-    static constexpr int K_GROUP_BYTES = 4 * D; // 2 D of scales, 2 D of minima
-    static constexpr int K_MINIMA = 2 * D;      // from the scales of the same group
-    static constexpr int V_CODES = K_META + (QUANTISED ? K_GROUPS * K_GROUP_BYTES : 0);
-    static constexpr int V_META = V_CODES + CODE_BYTES;
-    static constexpr int V_META_BYTES = QUANTISED ? TOKENS * V_GROUPS * 4 : 0;
-    static constexpr int V_MINIMA = V_META_BYTES / 2; // from V_META
-    static constexpr int BYTES = (V_META + V_META_BYTES + 127) / 128 * 128;
+__host__ __device__ constexpr bool has_meta(int format) {
+    return format == KVW_SLAB_Q8 || format == KVW_SLAB_Q4 || format == KVW_SLAB_Q2;
+}
+
+// Groups, and offsets in bytes from the slab's start unless said otherwise.
+struct Layout {
+    int k_group, v_group;   // tokens, channels; the last group of channels may be shorter
+    int k_groups, v_groups; // of a slab, of a token
+    int code_bytes;         // of K, and of V
+    int k_meta, k_group_bytes;
+    int k_minima; // from the scales of the same group
+    int v_codes, v_meta, v_meta_bytes;
+    int v_minima; // from v_meta
+    int steps;    // of two-level metadata
+    int bytes;
 };
 
-// The same size where the shape is known at run time only; 0 = not supported.
-__host__ __device__ constexpr size_t slab_bytes(int format, int d, int group) {
-    bool known = format >= KVW_SLAB_F16 && format <= KVW_SLAB_Q2;
-    if (!known || (d != 64 && d != 96 && d != 128 && d != 256)) return 0;
-    if (group != 32 && group != 64 && group != 128) return 0;
-    int k_groups = group < TOKENS ? TOKENS / group : 1, v_groups = (d + group - 1) / group;
-    int meta = format == KVW_SLAB_F16 ? 0 : k_groups * d * 4 + TOKENS * v_groups * 4;
-    return size_t(2 * TOKENS * d * code_bits(format) / 8 + meta + 127) / 128 * 128;
+__host__ __device__ constexpr Layout layout_of(int format, int d, int group, int meta) {
+    bool two_level = has_meta(format) && meta == KVW_META_U8;
+    int width = has_meta(format) ? two_level ? 1 : 2 : 0; // bytes of a scale, and of a minimum
+    Layout l{};
+    l.k_group = group < TOKENS ? group : TOKENS;
+    l.v_group = group < d ? group : d;
+    l.k_groups = TOKENS / l.k_group;
+    l.v_groups = (d + l.v_group - 1) / l.v_group;
+    l.code_bytes = TOKENS * d * code_bits(format) / 8;
+    l.k_meta = l.code_bytes;
+    l.k_minima = width * d;
+    l.k_group_bytes = 2 * l.k_minima;
+    l.v_codes = l.k_meta + l.k_groups * l.k_group_bytes;
+    l.v_meta = l.v_codes + l.code_bytes;
+    l.v_minima = width * TOKENS * l.v_groups;
+    l.v_meta_bytes = 2 * l.v_minima;
+    l.steps = l.v_meta + l.v_meta_bytes;
+    l.bytes = two_level ? l.steps + STEPS_BYTES : (l.steps + 127) / 128 * 128;
+    return l;
+}
+
+// The same at compile time.
+template <int FORMAT, int D, int GROUP> struct Slab {
+    static constexpr Layout LAYOUT = layout_of(FORMAT, D, GROUP % U8_META, GROUP / U8_META);
+    static constexpr bool QUANTISED = has_meta(FORMAT);
+    static constexpr bool TWO_LEVEL = QUANTISED && GROUP >= U8_META;
+    static constexpr int BITS = code_bits(FORMAT);
+    static constexpr int SLOTS = 16 / BITS; // pairs a word
+    static constexpr int K_GROUP = LAYOUT.k_group, V_GROUP = LAYOUT.v_group;
+    static constexpr int K_GROUPS = LAYOUT.k_groups, V_GROUPS = LAYOUT.v_groups;
+    static constexpr int CODE_BYTES = LAYOUT.code_bytes;
+    static constexpr int K_META = LAYOUT.k_meta, K_GROUP_BYTES = LAYOUT.k_group_bytes;
+    static constexpr int K_MINIMA = LAYOUT.k_minima, V_MINIMA = LAYOUT.v_minima;
+    static constexpr int V_CODES = LAYOUT.v_codes, V_META = LAYOUT.v_meta;
+    static constexpr int STEPS = LAYOUT.steps;
+    static constexpr int BYTES = LAYOUT.bytes;
+};
+
+// 0 = not supported.
+__host__ __device__ constexpr size_t slab_bytes(int format, int d, int group, int meta) {
+    if (format < 0 || format >= KVW_SLAB_FORMATS || (d != 64 && d != 96 && d != 128 && d != 256)) return 0;
+    if (group != 32 && group != 64 && (group != 128 || meta == KVW_META_U8)) return 0;
+    if (meta != KVW_META_F16 && meta != KVW_META_U8) return 0;
+    if (meta == KVW_META_U8 && (format == KVW_SLAB_Q8 || format == KVW_SLAB_FP8)) return 0;
+    return size_t(layout_of(format, d, group, meta).bytes);
 }
 
 constexpr int ring_slabs(int window) { return int((int64_t(window) + 126) / 64); }
@@ -100,23 +143,26 @@ template <int D, int GROUP> struct Head {
     // What a table entry stands for: a shared row's entry e is slab e * H + h of its pool.
     PRIM SlabAddress entry(uint32_t e) const {
         uint32_t format = e >> KVW_ENTRY_SHIFT;
-        if (format == KVW_SLAB_F16) return in_pool(KVW_SLAB_F16, F16_BYTES, e);
-        if (format == KVW_SLAB_Q8) return in_pool(KVW_SLAB_Q8, Slab<KVW_SLAB_Q8, D, GROUP>::BYTES, e);
-        if (format == KVW_SLAB_Q4) return in_pool(KVW_SLAB_Q4, Slab<KVW_SLAB_Q4, D, GROUP>::BYTES, e);
-        if (format == KVW_SLAB_Q2) return in_pool(KVW_SLAB_Q2, Slab<KVW_SLAB_Q2, D, GROUP>::BYTES, e);
+        if (format == KVW_SLAB_F16) return in_pool<KVW_SLAB_F16>(e);
+        if (format == KVW_SLAB_Q8) return in_pool<KVW_SLAB_Q8>(e);
+        if (format == KVW_SLAB_Q4) return in_pool<KVW_SLAB_Q4>(e);
+        if (format == KVW_SLAB_Q2) return in_pool<KVW_SLAB_Q2>(e);
+        if (format == KVW_SLAB_FP8) return in_pool<KVW_SLAB_FP8>(e);
         return 0; // a hole
     }
 
 private:
-    static constexpr int F16_BYTES = Slab<KVW_SLAB_F16, D, GROUP>::BYTES;
+    static constexpr int F16_BYTES = Slab<KVW_SLAB_F16, D, 32>::BYTES;
 
-    PRIM SlabAddress in_pool(int format, int bytes, uint32_t e) const {
+    template <int FORMAT> PRIM SlabAddress in_pool(uint32_t e) const {
         size_t index = e & KVW_ENTRY_INDEX;
+        size_t bytes = GROUP                ? Slab < FORMAT, D,
+               GROUP ? GROUP : 32 > ::BYTES : layout_of(FORMAT, D, cache.group, cache.meta).bytes;
         if (cache.table_heads == 1) index = index * cache.kv_heads + head;
-        if (!cache.pools[format]) return 0;
-        return reinterpret_cast<SlabAddress>(static_cast<unsigned char*>(cache.pools[format]) +
+        if (!cache.pools[FORMAT]) return 0;
+        return reinterpret_cast<SlabAddress>(static_cast<unsigned char*>(cache.pools[FORMAT]) +
                                              index * bytes) |
-               format;
+               FORMAT;
     }
 };
 

@@ -7,16 +7,36 @@
 // ring.
 #pragma once
 #include "slab.cuh"
+#include <type_traits>
 
 namespace kvw {
 
-constexpr int ALL_FORMATS = 1 << KVW_SLAB_F16 | 1 << KVW_SLAB_Q8 | 1 << KVW_SLAB_Q4 | 1 << KVW_SLAB_Q2;
+// The formats that one kernel reads: with fp8 no other but f16, and q8 only with f16 metadata.
+constexpr int FP8_FORMATS = 1 << KVW_SLAB_F16 | 1 << KVW_SLAB_FP8;
+template <int GROUP>
+constexpr int QUANTISED_FORMATS =
+    1 << KVW_SLAB_F16 | 1 << KVW_SLAB_Q4 | 1 << KVW_SLAB_Q2 | (GROUP < U8_META ? 1 << KVW_SLAB_Q8 : 0);
+
+// launch(GROUP, FORMATS) with constants for the kernel that reads this cache. Groups of 64 and of 128 are the same
+// at D = 64.
+template <int D, class Launch> kvw_status launch_for(const kvw_cache& c, Launch launch) {
+    auto quantised = [&](auto group) {
+        return launch(group, std::integral_constant<int, QUANTISED_FORMATS<group()>>());
+    };
+    if (c.pools[KVW_SLAB_FP8])
+        return launch(std::integral_constant<int, 32>(), std::integral_constant<int, FP8_FORMATS>());
+    if (c.meta == KVW_META_U8 && c.group == 32) return quantised(std::integral_constant<int, 32 | U8_META>());
+    if (c.meta == KVW_META_U8) return quantised(std::integral_constant<int, 64 | U8_META>());
+    if (c.group == 32) return quantised(std::integral_constant<int, 32>());
+    if (D > 64 && c.group == 128) return quantised(std::integral_constant < int, D == 64 ? 64 : 128 > ());
+    return quantised(std::integral_constant<int, 64>());
+}
 
 // Bytes that a buffer must hold for the formats that a cache has pools of.
 template <int TILES> __host__ __device__ inline int step_bytes(const kvw_cache& c) {
     size_t most = TILES * 64 * c.head_dim;
-    for (int f = KVW_SLAB_Q8; f <= KVW_SLAB_Q2; f++) {
-        size_t bytes = c.pools[f] ? slab_bytes(f, c.head_dim, c.group) : 0;
+    for (int f = KVW_SLAB_Q8; f < KVW_SLAB_FORMATS; f++) {
+        size_t bytes = c.pools[f] ? slab_bytes(f, c.head_dim, c.group, c.meta) : 0;
         if (bytes > most) most = bytes;
     }
     return int(most);
@@ -128,6 +148,8 @@ PRIM void fetch(Step step, unsigned char* to, int thread, int threads, uint64_t*
         copy<BULK, Slab<KVW_SLAB_Q4, D, GROUP>::BYTES>(to, slab, 0, c);
     } else if (is<FORMATS, KVW_SLAB_Q8>(format)) {
         copy<BULK, Slab<KVW_SLAB_Q8, D, GROUP>::BYTES>(to, slab, 0, c);
+    } else if (is<FORMATS, KVW_SLAB_FP8>(format)) {
+        copy<BULK, Slab<KVW_SLAB_FP8, D, GROUP>::BYTES>(to, slab, 0, c);
     } else {
         slab += step.first % TOKENS / 16 * (32 * D);
         copy<BULK, TILES * 32 * D, 2>(to, slab, Slab<KVW_SLAB_F16, D, GROUP>::V_CODES, c);

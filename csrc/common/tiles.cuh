@@ -20,10 +20,6 @@ template <int D> struct Tiles {
 PRIM uint32_t half2_down(int n) { return uint32_t(15 - n) * 0x04000400u; }
 PRIM uint32_t half2_minus_1024_down(int n) { return uint32_t(25 - n) * 0x04000400u | 0x80008000u; }
 
-PRIM uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
-    return half2_bits(__hfma2(half2_of(a), half2_of(b), half2_of(c)));
-}
-
 // The codes of 16 tokens of K or V of a quantised slab, as one lane holds them: both sides of WORDS pairs.
 template <class S, int WORDS> struct Codes {
     static constexpr int LOW = kvw::LOW<S::BITS>; // pairs of a byte, and of the word's other byte

@@ -3,7 +3,7 @@
 use super::quantise::Pack;
 use crate::lanes;
 use crate::simd::Level;
-use crate::slab::{Format, Layout, TOKENS};
+use crate::slab::{Format, Layout, Meta, TOKENS, encode};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -67,11 +67,22 @@ pub fn pack(from_f16: &[u8], to: &mut [u8], layout: &Layout) {
 
 /// [`pack`] with the instructions of `level`, or of the best one below it that this CPU has.
 pub fn pack_at(level: Level, from_f16: &[u8], to: &mut [u8], layout: &Layout) {
-    if layout.format == Format::F16 {
-        to.copy_from_slice(&from_f16[..to.len()]);
-    } else {
-        lanes::dispatch(level, Pack { from: from_f16, to, layout });
+    match (layout.format, layout.meta) {
+        (Format::F16, _) => to.copy_from_slice(&from_f16[..to.len()]),
+        (Format::Fp8, _) | (_, Meta::U8) => pack_exactly(from_f16, to, layout),
+        _ => lanes::dispatch(level, Pack { from: from_f16, to, layout }),
     }
+}
+
+/// [`pack`] by the codec itself.
+fn pack_exactly(from_f16: &[u8], to: &mut [u8], layout: &Layout) {
+    let (d, from) = (layout.head_dim, Layout { format: Format::F16, meta: Meta::F16, ..*layout });
+    let (mut k, mut v) = (vec![f16::ZERO; TOKENS * d], vec![f16::ZERO; TOKENS * d]);
+    for (i, (k, v)) in k.iter_mut().zip(&mut v).enumerate() {
+        *k = get(from_f16, from.k_at(i / d, i % d).0);
+        *v = get(from_f16, from.v_codes() + from.v_at(i / d, i % d).0);
+    }
+    encode(layout, &k, &v, to);
 }
 
 /// One decode step of one head, as `KVW_PACK_APPEND` does it: write token `len - 1`, and where that makes a

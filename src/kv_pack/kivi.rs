@@ -1,7 +1,7 @@
 //! KIVI's own schedule on slabs.
 
 use super::cpu::{get, pack, put};
-use crate::slab::{Format, Layout, TOKENS, quantise};
+use crate::slab::{Format, Layout, Meta, TOKENS, quantise};
 use half::f16;
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ pub const fn boundaries(len: usize, window: usize) -> (usize, usize) {
 ///
 /// `ring` is the f16 slab in the ring, `to` the table's slab of `layout`. Codes, scales and minima go to
 /// `to`, the rest of which stays; the dequantised f16 values replace those in `ring`. A table slab in f16
-/// is copied once all its V is due. `done.0` and `goal.0` are multiples of the group.
+/// is copied once all its V is due, any other has f16 scales and minima. `done.0` and `goal.0` are multiples of the group.
 pub fn advance(
     index: usize,
     done: (usize, usize),
@@ -35,13 +35,13 @@ pub fn advance(
         }
         return;
     }
-    let from = Layout { format: Format::F16, ..*layout };
+    let from = Layout { format: Format::F16, meta: Meta::F16, ..*layout };
     for first in k.step_by(layout.k_group) {
         for channel in 0..layout.head_dim {
             let tokens = first..first + layout.k_group;
             let at = |t| (from.k_at(t, channel).0, layout.k_at(t, channel));
             let scale = layout.k_scale_at(first, channel);
-            group(ring, to, layout, tokens, at, (scale, scale + 2 * layout.head_dim));
+            group(ring, to, layout, tokens, at, (scale, scale + layout.k_minima()));
         }
     }
     for token in v {

@@ -41,7 +41,8 @@ pub(super) fn scores<L: Lanes, const N: usize>(
             }
         }
         for g in 0..N {
-            l.put(&mut out[g * RUN][tile].0, l.tokens_half(acc[g]));
+            let scores = l.mul(l.tokens_half(acc[g]), l.splat(slab.unit));
+            l.put(&mut out[g * RUN][tile].0, scores);
         }
     }
 }
@@ -59,7 +60,8 @@ pub(super) fn add<L: Lanes, const N: usize>(
     for s in 0..run.len() {
         for tile in 0..4 {
             for g in 0..N {
-                let [low, high] = l.fan(l.get(&weights[g][s][tile].0));
+                let weights = l.mul(l.get(&weights[g][s][tile].0), l.splat(run[s].unit));
+                let [low, high] = l.fan(weights);
                 let at = ((s * 4 + tile) * N + g) * 2;
                 l.put(&mut fanned[at].0, low);
                 l.put(&mut fanned[at + 1].0, high);

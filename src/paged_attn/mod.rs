@@ -9,6 +9,7 @@ mod cpu;
 mod halves;
 mod keys;
 mod oracle;
+pub(crate) mod plain;
 pub(crate) mod slabs;
 mod task;
 mod values;

@@ -2,7 +2,7 @@
 
 use crate::lanes::{Lanes, Line};
 use crate::pages::HeadView;
-use crate::slab::{Format, Layout, TOKENS};
+use crate::slab::{Format, Layout, Meta, Steps, TOKENS};
 use std::ops::Range;
 
 /// Most slabs of one format that are worked on together, and slabs a task.
@@ -18,6 +18,10 @@ pub(crate) struct Slab<'a> {
     pub k_meta: &'a [u8],
     pub v: &'a [Line],
     pub v_meta: &'a [u8],
+    /// By how much elements are larger than they read.
+    pub unit: f32,
+    /// Of K and V, where metadata is two-level.
+    pub steps: [Steps; 2],
     /// What is read soon after K, as many lines: V, and K of the next slab.
     pub soon: [&'a [Line]; 2],
 }
@@ -31,7 +35,12 @@ impl<'a> Slab<'a> {
         let (k, k_meta) = keys.split_at(layout.k_meta());
         let (k, none) = (k.as_chunks().0, &[] as &[Line]);
         let start = i * TOKENS;
-        let mut slab = Self { layout, start, k, k_meta, v: none, v_meta: &[], soon: [none; 2] };
+        let steps = match layout.meta {
+            Meta::F16 => [Steps { scale: 0.0, minimum: 0.0, base: 0.0 }; 2],
+            Meta::U8 => Steps::of(layout, bytes),
+        };
+        let (v, v_meta, soon, unit) = (none, &[] as &[u8], [none; 2], 1.0);
+        let mut slab = Self { layout, start, k, k_meta, v, v_meta, unit, steps, soon };
         slab.set_values(values);
         slab.soon = [slab.v, none];
         Some(slab)

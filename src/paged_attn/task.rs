@@ -4,6 +4,7 @@
 #![allow(clippy::needless_range_loop)] // Constant counts, indices into several arrays at once.
 
 use super::cpu::{MAX_GROUP, Shape};
+use super::plain::Room;
 use super::slabs::{RUN, Slab};
 use super::{halves, keys, values};
 use crate::lanes::{Kernel, Lanes, Line, Row};
@@ -19,6 +20,7 @@ pub(super) struct Work {
     folds: Box<keys::Folds>,
     weights: values::Weights,
     fanned: Vec<Row<f32>>,
+    room: Room,
 }
 
 impl Default for Work {
@@ -29,6 +31,7 @@ impl Default for Work {
             folds: Box::default(),
             weights: values::Weights::default(),
             fanned: Vec::new(),
+            room: Room::default(),
         }
     }
 }
@@ -56,6 +59,7 @@ impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {
         let from = (task.chunk * RUN).max(task.first / TOKENS);
         let to = ((task.chunk + 1) * RUN).min(task.head.slabs());
         let mut copy = std::mem::take(&mut work.copy);
+        let mut room = std::mem::take(&mut work.room);
         let mut held = (from..to).filter_map(|i| Slab::of(task.head, i)).peekable();
         while let Some(&first) = held.peek() {
             let (mut run, mut n) = ([first; RUN], 0);
@@ -65,6 +69,12 @@ impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {
                 }
                 (run[n], n) = (slab, n + 1);
             }
+            let (mut rest, lines) = room.lines(first.layout, n);
+            for slab in &mut run[..n] {
+                let (room, after) = rest.split_at_mut(lines);
+                slab.make_plain(l, task.head.pools.plain_layout(slab.layout.format), room);
+                rest = after;
+            }
             if run[n - 1].start + TOKENS > task.head.len {
                 run[n - 1].hold(task.head.len - run[n - 1].start, &mut copy);
                 task.run(l, &run[..n], work, tops, sums, values);
@@ -72,7 +82,7 @@ impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {
             }
             task.run(l, &run[..n], work, tops, sums, values);
         }
-        work.copy = copy;
+        (work.copy, work.room) = (copy, room);
     }
 }
 

@@ -199,9 +199,10 @@ impl Task<'_> {
         let first = self.shape.mask.first(self.position(self.range.start) + 1);
         for i in first / TOKENS..end.div_ceil(TOKENS) {
             let Some(slab) = Slab::of(self.head, i) else { continue };
-            tile.decode(l, &slab, (self.head.len - slab.start).min(TOKENS));
+            let (start, plain) = (slab.start, self.head.pools.plain_layout(slab.layout.format));
+            tile.decode(l, slab, plain, (self.head.len - start).min(TOKENS));
             for block in &mut blocks {
-                block.see::<L, V>(l, tile, slab.start);
+                block.see::<L, V>(l, tile, start);
             }
         }
         for (b, block) in blocks.iter().enumerate() {

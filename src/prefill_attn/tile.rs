@@ -3,8 +3,9 @@
 #![allow(clippy::needless_range_loop)] // Constant counts, indices into several arrays at once.
 
 use crate::lanes::{Lanes, Line, Row};
+use crate::paged_attn::plain::Room;
 use crate::paged_attn::slabs::{Quads, Slab};
-use crate::slab::{Format, TOKENS};
+use crate::slab::{Format, Layout, TOKENS};
 
 /// One decoded slab.
 #[derive(Default)]
@@ -15,12 +16,24 @@ pub(super) struct Tile {
     pub values: Vec<Row<f32>>,
     /// Scales, then minima, in the order of the slab.
     meta: Vec<Row<f32>>,
+    room: Room,
 }
 
 impl Tile {
-    /// Decodes `slab`. Values of tokens from `held` on become 0: they may be NaN, which no weight silences.
+    /// Decodes `slab`, which the kernels read as `plain`. Values of tokens from `held` on become 0: they may be
+    /// NaN, which no weight silences.
     #[inline(always)]
-    pub fn decode<L: Lanes>(&mut self, l: L, slab: &Slab<'_>, held: usize) {
+    pub fn decode<L: Lanes>(&mut self, l: L, slab: Slab<'_>, plain: &Layout, held: usize) {
+        let mut room = std::mem::take(&mut self.room);
+        let (lines, _) = room.lines(slab.layout, 1);
+        let mut slab = slab;
+        slab.make_plain(l, plain, lines);
+        self.decode_plain(l, &slab, held);
+        self.room = room;
+    }
+
+    #[inline(always)]
+    fn decode_plain<L: Lanes>(&mut self, l: L, slab: &Slab<'_>, held: usize) {
         let rows = slab.layout.head_dim / 16;
         self.keys.resize(TOKENS * rows, Row::default());
         self.values.resize(TOKENS * rows, Row::default());
@@ -61,8 +74,9 @@ impl Tile {
             let words = transposed(l, lines); // [t][w] of [side][r]
             for k in 0..8 {
                 let channel = 8 * (j + k % 2) + k / 2 * 2;
-                l.put(&mut self.keys[channel * 4 + tile].0, l.half_low(words[k]));
-                let high = l.half_low(l.shr(words[k], 16));
+                let half = |x| l.mul(l.half_low(x), l.splat(slab.unit));
+                l.put(&mut self.keys[channel * 4 + tile].0, half(words[k]));
+                let high = half(l.shr(words[k], 16));
                 l.put(&mut self.keys[(channel + 1) * 4 + tile].0, high);
             }
         }
@@ -80,8 +94,9 @@ impl Tile {
                 let low = l.join_low(a, b); // side 0, [w][r]
                 let high = l.join_high(a, b);
                 for (token, pair) in [(token, low), (token + 8, high)] {
-                    l.put(&mut self.values[token * per_tile + j].0, l.half_low(pair));
-                    let odd = l.half_low(l.shr(pair, 16));
+                    let half = |x| l.mul(l.half_low(x), l.splat(slab.unit));
+                    l.put(&mut self.values[token * per_tile + j].0, half(pair));
+                    let odd = half(l.shr(pair, 16));
                     l.put(&mut self.values[(token + 1) * per_tile + j].0, odd);
                 }
             }

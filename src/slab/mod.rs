@@ -18,13 +18,21 @@
 //! (channels `8 j + 2 t + e`) in 16-byte units `[j / 4][t]`, component `j % 4`.
 //! V metadata: all scales, then all minima, as f16 pairs of tokens in the order `[tile][t][group][side]`.
 //!
+//! With [`Meta::U8`] scales and minima are bytes in the same order, two neighbouring pairs (`j` and `j + 1`, or the
+//! sides of a token pair) in a word as the pairs of 8-bit codes are, and the slab ends in the f32 [`Steps`] of K
+//! and of V that say what a byte stands for.
+//!
 //! Quantiser (KIVI, arXiv:2402.02750): `min` over the group, `scale = f16((max - min) / (2^bits - 1))`,
 //! `code = round_half_even((x - min) / scale)` clamped, `x' = code * scale + min`. A group whose scale is 0 has
 //! code 0. K groups run over tokens of a channel, V groups over channels of a token.
 
 mod codec;
+mod fp8;
+mod steps;
 
 pub use codec::{decode, encode, k_value, quantise, v_value};
+pub use fp8::{fp8, fp8_value};
+pub use steps::Steps;
 
 use crate::error::{Error, Result};
 
@@ -45,20 +53,38 @@ pub enum Format {
     Q4 = 2,
     /// 2-bit codes, f16 scale and minimum a group.
     Q2 = 3,
+    /// e4m3, beyond +-448 that, no metadata.
+    Fp8 = 4,
+}
+
+/// How scales and minima of 4- and 2-bit codes are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[repr(u32)]
+pub enum Meta {
+    /// As f16.
+    #[default]
+    F16 = 0,
+    /// As bytes, in steps that each slab has for K and for V.
+    U8 = 1,
 }
 
 impl Format {
     /// Every format, by tag.
-    pub const ALL: [Format; 4] = [Format::F16, Format::Q8, Format::Q4, Format::Q2];
+    pub const ALL: [Format; 5] = [Format::F16, Format::Q8, Format::Q4, Format::Q2, Format::Fp8];
 
     /// Bits a code.
     pub const fn bits(self) -> usize {
         match self {
             Format::F16 => 16,
-            Format::Q8 => 8,
+            Format::Q8 | Format::Fp8 => 8,
             Format::Q4 => 4,
             Format::Q2 => 2,
         }
+    }
+
+    /// Whether codes have scales and minima.
+    pub const fn is_quantised(self) -> bool {
+        matches!(self, Format::Q8 | Format::Q4 | Format::Q2)
     }
 
     /// The format of a page table tag.
@@ -72,6 +98,8 @@ impl Format {
 pub struct Layout {
     /// Element format.
     pub format: Format,
+    /// Of its scales and minima; F16 where there are none.
+    pub meta: Meta,
     /// Channels a head, D.
     pub head_dim: usize,
     /// Tokens a K group: the requested group, at most the slab.
@@ -81,8 +109,14 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Layout for `head_dim` in {64, 96, 128, 256} and `group` in {32, 64, 128} (ignored by f16).
+    /// Layout for `head_dim` in {64, 96, 128, 256} and `group` in {32, 64, 128} (ignored by f16 and fp8), with f16
+    /// metadata.
     pub fn new(format: Format, head_dim: usize, group: usize) -> Result<Self> {
+        Self::with_meta(format, head_dim, group, Meta::F16)
+    }
+
+    /// Layout with metadata of a kind; U8 for q4 and q2 and groups of 32 and 64.
+    pub fn with_meta(format: Format, head_dim: usize, group: usize, meta: Meta) -> Result<Self> {
         let unsupported = |field, got: usize, supported| {
             Err(Error::Unsupported { op: "slab", field, got: got.to_string(), supported })
         };
@@ -92,7 +126,27 @@ impl Layout {
         if ![32, 64, 128].contains(&group) {
             return unsupported("group", group, "32, 64, 128");
         }
-        Ok(Self { format, head_dim, k_group: group.min(TOKENS), v_group: group.min(head_dim) })
+        if meta == Meta::U8 {
+            if !matches!(format, Format::Q4 | Format::Q2) {
+                let got = format!("U8 of {format:?}");
+                return Err(Error::Unsupported {
+                    op: "slab",
+                    field: "meta",
+                    got,
+                    supported: "Q4, Q2",
+                });
+            }
+            if group == 128 {
+                return unsupported("group", group, "32, 64 with U8 metadata");
+            }
+        }
+        Ok(Self {
+            format,
+            meta,
+            head_dim,
+            k_group: group.min(TOKENS),
+            v_group: group.min(head_dim),
+        })
     }
 
     /// V groups a token.
@@ -105,20 +159,23 @@ impl Layout {
         TOKENS * self.head_dim * self.format.bits() / 8
     }
 
+    /// Bytes of a scale, and of a minimum; 0 where there are none.
+    pub const fn meta_width(&self) -> usize {
+        match (self.format.is_quantised(), self.meta) {
+            (false, _) => 0,
+            (true, Meta::F16) => 2,
+            (true, Meta::U8) => 1,
+        }
+    }
+
     /// Bytes of the scales and minima of K.
     pub const fn k_meta_bytes(&self) -> usize {
-        match self.format {
-            Format::F16 => 0,
-            _ => TOKENS / self.k_group * self.head_dim * 4,
-        }
+        TOKENS / self.k_group * self.head_dim * 2 * self.meta_width()
     }
 
     /// Bytes of the scales and minima of V.
     pub const fn v_meta_bytes(&self) -> usize {
-        match self.format {
-            Format::F16 => 0,
-            _ => TOKENS * self.v_groups() * 4,
-        }
+        TOKENS * self.v_groups() * 2 * self.meta_width()
     }
 
     /// Byte offset of K's metadata; K's codes start at 0.
@@ -136,9 +193,17 @@ impl Layout {
         self.v_codes() + self.code_bytes()
     }
 
-    /// Bytes of the whole slab, rounded up to 128.
+    /// Byte offset of the steps of U8 metadata, 16 bytes for K and 16 for V.
+    pub const fn steps(&self) -> usize {
+        self.v_meta() + self.v_meta_bytes()
+    }
+
+    /// Bytes of the whole slab, rounded up to 128; with U8 metadata a multiple of 32.
     pub const fn slab_bytes(&self) -> usize {
-        (self.v_meta() + self.v_meta_bytes()).next_multiple_of(128)
+        match self.meta {
+            Meta::F16 => self.steps().next_multiple_of(128),
+            Meta::U8 => self.steps() + steps::BYTES,
+        }
     }
 
     /// Bits an element, metadata and padding included.
@@ -176,12 +241,25 @@ impl Layout {
         self.pair(tile, channel / 8, row / 8, lane, row % 2)
     }
 
+    /// Byte offset of element `e` of pair `pair` of scales or minima.
+    const fn meta_at(&self, pair: usize, e: usize) -> usize {
+        match self.meta {
+            Meta::F16 => pair * 4 + e * 2,
+            Meta::U8 => pair / 2 * 4 + e * 2 + pair % 2,
+        }
+    }
+
     /// Byte offset in the slab of K's scale for the group of `token` and `channel`; the minimum lies
-    /// `2 * head_dim` bytes later.
+    /// [`Self::k_minima`] later.
     pub const fn k_scale_at(&self, token: usize, channel: usize) -> usize {
         let (j, t) = (channel / 8, channel % 8 / 2);
-        let unit = (j / 4 * 4 + t) * 16 + j % 4 * 4 + channel % 2 * 2;
-        self.k_meta() + token / self.k_group * self.head_dim * 4 + unit
+        let group = token / self.k_group * 2 * self.k_minima();
+        self.k_meta() + group + self.meta_at((j / 4 * 4 + t) * 4 + j % 4, channel % 2)
+    }
+
+    /// Bytes from a scale of K to its minimum.
+    pub const fn k_minima(&self) -> usize {
+        self.head_dim * self.meta_width()
     }
 
     /// Byte offset in the slab of V's scale for `token` and the group of `channel`; the minimum lies
@@ -189,6 +267,6 @@ impl Layout {
     pub const fn v_scale_at(&self, token: usize, channel: usize) -> usize {
         let (tile, row) = (token / 16, token % 16);
         let unit = (tile * 4 + row % 8 / 2) * self.v_groups() + channel / self.v_group;
-        self.v_meta() + unit * 8 + row / 8 * 4 + row % 2 * 2
+        self.v_meta() + self.meta_at(unit * 2 + row / 8, row % 2)
     }
 }

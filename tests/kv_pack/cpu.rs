@@ -2,6 +2,7 @@
 
 use super::ops::hard_rows;
 use crate::cases::Noise;
+use crate::slab::layouts_of;
 use half::f16;
 use kvwarp::kv_pack::{Rows, advance, append, boundaries, fill, pack, step};
 use kvwarp::pages::{packed_slabs, ring_slabs};
@@ -206,8 +207,7 @@ fn packed_slabs_are_the_codecs_also_where_they_are_hard() {
         let (k, v) = (hard_rows(&mut noise, TOKENS, d), hard_rows(&mut noise, TOKENS, d));
         let mut from = vec![0; f16_layout(d).slab_bytes()];
         encode(&f16_layout(d), &k, &v, &mut from);
-        for (format, group) in Format::ALL.into_iter().flat_map(|f| [32, 64, 128].map(|g| (f, g))) {
-            let to = Layout::new(format, d, group).unwrap();
+        for to in layouts_of(d) {
             let (mut got, mut want) = (vec![0xFF; to.slab_bytes()], vec![0; to.slab_bytes()]);
             pack(&from, &mut got, &to);
             encode(&to, &k, &v, &mut want);

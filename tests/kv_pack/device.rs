@@ -5,12 +5,12 @@ use crate::exec::{Mem, Run};
 use kvwarp::ffi::{self, kvw_cache, kvw_kv_pack_params as Params};
 use kvwarp::kv_pack::pack;
 use kvwarp::pages::{Entry, ring_slabs};
-use kvwarp::slab::{Format, Layout};
+use kvwarp::slab::{Format, Layout, Meta};
 use std::ptr::{null, null_mut};
 
 pub fn cache(d: usize, group: usize, window: usize) -> kvw_cache {
     kvw_cache {
-        pools: [somewhere(); 4].map(|_: *mut u8| null_mut()),
+        pools: [null_mut(); Format::ALL.len()],
         ring: somewhere(),
         table: somewhere(),
         indptr: null(),
@@ -25,7 +25,7 @@ pub fn cache(d: usize, group: usize, window: usize) -> kvw_cache {
         table_stride: 16,
         table_heads: 1,
         lens_heads: 1,
-        reserved: 0,
+        meta: 0,
     }
 }
 
@@ -46,6 +46,7 @@ pub fn params(op: i32, cache: kvw_cache) -> Params {
         max_tokens: 1,
         pairing: ffi::KVW_ROPE_HALF,
         kivi_exact: 0,
+        dtype: ffi::KVW_F16,
     }
 }
 
@@ -57,7 +58,28 @@ pub struct Host {
     pub heads: usize,
     pub seqs: usize,
     pub slabs: usize,
+    /// Of the table's slabs in turn.
+    pub formats: &'static [Format],
+    pub meta: Meta,
 }
+
+/// Every format that may be in one cache, f16 metadata.
+pub const MIXED: Host = Host {
+    d: 64,
+    group: 32,
+    window: 0,
+    heads: 1,
+    seqs: 1,
+    slabs: 3,
+    formats: &[Format::F16, Format::Q8, Format::Q4, Format::Q2],
+    meta: Meta::F16,
+};
+
+/// The same with two-level metadata.
+pub const TWO_LEVEL: Host =
+    Host { formats: &[Format::Q2, Format::F16, Format::Q4], meta: Meta::U8, ..MIXED };
+
+pub const FP8: Host = Host { formats: &[Format::Fp8, Format::F16], ..MIXED };
 
 pub struct Device {
     pub ring: Mem<u8>,
@@ -67,7 +89,8 @@ pub struct Device {
 
 impl Host {
     pub fn layout(&self, format: Format) -> Layout {
-        Layout::new(format, self.d, self.group).unwrap()
+        let meta = if matches!(format, Format::Q4 | Format::Q2) { self.meta } else { Meta::F16 };
+        Layout::with_meta(format, self.d, self.group, meta).unwrap()
     }
 
     pub fn rows(&self) -> usize {
@@ -78,12 +101,12 @@ impl Host {
         if filled { self.slabs } else { ring_slabs(self.window).max(1) }
     }
 
-    /// Slab i of row r has the format (r + i) in turn, hole at i = 2 of row 1; pool order is scrambled.
+    /// Slab i of row r has format r + i of the turn, hole at i = 2 of row 1; pool order is scrambled.
     pub fn entry(&self, row: usize, i: usize) -> Entry {
         let index = (row * self.slabs + i) as u32;
         match (row, i) {
             (1, 2) => Entry::HOLE,
-            _ => Entry::new(Format::ALL[(row + i) % Format::ALL.len()], index ^ 1),
+            _ => Entry::new(self.formats[(row + i) % self.formats.len()], index ^ 1),
         }
     }
 
@@ -91,17 +114,19 @@ impl Host {
         let slab = |f| self.layout(f).slab_bytes();
         let bytes = self.rows() * self.ring_slabs(filled) * slab(Format::F16);
         let count = (self.rows() * self.slabs + 1) & !1;
-        let pools = Format::ALL.map(|f| (f, run.upload("pool", &vec![0x5Au8; count * slab(f)])));
+        let pool = |&f: &Format| (f, run.upload("pool", &vec![0x5Au8; count * slab(f)]));
+        let pools = self.formats.iter().map(pool).collect();
         let entries = (0..self.rows() * self.slabs)
             .map(|n| self.entry(n / self.slabs, n % self.slabs).0)
             .collect::<Vec<_>>();
         let ring = run.upload("ring", &vec![0xFFu8; bytes]);
-        Device { ring, pools: pools.into(), table: run.upload("table", &entries) }
+        Device { ring, pools, table: run.upload("table", &entries) }
     }
 
     pub fn cache(&self, device: &Device, lens: &Mem<i32>, filled: bool) -> kvw_cache {
         let mut c = cache(self.d, self.group, self.window);
         device.pools.iter().for_each(|(f, pool)| c.pools[*f as usize] = pool.ptr().cast());
+        c.meta = self.meta as i32;
         c.ring = device.ring.ptr().cast();
         c.table = device.table.ptr();
         c.lens = lens.ptr();

@@ -1,6 +1,6 @@
 //! kivi_exact on every executor: after each step the same bytes as the Rust schedule, streamed or at once.
 
-use super::device::{Device, Host, params};
+use super::device::{Device, Host, MIXED, params};
 use crate::cases::{Noise, widen};
 use crate::exec::{Mem, Run, executors, op};
 use half::f16;
@@ -81,7 +81,7 @@ fn upload(run: &Run, x: &[f16]) -> Mem<f16> {
 
 /// `n` steps of two heads (rows of the table: all formats, a hole).
 pub fn stream(run: &Run, d: usize, group: usize, window: usize, n: usize) -> Result<(), String> {
-    let host = Host { d, group, window, heads: 2, seqs: 1, slabs: n.div_ceil(TOKENS) };
+    let host = Host { d, group, window, heads: 2, seqs: 1, slabs: n.div_ceil(TOKENS), ..MIXED };
     let mut noise = Noise(14);
     let device = host.device(run, false);
     let mut heads = [Head::new(&host, 0), Head::new(&host, 1)];
@@ -106,7 +106,7 @@ pub fn stream(run: &Run, d: usize, group: usize, window: usize, n: usize) -> Res
 
 /// FILL of `len` tokens, then FLUSH to KIVI's boundaries.
 fn at_once(run: &Run, d: usize, group: usize, window: usize, len: usize) -> Result<(), String> {
-    let host = Host { d, group, window, heads: 2, seqs: 1, slabs: len.div_ceil(TOKENS) };
+    let host = Host { d, group, window, heads: 2, seqs: 1, slabs: len.div_ceil(TOKENS), ..MIXED };
     let mut noise = Noise(15);
     let device = host.device(run, true);
     let x = Tokens { k: noise.halves(len * 2 * d), v: noise.halves(len * 2 * d) };

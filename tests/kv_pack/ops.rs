@@ -1,9 +1,9 @@
 //! FILL, FLUSH and APPEND: rings and packed slabs bit for bit, rotated keys against the oracle.
 
-use super::device::{Host, params};
-use crate::cases::{Noise, close, widen};
+use super::device::{FP8, Host, MIXED, TWO_LEVEL, params};
+use crate::cases::{Noise, close, f64s, widen};
 use crate::exec::{Exec, Run, executors, op};
-use half::f16;
+use half::{bf16, f16};
 use kvwarp::ffi;
 use kvwarp::kv_pack::append;
 use kvwarp::pages::packed_slabs;
@@ -79,12 +79,20 @@ fn filled_and_flushed_slabs_are_the_codecs() {
     for exec in executors(1) {
         for d in [64, 96, 128, 256] {
             for group in [32, 64, 128] {
-                let host = Host { d, group, window: 20, heads: 2, seqs: 2, slabs: 4 };
+                let host = Host { d, group, window: 20, heads: 2, seqs: 2, slabs: 4, ..MIXED };
                 fill_and_flush(&exec.start(), &host, &[233, 77]).unwrap();
             }
         }
-        let host = Host { d: 64, group: 32, window: 0, heads: 3, seqs: 3, slabs: 3 };
+        let host = Host { d: 64, group: 32, window: 0, heads: 3, seqs: 3, slabs: 3, ..MIXED };
         fill_and_flush(&exec.start(), &host, &[192, 1, 64]).unwrap();
+        for d in [64, 96, 128, 256] {
+            let other = |host| Host { d, heads: 2, seqs: 2, ..host };
+            fill_and_flush(&exec.start(), &other(FP8), &[192, 70]).unwrap();
+            for group in [32, 64] {
+                let host = Host { group, ..other(TWO_LEVEL) };
+                fill_and_flush(&exec.start(), &host, &[192, 70]).unwrap();
+            }
+        }
     }
 }
 
@@ -141,7 +149,7 @@ fn appended_tokens_and_leaving_slabs_are_exact() {
     for exec in executors(2) {
         let run = exec.start();
         for (d, group, window) in [(64, 32, 65), (96, 64, 0), (128, 128, 1), (256, 32, 20)] {
-            let host = Host { d, group, window, heads: 2, seqs: 1, slabs: 4 };
+            let host = Host { d, group, window, heads: 2, seqs: 1, slabs: 4, ..MIXED };
             let n = if exec == Exec::SimtPlain { 260 } else { 195 };
             stream(&run, &host, n).unwrap();
         }
@@ -149,24 +157,38 @@ fn appended_tokens_and_leaving_slabs_are_exact() {
 }
 
 /// APPEND and FILL of rotated keys: within f16's rounding of the oracle.
-pub fn rotated(run: &Run, d: usize, pairing: Pairing, op: i32) -> Result<(), String> {
+pub fn rotated(run: &Run, d: usize, pairing: Pairing, op: i32, dtype: i32) -> Result<(), String> {
     let mut noise = Noise(13);
-    let host = Host { d, group: 32, window: 64, heads: 2, seqs: 1, slabs: 2 };
+    let host = Host { d, group: 32, window: 64, heads: 2, seqs: 1, slabs: 2, ..MIXED };
     let n = if op == ffi::KVW_PACK_FILL { 21 } else { 1 };
-    let (k, v) = (noise.halves(n * 2 * d), noise.halves(n * 2 * d));
+    let (mut k, mut v) = (noise.values(n * 2 * d), noise.values(n * 2 * d));
+    (v[3], v[4]) = (65504.0, -65504.0);
+    let bits = |x: &mut [f32]| -> Vec<u16> {
+        if dtype == ffi::KVW_BF16 {
+            (x[3], x[4]) = (x[3] * 9.0, x[4] * 9.0); // past f16 in V
+        }
+        let round = |x: &mut f32| {
+            let (half, brain) = (f16::from_f32(*x), bf16::from_f32(*x));
+            let is_half = dtype == ffi::KVW_F16;
+            *x = if is_half { half.to_f32() } else { brain.to_f32() };
+            if is_half { half.to_bits() } else { brain.to_bits() }
+        };
+        x.iter_mut().map(round).collect()
+    };
+    let (k_bits, v_bits) = (bits(&mut k), bits(&mut v));
     let positions: Vec<i32> = (0..n).map(|t| (t * t * 300) as i32 + 3).collect();
     let freq = inv_freq(10000.0, d, Scaling::None);
-    let mut want: Vec<f64> = k.iter().map(|x| x.to_f64()).collect();
+    let mut want = f64s(&k);
     oracle(&mut want, 2, d, &positions, &freq, pairing).unwrap();
 
     let device = host.device(run, true);
     let (lens, cu) = (run.upload("lens", &[40]), run.upload("cu_tokens", &[0, n as i32]));
-    let (dk, dv) = (run.upload("k", &k), run.upload("v", &v));
+    let (dk, dv) = (run.upload("k", &k_bits), run.upload("v", &v_bits));
     let (dp, df) = (run.upload("positions", &positions), run.upload("inv_freq", &freq));
     let mut p = params(op, host.cache(&device, &lens, true));
     (p.k, p.v, p.cu_tokens) = (dk.ptr().cast(), dv.ptr().cast(), cu.ptr());
     (p.positions, p.inv_freq, p.pairing) = (dp.ptr(), df.ptr(), pairing as i32);
-    (p.tokens, p.max_tokens) = (n as i32, n as i32);
+    (p.tokens, p.max_tokens, p.dtype) = (n as i32, n as i32, dtype);
     run.call(&op!(kvw_kv_pack), &p)?;
     let (from, ring) = (host.layout(Format::F16), device.ring.download());
     for (t, h) in (0..n).flat_map(|t| [(t, 0), (t, 1)]) {
@@ -174,7 +196,8 @@ pub fn rotated(run: &Run, d: usize, pairing: Pairing, op: i32) -> Result<(), Str
         let got: Vec<f32> = (0..d).map(|c| k_value(&from, slab, 40 - n + t, c)).collect();
         close("rotated key", &got, &want[(t * 2 + h) * d..][..d], 1e-5, 5e-4)?;
         let got: Vec<f32> = (0..d).map(|c| v_value(&from, slab, 40 - n + t, c)).collect();
-        let exact: Vec<f64> = v[(t * 2 + h) * d..][..d].iter().map(|x| x.to_f64()).collect();
+        let exact = |x: &f32| f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f64();
+        let exact: Vec<f64> = v[(t * 2 + h) * d..][..d].iter().map(exact).collect();
         close("value", &got, &exact, 0.0, 0.0)?;
     }
     Ok(())
@@ -185,8 +208,10 @@ fn keys_are_rotated_as_the_oracle_rotates_them() {
     for exec in executors(2) {
         for d in [64, 96, 128, 256] {
             for pairing in [Pairing::Interleaved, Pairing::Half] {
-                rotated(&exec.start(), d, pairing, ffi::KVW_PACK_APPEND).unwrap();
-                rotated(&exec.start(), d, pairing, ffi::KVW_PACK_FILL).unwrap();
+                for op in [ffi::KVW_PACK_APPEND, ffi::KVW_PACK_FILL] {
+                    rotated(&exec.start(), d, pairing, op, ffi::KVW_F16).unwrap();
+                    rotated(&exec.start(), d, pairing, op, ffi::KVW_BF16).unwrap();
+                }
             }
         }
     }
