@@ -57,6 +57,11 @@ impl Pool {
         }
     }
 
+    /// Bytes from a slab to the next: whole cache lines.
+    pub fn slab_stride(&self) -> usize {
+        self.slab_lines * 64
+    }
+
     /// Make room for `slabs` more without another allocation.
     pub fn reserve(&mut self, slabs: usize) {
         self.lines.reserve_exact(slabs.saturating_sub(self.free.len()) * self.slab_lines);

@@ -83,7 +83,7 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Kernel`] for a head size or group that no slab has.
     pub fn new(spec: &CacheSpec, shape: Shape) -> Result<Self, CacheError> {
-        let mut pools = Pools::new(shape.head_dim, spec.group)?;
+        let mut pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
         let heads = shape.layers * shape.kv_heads;
         let rules = Rules::new(spec);
         for (format, slabs) in rules.slabs(shape.context) {

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use kvwarp::slab::Format;
+use kvwarp::slab::{Format, Meta};
 
 /// How a cache keeps keys and values.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +19,8 @@ pub struct CacheSpec {
     pub sinks: usize,
     /// Elements that share a scale and a minimum: tokens of a channel for K, channels of a token for V.
     pub group: usize,
+    /// How scales and minima of q4 and q2 are kept.
+    pub meta: Meta,
     /// Quantise K and V exactly when KIVI does, with its residual length as `window`.
     pub kivi_exact: bool,
 }
@@ -39,8 +41,13 @@ const KIVI_GROUP: usize = 32;
 /// Bound on `window` and `sinks`: both are f16 memory for every layer and head.
 const MAX_TOKENS: usize = 1 << 20;
 
-const STORES: [(&str, Format); 4] =
-    [("f16", Format::F16), ("q8", Format::Q8), ("q4", Format::Q4), ("q2", Format::Q2)];
+const STORES: [(&str, Format); 5] = [
+    ("f16", Format::F16),
+    ("q8", Format::Q8),
+    ("fp8", Format::Fp8),
+    ("q4", Format::Q4),
+    ("q2", Format::Q2),
+];
 
 /// One part of the grammar.
 struct Part {
@@ -54,7 +61,7 @@ struct Part {
     write: fn(&CacheSpec) -> Option<String>,
 }
 
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 5] = [
     Part {
         name: "window",
         accepts: "0 to 1048576 tokens",
@@ -80,6 +87,17 @@ const PARTS: [Part; 4] = [
         write: |spec| (spec.group != KIVI_GROUP).then(|| spec.group.to_string()),
     },
     Part {
+        name: "meta",
+        accepts: "f16 or u8",
+        help: "kind of scales and minima of q4 and q2, u8 with group 32 or 64 (default f16)",
+        read: |spec, value| {
+            let kinds = [("f16", Meta::F16), ("u8", Meta::U8)];
+            let kind = kinds.into_iter().find(|(name, _)| *name == value);
+            kind.is_some_and(|(_, meta)| set(&mut spec.meta, meta))
+        },
+        write: |spec| (spec.meta == Meta::U8).then(|| "u8".to_owned()),
+    },
+    Part {
         name: "kivi_exact",
         accepts: "",
         help: "KIVI's own K and V boundaries; window is its residual length",
@@ -102,13 +120,13 @@ impl CacheSpec {
     /// A store with its defaults.
     pub fn new(store: Format) -> Self {
         let window = if store == Format::F16 { 0 } else { KIVI_WINDOW };
-        Self { store, window, sinks: 0, group: KIVI_GROUP, kivi_exact: false }
+        Self { store, window, sinks: 0, group: KIVI_GROUP, meta: Meta::F16, kivi_exact: false }
     }
 
     /// The grammar as help text, a line a part.
     pub fn help() -> String {
         let mut text = String::from(
-            "STORE is f16, q8, q4 or q2 (16, 8, 4 or 2 bits). Parts, for all but f16:\n",
+            "STORE is f16, q8, q4, q2 (codes of so many bits) or fp8 (e4m3). Parts, for all but f16:\n",
         );
         for part in &PARTS {
             let value = if part.accepts.is_empty() { "" } else { "=N" };
@@ -145,6 +163,9 @@ impl CacheSpec {
         if self.store == Format::F16 {
             return Err(format!("`{name}` has no effect on f16: every token is kept exactly"));
         }
+        if self.store == Format::Fp8 && !["window", "sinks"].contains(&name) {
+            return Err(format!("`{name}` has no effect on fp8: it has no scales"));
+        }
         if (part.read)(self, value) {
             return Ok(part.name);
         }
@@ -154,9 +175,21 @@ impl CacheSpec {
         })
     }
 
+    fn check_meta(&self) -> Result<(), String> {
+        let only = |what: String| Err(format!("`meta` is `u8`; it is for {what}"));
+        match *self {
+            Self { meta: Meta::F16, .. } => Ok(()),
+            Self { store: Format::Q8, .. } => only("q4 and q2, not q8".into()),
+            Self { group: 128, .. } => only("a `group` of 32 or 64, not 128".into()),
+            Self { kivi_exact: true, .. } => only("whole slabs, not for `kivi_exact`".into()),
+            _ => Ok(()),
+        }
+    }
+
     /// What the parts demand of each other.
     fn check(&self) -> Result<(), String> {
         let Self { window, group, sinks, .. } = *self;
+        self.check_meta()?;
         if !self.kivi_exact {
             return Ok(());
         }

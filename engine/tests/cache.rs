@@ -1,7 +1,7 @@
 //! The cache spec's grammar, and what a cache holds after every way of filling it.
 
 use half::f16;
-use kvwarp::slab::{self, Format, Layout, TOKENS};
+use kvwarp::slab::{self, Format, Layout, Meta, TOKENS};
 use kvwarp::threads::Team;
 use kvwarp_engine::cache::{Cache, CacheError, Shape, full_bytes};
 use kvwarp_engine::spec::CacheSpec;
@@ -82,9 +82,18 @@ fn round_trip(group: &[f16], bits: u32) -> Vec<f32> {
 
 #[test]
 fn streamed_tokens_give_the_slabs_of_one_shot() {
-    for spec in
-        ["f16", "q8", "q4", "q2", "q2,window=0", "q2,window=37,group=64", "q4,sinks=70,group=128"]
-    {
+    for spec in [
+        "f16",
+        "q8",
+        "fp8,sinks=64",
+        "q2,meta=u8",
+        "q4,group=64,meta=u8",
+        "q4",
+        "q2",
+        "q2,window=0",
+        "q2,window=37,group=64",
+        "q4,sinks=70,group=128",
+    ] {
         let whole = seen(&filled(spec, 517, 517, 517));
         for (split, piece) in [(0, 1), (1, 1), (63, 63), (64, 64), (200, 70), (517, 100), (517, 64)]
         {
@@ -205,7 +214,14 @@ fn bytes_come_from_the_allocator() {
     assert_eq!(stats.effective_bits, (expected * 8) as f64 / (heads * 512 * 64 * 2) as f64);
     assert!(stats.peak_bytes >= expected && stats.capacity_bytes >= expected);
     // Full to its context, a cache takes what was announced.
-    for spec in ["f16", "q4,sinks=64", "q2,window=37", "q2,window=32,kivi_exact"] {
+    for spec in [
+        "f16",
+        "q4,sinks=64",
+        "fp8",
+        "q2,group=64,meta=u8",
+        "q2,window=37",
+        "q2,window=32,kivi_exact",
+    ] {
         let full = filled(spec, 1000, 1000, 1000).stats().used_bytes;
         assert_eq!(full, full_bytes(&spec.parse().unwrap(), SHAPE).unwrap(), "{spec}");
     }
@@ -214,8 +230,8 @@ fn bytes_come_from_the_allocator() {
 #[test]
 fn spec_errors_name_the_part_and_what_is_allowed() {
     for (spec, parts) in [
-        ("q3", &["unknown store `q3`", "f16, q8, q4, q2", "did you mean"][..]),
-        ("", &["unknown store ``", "f16, q8, q4, q2"]),
+        ("q3", &["unknown store `q3`", "f16, q8, fp8, q4, q2", "did you mean"][..]),
+        ("", &["unknown store ``", "f16, q8, fp8, q4, q2"]),
         ("q2,windw=1", &["unknown part `windw`", "did you mean `window`"]),
         ("q2,window=-1", &["`window` is `-1`", "0 to 1048576 tokens"]),
         ("q2,window=", &["`window` is ``", "0 to 1048576 tokens"]),
@@ -224,6 +240,11 @@ fn spec_errors_name_the_part_and_what_is_allowed() {
         ("q2,window=40,kivi_exact", &["`window` is 40", "multiple of the group, 32"]),
         ("q2,sinks=4,kivi_exact", &["`sinks` is 4", "only 0"]),
         ("q2,window=1,window=2", &["`window` is given twice"]),
+        ("q2,meta=f8", &["`meta` is `f8`", "f16 or u8"]),
+        ("q8,meta=u8", &["`meta` is `u8`", "q4 and q2, not q8"]),
+        ("q2,meta=u8,group=128", &["`meta` is `u8`", "32 or 64"]),
+        ("q2,meta=u8,kivi_exact", &["`meta` is `u8`", "not for `kivi_exact`"]),
+        ("fp8,group=64", &["`group` has no effect on fp8"]),
         ("f16,window=1", &["`window` has no effect on f16"]),
     ] {
         let error = spec.parse::<CacheSpec>().unwrap_err().to_string();
@@ -235,14 +256,22 @@ fn spec_errors_name_the_part_and_what_is_allowed() {
 fn specs() -> impl Strategy<Value = CacheSpec> {
     let store = prop::sample::select(vec![Format::Q8, Format::Q4, Format::Q2]);
     let group = prop::sample::select(vec![32usize, 64, 128]);
-    let parts = (store, 0usize..2000, 0usize..2000, group, any::<bool>());
-    let spec = parts.prop_map(|(store, window, sinks, group, kivi_exact)| match kivi_exact {
-        true => {
-            CacheSpec { store, window: (window / group + 1) * group, sinks: 0, group, kivi_exact }
+    let parts = (store, 0usize..2000, 0usize..2000, group, any::<bool>(), any::<bool>());
+    let spec = parts.prop_map(|(store, window, sinks, group, kivi_exact, two_level)| {
+        let new = CacheSpec { window, group, ..CacheSpec::new(store) };
+        let meta =
+            if two_level && store != Format::Q8 && group < 128 { Meta::U8 } else { Meta::F16 };
+        match kivi_exact {
+            true => CacheSpec { window: (window / group + 1) * group, kivi_exact, ..new },
+            false => CacheSpec { sinks, meta, ..new },
         }
-        false => CacheSpec { store, window, sinks, group, kivi_exact },
     });
-    prop_oneof![Just(CacheSpec::new(Format::F16)), spec]
+    let fp8 = (0usize..2000, 0usize..2000).prop_map(|(window, sinks)| CacheSpec {
+        window,
+        sinks,
+        ..CacheSpec::new(Format::Fp8)
+    });
+    prop_oneof![Just(CacheSpec::new(Format::F16)), fp8, spec]
 }
 
 proptest! {
@@ -255,7 +284,7 @@ proptest! {
 
     #[test]
     fn likely_texts_are_specs_or_errors(
-        text in "(f16|q8|q4|q2)(,(window|sinks|group|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
+        text in "(f16|q8|fp8|q4|q2)(,(window|sinks|group|meta|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
     ) {
         match text.parse::<CacheSpec>() {
             Ok(spec) => prop_assert_eq!(spec.to_string().parse(), Ok(spec)),

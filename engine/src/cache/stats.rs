@@ -3,8 +3,8 @@
 use super::head::Rules;
 use super::{Cache, CacheError, Shape};
 use crate::spec::CacheSpec;
-use kvwarp::pages::{Entry, ring_slabs};
-use kvwarp::slab::{Format, Layout};
+use kvwarp::pages::{Entry, Pools, ring_slabs};
+use kvwarp::slab::Format;
 
 /// Memory of a cache, in bytes from the allocator unless said otherwise.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -58,10 +58,11 @@ impl Cache {
 /// # Errors
 /// [`CacheError::Kernel`] for a head size that no slab has.
 pub fn full_bytes(spec: &CacheSpec, shape: Shape) -> Result<usize, CacheError> {
-    let layout = |format| Layout::new(format, shape.head_dim, spec.group).map(|l| l.slab_bytes());
-    let mut head = ring_slabs(spec.window) * layout(Format::F16)?;
+    let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
+    let bytes = |format| pools.pool(format).slab_stride();
+    let mut head = ring_slabs(spec.window) * bytes(Format::F16);
     for (format, slabs) in Rules::new(spec).slabs(shape.context) {
-        head += slabs * (layout(format)? + size_of::<Entry>());
+        head += slabs * (bytes(format) + size_of::<Entry>());
     }
     Ok(head * shape.layers * shape.kv_heads)
 }

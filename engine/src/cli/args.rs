@@ -66,7 +66,7 @@ pub struct CacheArgs {
     /// Cache spec: STORE[,PART...], for example q2,window=128 (see the end of this help)
     #[arg(long, value_name = "SPEC")]
     pub cache: Option<CacheSpec>,
-    /// Store of K: f16, q8, q4 or q2; -ctk for short
+    /// Store of K: f16, q8, fp8, q4 or q2; -ctk for short
     #[arg(long, value_name = "STORE")]
     pub cache_type_k: Option<CacheSpec>,
     /// Store of V, the same as K's; -ctv for short

@@ -38,7 +38,7 @@ pub struct Args {
     /// Threads [default: physical cores]
     #[arg(short, long, value_name = "N,..", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Vec<u16>,
-    /// Stores of K: f16, q8, q4, q2; -ctk for short
+    /// Stores of K: f16, q8, fp8, q4, q2; -ctk for short
     #[arg(long, value_name = "STORE,..", value_delimiter = ',')]
     cache_type_k: Vec<CacheSpec>,
     /// Stores of V, the same as K's; -ctv for short

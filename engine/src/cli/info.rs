@@ -22,7 +22,7 @@ pub struct Args {
 }
 
 /// Caches whose cost is shown.
-const SPECS: [&str; 4] = ["f16", "q8", "q4", "q2"];
+const SPECS: [&str; 7] = ["f16", "q8", "fp8", "q4", "q2", "q2,meta=u8", "q2,group=64,meta=u8"];
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let source = open::source(&args.model)?;
@@ -35,10 +35,15 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let lines = lines(&source).into_iter().map(|(name, value)| format!("{name:<14}{value}\n"));
     output::put(&lines.collect::<String>())?;
     let context = source.config.context;
-    let rows: Vec<_> =
-        costs.iter().map(|(spec, bytes)| vec![spec.clone(), output::bytes(*bytes)]).collect();
+    let Config { layers, kv_heads, head_dim, .. } = source.config;
+    let elements = 2 * layers * kv_heads * head_dim * context;
+    let rows = costs.iter().map(|(spec, bytes)| {
+        let bits = format!("{:.2}", (bytes * 8) as f64 / elements as f64);
+        vec![spec.clone(), output::bytes(*bytes), bits]
+    });
     let header = format!("KV bytes at {context}");
-    output::put(&format!("\n{}", output::table(&["cache", &header], &rows)))?;
+    let table = output::table(&["cache", &header, "bits an element"], &rows.collect::<Vec<_>>());
+    output::put(&format!("\n{table}"))?;
     Ok(Outcome::Done)
 }
 
