@@ -25,7 +25,8 @@ fn fp8() -> Spec {
 
 /// A prefill's history in the formats of `spec`.
 fn prefill(run: &Run, spec: &Spec) -> Result<(), String> {
-    let call = prefill_attn::Call { g: 3, rows: vec![150], lse_rows: 8, sliding_window: 0, bf16: false };
+    let call =
+        prefill_attn::Call { g: 3, rows: vec![150], lse_rows: 8, sliding_window: 0, bf16: false };
     let (lens, packed) = (vec![64 * 5 + 150], Some(5));
     let spec = Spec { lens, packed, heads: 1, outlier: 4.0, ..spec.clone() };
     prefill_attn::matches(run, &spec, &call)
