@@ -97,7 +97,7 @@ fn valid_params() -> Params {
         workspace_bytes: 1 << 30,
         q_len: 1,
         max_slabs: 10,
-        dtype: ffi::KVW_F16 as i32,
+        dtype: ffi::KVW_F16,
         ..Default::default()
     }
 }
@@ -123,7 +123,7 @@ fn c_checks_need_no_gpu() {
             ("pool unaligned", |p| p.cache.pools[3] = 8 as _, ffi::KVW_ERR_ALIGN),
             ("ring unaligned", |p| p.cache.ring = 8 as _, ffi::KVW_ERR_ALIGN),
             ("group", |p| p.cache.group = 16, ffi::KVW_ERR_FORMAT),
-            ("dtype", |p| p.dtype = ffi::KVW_F32 as i32, ffi::KVW_ERR_FORMAT),
+            ("dtype", |p| p.dtype = ffi::KVW_F32, ffi::KVW_ERR_FORMAT),
             ("head_dim", |p| p.cache.head_dim = 80, ffi::KVW_ERR_SHAPE),
             ("heads", |p| p.cache.kv_heads = 0, ffi::KVW_ERR_SHAPE),
             ("q_heads", |p| p.q_heads = 7, ffi::KVW_ERR_SHAPE),

@@ -60,7 +60,7 @@ pub fn matches(run: &Run, spec: &Spec, call: &Call) -> Result<(), String> {
         max_tokens: *call.rows.iter().max().unwrap() as i32,
         lse_rows: call.lse_rows as i32,
         sliding_window: call.sliding_window as i32,
-        dtype: (if call.bf16 { ffi::KVW_BF16 } else { ffi::KVW_F16 }) as i32,
+        dtype: if call.bf16 { ffi::KVW_BF16 } else { ffi::KVW_F16 },
         scale: 0.2,
         ..Default::default()
     };
@@ -135,7 +135,7 @@ fn c_checks_need_no_gpu() {
         cu_tokens: somewhere::<i32>(),
         tokens: 100,
         max_tokens: 100,
-        dtype: ffi::KVW_F16 as i32,
+        dtype: ffi::KVW_F16,
         ..Default::default()
     };
     let op = op!(kvw_prefill_attn);
@@ -162,7 +162,7 @@ fn c_checks_need_no_gpu() {
             ("lse_rows 0 with lse", |p| p.lse = somewhere(), ffi::KVW_ERR_SHAPE),
             ("sliding_window", |p| p.sliding_window = -1, ffi::KVW_ERR_SHAPE),
             ("max_slabs", |p| p.max_slabs = -1, ffi::KVW_ERR_SHAPE),
-            ("dtype", |p| p.dtype = ffi::KVW_F32 as i32, ffi::KVW_ERR_FORMAT),
+            ("dtype", |p| p.dtype = ffi::KVW_F32, ffi::KVW_ERR_FORMAT),
             ("scale", |p| p.scale = f32::INFINITY, ffi::KVW_ERR_SHAPE),
             ("reserved", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
         ],

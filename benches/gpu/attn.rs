@@ -7,22 +7,30 @@ use anyhow::Result;
 use kvwarp::ffi::{
     KVW_F16, kvw_paged_attn_bytes, kvw_paged_attn_workspace, kvw_prefill_attn_bytes,
 };
-use kvwarp::slab::Format::{F16, Q2, Q4, Q8};
+use kvwarp::slab::Format::{F16, Fp8, Q2, Q4, Q8};
+use kvwarp::slab::{Format, Meta};
 use kvwarp::{paged_attn, prefill_attn};
 
+/// A store of f16 metadata, 128 tokens of window.
+const fn store(name: &'static str, format: Format, group: usize) -> Store {
+    Store { name, format, group, meta: Meta::F16, window: 128 }
+}
+
 /// The baseline of our own, and the store that the figures and the sweep are about.
-const HALVES: Store = Store { name: "f16", format: F16, group: 32, window: 0 };
-const TWO_BIT: Store = Store { name: "q2g32", format: Q2, group: 32, window: 128 };
+const HALVES: Store = Store { window: 0, ..store("f16", F16, 32) };
+const TWO_BIT: Store = store("q2g32", Q2, 32);
 
 /// Every store of the history.
-#[rustfmt::skip]
 pub const STORES: &[Store] = &[
     HALVES,
     TWO_BIT,
-    Store { name: "q8g32", format: Q8, group: 32, window: 128 },
-    Store { name: "q4g32", format: Q4, group: 32, window: 128 },
-    Store { name: "q2g64", format: Q2, group: 64, window: 128 },
-    Store { name: "q2g128", format: Q2, group: 128, window: 128 },
+    store("q2g64", Q2, 64),
+    store("q2g128", Q2, 128),
+    Store { meta: Meta::U8, ..store("q2g32u8", Q2, 32) },
+    Store { meta: Meta::U8, ..store("q2g64u8", Q2, 64) },
+    store("q4g32", Q4, 32),
+    store("q8g32", Q8, 32),
+    store("fp8", Fp8, 32),
 ];
 
 /// Llama-3-8B, Llama-2-7B, and heads of 64 channels as in Llama-3.2-1B.

@@ -6,7 +6,7 @@ use anyhow::Result;
 use half::f16;
 use kvwarp::ffi::kvw_cache;
 use kvwarp::pages::{Entry, ring_slabs};
-use kvwarp::slab::{Format, Layout, TOKENS, encode};
+use kvwarp::slab::{Format, Layout, Meta, TOKENS, encode};
 
 /// Slabs packed on the CPU; a pool repeats them.
 const DISTINCT: usize = 192;
@@ -17,6 +17,7 @@ pub struct Store {
     pub name: &'static str,
     pub format: Format,
     pub group: usize,
+    pub meta: Meta,
     /// Tokens that stay f16 in the ring.
     pub window: usize,
 }
@@ -93,7 +94,7 @@ impl Store {
         batch: usize,
         ring: usize,
     ) -> Result<Caches> {
-        let layout = Layout::new(self.format, heads.d, self.group)?;
+        let layout = Layout::with_meta(self.format, heads.d, self.group, self.meta)?;
         let f16_layout = Layout::new(Format::F16, heads.d, self.group)?;
         let rows = batch * heads.kv;
         let packed_slabs = context.saturating_sub(self.window) / TOKENS;
@@ -121,6 +122,7 @@ impl Store {
                 kv_heads: heads.kv as i32,
                 head_dim: heads.d as i32,
                 group: self.group as i32,
+                meta: self.meta as i32,
                 window: self.window as i32,
                 ring_slabs: ring as i32,
                 table_stride: packed_slabs.max(1) as i32,

@@ -6,7 +6,7 @@ use super::card::{Card, Launch};
 use super::case::{Case, Ready};
 use anyhow::Result;
 use kvwarp::ffi::{
-    KVW_PACK_APPEND, KVW_PACK_FILL, KVW_PACK_FLUSH, KVW_ROPE_HALF, kvw_kv_pack_bytes,
+    KVW_F16, KVW_PACK_APPEND, KVW_PACK_FILL, KVW_PACK_FLUSH, KVW_ROPE_HALF, kvw_kv_pack_bytes,
 };
 use kvwarp::kv_pack;
 use kvwarp::pages::ring_slabs;
@@ -44,6 +44,7 @@ fn case(op: i32, name: &str, store: Store, context: usize, batch: usize) -> Case
             tokens: tokens as i32,
             max_tokens: most as i32,
             pairing: KVW_ROPE_HALF,
+            dtype: KVW_F16,
             ..Default::default()
         };
         // SAFETY: live params; nothing behind their pointers is read.

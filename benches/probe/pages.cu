@@ -19,14 +19,20 @@ struct Columns {
     }
 };
 
-// A slab of any codes; scales and minima of 0.1 and the like.
-template <int FORMAT, int GROUP> PRIM void make_slab(unsigned char* slab, uint32_t seed) {
+// Word i of a slab: any codes; scales and minima of 0.1 and the like, steps of 0.01; no NaN of e4m3.
+template <int FORMAT, int GROUP> PRIM uint32_t word(int i, uint32_t x) {
     using S = Slab<FORMAT, D, GROUP>;
-    for (int i = threadIdx.x % 32; i < S::BYTES / 4; i += 32) {
+    if (S::TWO_LEVEL && 4 * i >= S::STEPS && 4 * i < S::STEPS + STEPS_BYTES) return __float_as_uint(0.01f);
+    if (FORMAT == KVW_SLAB_FP8) return x & 0x77777777u;
+    bool meta = S::QUANTISED && ((4 * i >= S::K_META && 4 * i < S::V_CODES) || 4 * i >= S::V_META);
+    bool halves = FORMAT == KVW_SLAB_F16 || (meta && !S::TWO_LEVEL);
+    return halves ? (x >> 7 & 0x80FF80FFu) | 0x2C002C00u : x;
+}
+
+template <int FORMAT, int GROUP> PRIM void make_slab(unsigned char* slab, uint32_t seed) {
+    for (int i = threadIdx.x % 32; i < Slab<FORMAT, D, GROUP>::BYTES / 4; i += 32) {
         uint32_t x = (seed + uint32_t(i)) * 0x9E3779B9u;
-        bool meta = S::QUANTISED && ((4 * i >= S::K_META && 4 * i < S::V_CODES) || 4 * i >= S::V_META);
-        bool numbers = meta || !S::QUANTISED;
-        reinterpret_cast<uint32_t*>(slab)[i] = numbers ? (x >> 7 & 0x80FF80FFu) | 0x2C002C00u : x ^ x >> 15;
+        reinterpret_cast<uint32_t*>(slab)[i] = word<FORMAT, GROUP>(i, x ^ x >> 15);
     }
 }
 
@@ -98,6 +104,8 @@ void pages(const Card& card, Report& report) {
     bool finite = format<KVW_SLAB_Q2, 32>(card, report, "q2 group 32");
     finite &= format<KVW_SLAB_Q2, 64>(card, report, "q2 group 64");
     finite &= format<KVW_SLAB_Q2, 128>(card, report, "q2 group 128");
+    finite &= format<KVW_SLAB_Q2, 32 + U8_META>(card, report, "q2 group 32, 8-bit metadata");
+    finite &= format<KVW_SLAB_FP8, 32>(card, report, "fp8");
     finite &= format<KVW_SLAB_Q4, 32>(card, report, "q4 group 32");
     finite &= format<KVW_SLAB_Q8, 32>(card, report, "q8 group 32");
     finite &= format<KVW_SLAB_F16, 32>(card, report, "f16");

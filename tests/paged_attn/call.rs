@@ -146,7 +146,7 @@ pub fn run_in(
         ctas: call.ctas,
         least: call.least,
         sliding_window: call.sliding_window as i32,
-        dtype: if call.bf16 { ffi::KVW_BF16 } else { ffi::KVW_F16 } as i32,
+        dtype: if call.bf16 { ffi::KVW_BF16 } else { ffi::KVW_F16 },
         scale: call.scale,
         softcap: call.softcap,
     };
