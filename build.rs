@@ -39,15 +39,14 @@ fn main() {
     }
 }
 
-/// Objects are kept under a hash of sources and command, so that profiles and features share them.
+/// Objects are kept under a hash of command and of what it reads, so that profiles and features share them.
 fn kernels(toolkit: &Toolkit) {
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap());
     let cache = target_dir(&out).join("kernels");
     fs::create_dir_all(&cache).unwrap();
     let archs = env::var("KVW_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
     let sources = files(Path::new("csrc"), "cu");
-    let headers = [files(Path::new("csrc"), "h"), files(Path::new("csrc/common"), "cuh")].concat();
-    let common = headers.iter().fold(hash(toolkit.version.as_bytes(), 0), |h, p| hash_file(p, h));
+    let version = hash(toolkit.version.as_bytes(), 0);
     let job = |source: &PathBuf| {
         let mut nvcc = Command::new(&toolkit.nvcc);
         nvcc.args(["-c", "-std=c++17", "-O3", "-lineinfo", "-Icsrc", "-Xptxas=-v,-warn-spills"])
@@ -55,7 +54,9 @@ fn kernels(toolkit: &Toolkit) {
             .arg("-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-Wall,-Wextra")
             .args(archs.split(';').map(gencode))
             .arg(source);
-        let key = hash(format!("{nvcc:?}").as_bytes(), hash_file(source, common));
+        let read =
+            included(source).iter().fold(version, |h, path| hash(&fs::read(path).unwrap(), h));
+        let key = hash(format!("{nvcc:?}").as_bytes(), read);
         let stem = source.file_stem().unwrap().to_string_lossy();
         (nvcc, cache.join(format!("{stem}-{key:016x}.o")))
     };
@@ -149,14 +150,30 @@ fn files(dir: &Path, extension: &str) -> Vec<PathBuf> {
     all
 }
 
+/// A source and all that it includes in quotes, from the includer's folder or `csrc`, each once.
+fn included(source: &Path) -> Vec<PathBuf> {
+    let mut found = vec![fs::canonicalize(source).unwrap()];
+    let mut at = 0;
+    while at < found.len() {
+        let text = fs::read_to_string(&found[at]).unwrap();
+        let beside = found[at].parent().unwrap().to_owned();
+        for line in text.lines() {
+            let Some(rest) = line.strip_prefix("#include \"") else { continue };
+            let name = rest.split('"').next().unwrap_or(rest);
+            let path = [beside.as_path(), Path::new("csrc")]
+                .iter()
+                .find_map(|d| fs::canonicalize(d.join(name)).ok());
+            found.extend(path.filter(|p| !found.contains(p)));
+        }
+        at += 1;
+    }
+    found
+}
+
 /// FNV-1a.
 fn hash(bytes: &[u8], seed: u64) -> u64 {
     let start = seed ^ 0xcbf2_9ce4_8422_2325;
     bytes.iter().fold(start, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3))
-}
-
-fn hash_file(path: &PathBuf, seed: u64) -> u64 {
-    hash(&fs::read(path).unwrap(), hash(path.to_string_lossy().as_bytes(), seed))
 }
 
 #[cfg(feature = "bindgen")]
