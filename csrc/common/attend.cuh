@@ -328,7 +328,7 @@ private:
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             uint2 least = make_uint2(0, 0);
-            if constexpr (S::QUANTISED) least = v_minima<S>(minima + tile * 4 * PER_TILE);
+            if constexpr (S::QUANTISED) least = v_meta<S>(minima + tile * 4 * PER_TILE);
             const uint32_t sums[4] = {least.x, HALF2_ONES, least.y, HALF2_ONES};
             uint32_t b[NT][2], scaled[NT][2], less[NT][2];
 #pragma unroll

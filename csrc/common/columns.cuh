@@ -19,6 +19,11 @@ struct Columns {
         return sliding_window > 0 ? max(0, to(column) - sliding_window + KVW_FAULT(127)) : 0;
     }
 
+    // Row of a sequence's lse, which keeps the last `kept` rows; below 0: none.
+    PRIM int lse_row(int column, int kept) const {
+        return column / group - (rows - kept) + KVW_FAULT(123);
+    }
+
     // Row of q and out, [T, H * G].
     PRIM size_t row(int column, int q_heads, int h) const {
         int query = KVW_FAULT(126) ? column % rows : column / group,

@@ -29,21 +29,23 @@ PRIM void clear_past(unsigned char* v, int live, int thread, int threads) {
     }
 }
 
-// Words 4 i .. 4 i + 3 of a K group's scales or minima for lane t; bytes as subnormals.
-template <class S> PRIM uint4 k_meta(const unsigned char* at, int i, int t) {
+// Words 4 i .. 4 i + 3 of a K group's scales or minima for lane t; bytes below the byte HIGH: 0 makes subnormals,
+// 0x64 adds 1024.
+template <class S, uint32_t HIGH = 0> PRIM uint4 k_meta(const unsigned char* at, int i, int t) {
     if constexpr (S::TWO_LEVEL) {
         uint2 u = reinterpret_cast<const uint2*>(at)[i * 4 + t];
-        return make_uint4(spread(u.x, 0), spread(u.x, 1), spread(u.y, 0), spread(u.y, 1));
+        return make_uint4(spread<HIGH>(u.x, 0), spread<HIGH>(u.x, 1), spread<HIGH>(u.y, 0),
+                          spread<HIGH>(u.y, 1));
     } else {
         return reinterpret_cast<const uint4*>(at)[i * 4 + t];
     }
 }
 
-// Minima of a V group, of both sides; bytes as subnormals.
-template <class S> PRIM uint2 v_minima(const unsigned char* at) {
+// Scales or minima of a V group, of both sides; bytes as above.
+template <class S, uint32_t HIGH = 0> PRIM uint2 v_meta(const unsigned char* at) {
     if constexpr (S::TWO_LEVEL) {
         uint32_t word = *reinterpret_cast<const uint32_t*>(at);
-        return make_uint2(spread(word, 0), spread(word, 1));
+        return make_uint2(spread<HIGH>(word, 0), spread<HIGH>(word, 1));
     } else {
         return *reinterpret_cast<const uint2*>(at);
     }

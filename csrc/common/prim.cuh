@@ -150,11 +150,20 @@ PRIM void mbar_wait(uint64_t* bar, int parity PRIM_SITE) {
 #endif
 }
 
-// `bytes` from global to shared memory by the copy engine, all multiples of 16, read once (evict first).
+// `bytes` from global to shared memory by the copy engine, all multiples of 16; read once (evict first), or
+// AGAIN, by other CTAs.
+template <bool AGAIN = false>
 PRIM void copy_bulk(void* dst, const void* src, int bytes, uint64_t* bar PRIM_SITE) {
 #if !defined(__CUDACC__)
     simt::copy_bulk(dst, src, unsigned(bytes), bar, file, line);
 #elif PRIM_SM90
+    if (AGAIN) {
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                     "[%0], [%1], %2, [%3];" ::"r"(shared_address(dst)),
+                     "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(shared_address(bar))
+                     : "memory");
+        return;
+    }
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "

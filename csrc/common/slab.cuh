@@ -71,6 +71,13 @@ __host__ __device__ constexpr Layout layout_of(int format, int d, int group, int
     return l;
 }
 
+// The same for a group known at run time: one of three constants, without the divisions.
+template <int FORMAT, int D, int META> PRIM Layout layout_of(int group) {
+    if (group == 32) return layout_of(FORMAT, D, 32, META);
+    if (group == 64) return layout_of(FORMAT, D, 64, META);
+    return layout_of(FORMAT, D, 128, META);
+}
+
 // The same at compile time.
 template <int FORMAT, int D, int GROUP> struct Slab {
     static constexpr Layout LAYOUT = layout_of(FORMAT, D, GROUP % U8_META, GROUP / U8_META);
