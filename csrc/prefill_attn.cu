@@ -18,15 +18,19 @@
 // 2. sm_90a (prefill_wgmma.cuh): wgmma wants K and V in shared memory as rows, slabs are in the order of
 //    mma.sync lanes. Keeping slabs as they are and making Q and P the shared operand needs no rewriting, but a
 //    column's scores then lie across four warps: its maxima and P go through shared memory at every step, which
-//    B operands keep busy for half of the time as it is. So one warpgroup rewrites each slab into swizzled rows,
-//    exact codes first, then scale and minimum in one rounding to f16; two warpgroups, 64 columns each, keep Q,
-//    P and O in registers. Scores of the next slab are under way, and its softmax runs, while values are added.
+//    B operands keep busy for half of the time as it is. So one warpgroup rewrites each slab into swizzled rows:
+//    f16 and fp8 as they are, of codes exact ones first, then scale and minimum in one rounding to f16. Format,
+//    group and metadata are told apart there, once a slab: one kernel a head dim. Two warpgroups, 64 columns
+//    each, keep Q, P and O in registers. Scores of the next slab are under way, and its softmax runs, while
+//    values are added.
 // 3. Predicted at D = 128 for 64 tokens of 128 columns, in clocks of an SM: tensor cores 1024; shared memory
 //    512 of B operands + 256 of rewriting + 16 to 256 of slabs; exponentials 512; instructions issued by each
-//    scheduler 2 * 265 + 100 (f16) to 320 (2 bits). Nothing reaches the tensor cores' time, but they wait at the
-//    ends of steps: 60 to 65 % of their peak expected with f16 history, 55 to 60 % with 2 bits. 192 registers a
-//    thread of the two, 120 of the one (176 and 152 at D = 96), 193 KB of shared memory: a CTA an SM. At D = 256
-//    the tiles would take all of shared memory and O 128 registers, so it stays with the other kernel.
+//    scheduler (counted in SASS) 2 * 265 of attention + 140 of the unpacking loop + of a slab 90 (f16), 380 to
+//    410 (fp8, 2 to 8 bits), 540 (bytes of metadata). So f16 is bound by tensor cores, which wait at the ends of
+//    steps: 60 to 65 % of their peak expected; codes, which keep the schedulers busy for as long as the tensor
+//    cores, 50 to 60 %. 192 registers a thread of the two, 120 of the one (176 and 152 at D = 96), 193 KB
+//    of shared memory: a CTA an SM. At D = 256 the tiles would take all of shared memory and O 128 registers, so
+//    it stays with the other kernel, which has no code for sm_90a at D <= 128.
 // 4. The other kernel is the decode kernel's warp (common/attend.cuh), 16 columns a warp (8 at D = 256); the
 //    CTA's warps share each step: two buffers filled by all threads, a barrier before and after use. A step that
 //    no column of a warp sees is skipped. A warp reads each A fragment for 16 columns, so shared memory, not
@@ -85,6 +89,7 @@ PRIM void attend_together(Attend<D, GROUP, NT>& a, const Columns& columns, int f
 
 template <int D, int GROUP, int FORMATS>
 __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_prefill_attn_params p) {
+    if (prim::WGMMA && D <= WGMMA_D) return; // never launched there: no code
     constexpr int NT = COLUMN_TILES<D>;
     KVW_DYN_SHARED(unsigned char, raw);
     prim::Carve carve(raw);
@@ -155,43 +160,50 @@ __global__ void __launch_bounds__(THREADS, 2) attn(const __grid_constant__ kvw_p
         Merged sum = merge_rows<D>([&](int) { return parts + x * (D + ROW_EXTRA); }, 1, c);
         size_t row = columns.row(column, p.q_heads, h);
         put4(static_cast<__half*>(p.out) + row * D + c, q.bf16, normalised(sum));
-        int kept = column / group - (rows - p.lse_rows) + KVW_FAULT(123); // row of lse
+        int kept = columns.lse_row(column, p.lse_rows);
         if (c == 0 && p.lse && kept >= 0) {
             p.lse[(size_t(s) * p.lse_rows + kept) * p.q_heads + row % p.q_heads] = log_sum_exp(sum);
         }
     }
 }
 
-// Whether the code that this device runs of a kernel for sm_90a has a body.
-template <class Kernel> bool runs_here(Kernel kernel, int threads) {
+// Whether the code that this device runs of a kernel for sm_90a has a body. Where that cannot be said neither
+// kernel is launched: one of them has none.
+template <class Kernel> kvw_status runs_here(Kernel kernel, int threads, bool& here) {
 #if defined(__CUDACC__)
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-           attributes.maxThreadsPerBlock >= threads;
+    cudaError_t e = cudaFuncGetAttributes(&attributes, kernel);
+    here = e == cudaSuccess && attributes.maxThreadsPerBlock >= threads;
+    if (e != cudaSuccess) cudaGetLastError(); // clears it
+    return status_of(e);
 #else
-    return prim::WGMMA;
+    (void)kernel, (void)threads;
+    here = prim::WGMMA;
+    return KVW_OK;
 #endif
+}
+
+dim3 grid_of(const kvw_prefill_attn_params& p, int columns_each) {
+    int64_t columns = int64_t(p.max_tokens) * (p.q_heads / p.cache.kv_heads);
+    return dim3(unsigned((columns + columns_each - 1) / columns_each), p.cache.kv_heads, p.cache.seqs);
 }
 
 template <int D, int GROUP, int FORMATS>
 kvw_status launch(const kvw_prefill_attn_params& p, kvw_stream stream) {
     constexpr int NT = COLUMN_TILES<D>, COLUMNS = 8 * NT * WARPS;
     size_t shared = buffer_bytes<D>(p.cache) + WARPS * Queries<D, NT>::SHARED_BYTES;
-    int64_t columns = int64_t(p.max_tokens) * (p.q_heads / p.cache.kv_heads);
-    // Warpgroups unpack f16 metadata only; they read neither bytes of it nor fp8.
-    if constexpr (D <= 128 && FORMATS == QUANTISED_FORMATS<32>) {
-        using Ring = PrefillRing<D>;
-        if (runs_here(attn_wgmma<D, GROUP>, Ring::THREADS)) {
-            dim3 grid(unsigned((columns + Ring::COLUMNS - 1) / Ring::COLUMNS), p.cache.kv_heads,
-                      p.cache.seqs);
-            return KVW_LAUNCH((attn_wgmma<D, GROUP>), grid, Ring::THREADS, Ring::SHARED_BYTES, stream, p);
-        }
-    }
-    dim3 grid(unsigned((columns + COLUMNS - 1) / COLUMNS), p.cache.kv_heads, p.cache.seqs);
-    return KVW_LAUNCH((attn<D, GROUP, FORMATS>), grid, THREADS, shared, stream, p);
+    return KVW_LAUNCH((attn<D, GROUP, FORMATS>), grid_of(p, COLUMNS), THREADS, shared, stream, p);
 }
 
 template <int D> kvw_status launch_group(const kvw_prefill_attn_params& p, kvw_stream stream) {
+    if constexpr (D <= WGMMA_D) {
+        using Ring = PrefillRing<D>;
+        bool here = false;
+        KVW_TRY(runs_here(attn_wgmma<D>, Ring::THREADS, here));
+        if (here)
+            return KVW_LAUNCH((attn_wgmma<D>), grid_of(p, Ring::COLUMNS), Ring::THREADS, Ring::SHARED_BYTES,
+                              stream, p);
+    }
     return launch_for<D>(p.cache,
                          [&](auto group, auto formats) { return launch<D, group(), formats()>(p, stream); });
 }

@@ -13,6 +13,8 @@
 
 namespace kvw {
 
+constexpr int WGMMA_D = 128; // largest D that shared memory and registers have room for
+
 template <int D> struct PrefillRing {
     static constexpr int RAW = 3, STAGES = 3, ROWS = 64, COLUMNS = 128;
     static constexpr int THREADS = 384, UNPACKING_WARPS = 4, ATTENDING_WARPS = 8;
@@ -61,36 +63,57 @@ template <int SLOTS> struct Turn {
     }
 };
 
-// Warpgroup 0. `low` .. `high` are the tokens that any column sees.
-template <int D, int GROUP> struct Unpacker {
+// What a slab is made of.
+template <int FORMAT_, int META_ = KVW_META_F16> struct Kind {
+    static constexpr int FORMAT = FORMAT_, META = META_;
+};
+
+// Warpgroup 0. Formats, group and metadata are told apart here, at run time, so that one kernel serves every
+// cache. `low` .. `high` are the tokens that any column sees.
+template <int D> struct Unpacker {
     using Ring = PrefillRing<D>;
     const Ring& ring;
-    const Head<D, GROUP>& head;
+    const Head<D, 0>& head;
     int warp, lane;
+
+    // act(Kind) for slabs of this format.
+    template <class Act> PRIM void with_kind(int format, Act act) const {
+        bool two_level = head.cache.meta == KVW_META_U8;
+        if (format == KVW_SLAB_F16)
+            act(Kind<KVW_SLAB_F16>());
+        else if (format == KVW_SLAB_FP8)
+            act(Kind<KVW_SLAB_FP8>());
+        else if (format == KVW_SLAB_Q8)
+            act(Kind<KVW_SLAB_Q8>());
+        else if (format == KVW_SLAB_Q4)
+            two_level ? act(Kind<KVW_SLAB_Q4, KVW_META_U8>()) : act(Kind<KVW_SLAB_Q4>());
+        else
+            two_level ? act(Kind<KVW_SLAB_Q2, KVW_META_U8>()) : act(Kind<KVW_SLAB_Q2>());
+    }
 
     PRIM void bring(Step step, int slot) const {
         if (threadIdx.x != 0 || !step.slab) return;
-        int format = format_of(step.slab);
-        int bytes = format == KVW_SLAB_F16  ? Slab<KVW_SLAB_F16, D, GROUP>::BYTES
-                    : format == KVW_SLAB_Q8 ? Slab<KVW_SLAB_Q8, D, GROUP>::BYTES
-                    : format == KVW_SLAB_Q4 ? Slab<KVW_SLAB_Q4, D, GROUP>::BYTES
-                                            : Slab<KVW_SLAB_Q2, D, GROUP>::BYTES;
+        int bytes = 0;
+        with_kind(format_of(step.slab), [&](auto kind) {
+            using K = decltype(kind);
+            bytes = layout_of<K::FORMAT, D, K::META>(head.cache.group).bytes;
+        });
         prim::mbar_expect(ring.raw_full + slot, bytes);
-        prim::copy_bulk(ring.raw + slot * Ring::RAW_BYTES, bytes_of(step.slab), bytes, ring.raw_full + slot);
+        prim::copy_bulk<true>(ring.raw + slot * Ring::RAW_BYTES, bytes_of(step.slab), bytes,
+                              ring.raw_full + slot);
     }
 
     PRIM void put(Step step, int slot, int stage) const {
         const unsigned char* raw = ring.raw + slot * Ring::RAW_BYTES;
-        unsigned char* tiles = ring.tiles + stage * Tiles<D>::BYTES;
-        int format = format_of(step.slab), live = head.len - step.first;
-        if (format == KVW_SLAB_F16)
-            unpack<KVW_SLAB_F16, D, GROUP>(raw, tiles, warp, live);
-        else if (format == KVW_SLAB_Q2)
-            unpack<KVW_SLAB_Q2, D, GROUP>(raw, tiles, warp, live);
-        else if (format == KVW_SLAB_Q4)
-            unpack<KVW_SLAB_Q4, D, GROUP>(raw, tiles, warp, live);
-        else
-            unpack<KVW_SLAB_Q8, D, GROUP>(raw, tiles, warp, live);
+        const Tile<D> tile(ring.tiles + stage * Tiles<D>::BYTES, warp);
+        with_kind(format_of(step.slab), [&](auto kind) {
+            using K = decltype(kind);
+            Unpack<K::FORMAT, D, K::META> unpack{raw, tile, head.cache.group};
+            unpack.k();
+            unpack.v();
+        });
+        int live = head.len - step.first;
+        if (live < TOKENS && !KVW_FAULT(144)) tile.clear_past(live);
     }
 
     // Hands a stage to the attending warps.
@@ -102,10 +125,15 @@ template <int D, int GROUP> struct Unpacker {
     }
 
     PRIM void run(int low, int high) const {
-        Walk<D, GROUP, 4> walk{head, low / TOKENS, (min(high, head.len) + TOKENS - 1) / TOKENS, 1, low, high};
-        Step ahead[Ring::RAW];
+        Walk<D, 0, 4> walk{head, low / TOKENS, (min(high, head.len) + TOKENS - 1) / TOKENS, 1, low, high};
+        Step ahead[Ring::RAW]; // the step at hand and those after it
+        auto advance = [&] {
 #pragma unroll
-        for (int i = 0; i < Ring::RAW; i++) bring(ahead[i] = walk.start(), i);
+            for (int i = 0; i + 1 < Ring::RAW; i++) ahead[i] = ahead[i + 1];
+            return ahead[Ring::RAW - 1] = walk.start();
+        };
+#pragma unroll 1
+        for (int i = 0; i < Ring::RAW; i++) bring(advance(), i);
         Turn<Ring::RAW> raw;
         Turn<Ring::STAGES> out;
         while (ahead[0].slab) {
@@ -114,10 +142,7 @@ template <int D, int GROUP> struct Unpacker {
             put(ahead[0], raw.slot, out.slot);
             hand_over(out.slot, ahead[0].first);
             if (lane == 0) prim::mbar_arrive(ring.raw_empty + raw.slot);
-#pragma unroll
-            for (int i = 0; i + 1 < Ring::RAW; i++) ahead[i] = ahead[i + 1];
-            Step last = walk.start();
-            ahead[Ring::RAW - 1] = last;
+            Step last = advance();
             if (warp == 0 && last.slab && !KVW_FAULT(148))
                 prim::mbar_wait(ring.raw_empty + raw.slot, raw.parity);
             bring(last, raw.slot);
@@ -207,7 +232,7 @@ template <int D> struct Attender {
             for (int i = 0; i < D / 8; i++)
                 out[4 * i] = output_pair(rows.o[4 * i + 2 * side] * up, rows.o[4 * i + 2 * side + 1] * up,
                                          p.dtype == KVW_BF16);
-            int kept = column(side) / columns.group - (columns.rows - p.lse_rows); // row of lse
+            int kept = columns.lse_row(column(side), p.lse_rows);
             if (t == 0 && p.lse && kept >= 0) {
                 float lse = sum > 0.f ? (rows.m[side] + log2f(sum)) * LN_2 : -INFINITY;
                 p.lse[(size_t(s) * p.lse_rows + kept) * p.q_heads + row % p.q_heads] = lse;
@@ -218,7 +243,7 @@ template <int D> struct Attender {
 
 // Where this is not compiled for sm_90a the kernel has no body, and takes fewer threads than a launch has: the
 // host asks for that number.
-template <int D, int GROUP>
+template <int D>
 __global__ void __launch_bounds__(prim::WGMMA ? PrefillRing<D>::THREADS : 32, 1)
     attn_wgmma(const __grid_constant__ kvw_prefill_attn_params p) {
     if (!prim::WGMMA) return;
@@ -226,7 +251,7 @@ __global__ void __launch_bounds__(prim::WGMMA ? PrefillRing<D>::THREADS : 32, 1)
     KVW_DYN_SHARED(unsigned char, raw);
     Ring ring(raw);
     int h = blockIdx.y, s = blockIdx.z, warpgroup = threadIdx.x / 128;
-    Head<D, GROUP> head(p.cache, s, h);
+    Head<D, 0> head(p.cache, s, h);
     int first_row = p.cu_tokens[s], rows = p.cu_tokens[s + 1] - first_row,
         group = p.q_heads / p.cache.kv_heads;
     Columns columns{first_row, rows, group, head.len, p.sliding_window};
@@ -236,8 +261,8 @@ __global__ void __launch_bounds__(prim::WGMMA ? PrefillRing<D>::THREADS : 32, 1)
     if (warpgroup == 0) {
         prim::registers_down<Ring::UNPACKING_REGISTERS>();
         int last = min(begin + Ring::COLUMNS, rows * group) - 1;
-        Unpacker<D, GROUP>{ring, head, int(threadIdx.x) / 32, int(threadIdx.x) % 32}.run(columns.from(begin),
-                                                                                         columns.to(last));
+        Unpacker<D>{ring, head, int(threadIdx.x) / 32, int(threadIdx.x) % 32}.run(columns.from(begin),
+                                                                                  columns.to(last));
     } else {
         prim::registers_up<Ring::ATTENDING_REGISTERS>();
         Attender<D> attender{ring, columns, begin + (warpgroup - 1) * Ring::ROWS};

@@ -30,6 +30,8 @@ pub struct Spec {
     pub csr: bool,
     /// By how much channels 5 and D - 3 of K exceed the others; values saturate at 65504.
     pub outlier: f32,
+    /// The same of V.
+    pub v_outlier: f32,
 }
 
 impl Default for Spec {
@@ -47,6 +49,7 @@ impl Default for Spec {
             shared_rows: false,
             csr: false,
             outlier: 8.0,
+            v_outlier: 4.0,
         }
     }
 }
@@ -146,7 +149,6 @@ impl Cache {
     fn fill_slab(&mut self, row: &mut Row, i: usize, noise: &mut Noise) {
         let d = self.spec.head_dim;
         let held = (row.len - i * TOKENS).min(TOKENS);
-        let outlier = self.spec.outlier;
         let mut values = |outlier: f32| -> Vec<f16> {
             let at = |c: usize| if c == 5 || c == d - 3 { outlier } else { 1.0 };
             let finite = |x: f32| f16::from_f32(x.clamp(-65504.0, 65504.0));
@@ -155,7 +157,7 @@ impl Cache {
                 .map(|n| if n / d < held { finite(value(n)) } else { f16::NAN })
                 .collect()
         };
-        let (k, v) = (values(outlier), values(4.0));
+        let (k, v) = (values(self.spec.outlier), values(self.spec.v_outlier));
         if i < row.packed {
             if let Some((format, index)) = row.entries[i].get() {
                 let layout = self.layout(format);

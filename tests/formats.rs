@@ -23,13 +23,27 @@ fn fp8() -> Spec {
     Spec { formats, lens: vec![64 * 9 + 21], ..Spec::default() }
 }
 
-/// A prefill's history in the formats of `spec`.
+/// A prefill's history in the formats of `spec`, on the way of sm_90 and on the other.
 fn prefill(run: &Run, spec: &Spec) -> Result<(), String> {
+    for hopper in [false, true] {
+        prefill_on(hopper, run, spec).map_err(|e| format!("hopper {hopper}: {e}"))?;
+        let expected = hopper && spec.head_dim <= 128;
+        if run.wgmma().is_some_and(|n| (n > 0) != expected) {
+            return Err(format!("hopper {hopper}: warpgroups where they are not expected"));
+        }
+    }
+    Ok(())
+}
+
+fn prefill_on(hopper: bool, run: &Run, spec: &Spec) -> Result<(), String> {
     let call =
         prefill_attn::Call { g: 3, rows: vec![150], lse_rows: 8, sliding_window: 0, bf16: false };
     let (lens, packed) = (vec![64 * 5 + 150], Some(5));
     let spec = Spec { lens, packed, heads: 1, outlier: 4.0, ..spec.clone() };
-    prefill_attn::matches(run, &spec, &call)
+    run.hopper(hopper);
+    let result = prefill_attn::matches(run, &spec, &call);
+    run.hopper(false);
+    result
 }
 
 #[test]
@@ -77,6 +91,23 @@ fn every_shape_matches_oracle() {
             }
         }
     }
+}
+
+/// V up to the largest f16, with groups from -65504 to 65504: the largest codes stand for 65536.
+fn saturated() -> Spec {
+    Spec { group: 64, v_outlier: 6e4, ..only(Q2) }
+}
+
+#[test]
+fn faults_of_warpgroups_are_caught() {
+    let fp8 = |run: &Run| prefill_on(true, run, &only(Fp8));
+    assert_caught(150, "fp8 is taken without its power of two", fp8);
+    let two_level = |run: &Run| prefill_on(true, run, &Spec { meta: Meta::U8, ..only(Q2) });
+    assert_caught(151, "the base of two-level minima is left out", two_level);
+    let saturated = |run: &Run| prefill_on(true, run, &saturated());
+    assert_caught(152, "numbers past the largest f16 become infinite", saturated);
+    let wide = |run: &Run| prefill_on(true, run, &Spec { group: 64, head_dim: 96, ..only(Q4) });
+    assert_caught(153, "every 32 channels of V have metadata of their own", wide);
 }
 
 #[test]

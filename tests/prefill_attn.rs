@@ -70,6 +70,10 @@ pub fn matches(run: &Run, spec: &Spec, call: &Call) -> Result<(), String> {
     let (mut want, mut want_lse) = (Vec::new(), Vec::new());
     let (mut rest, q) = (0, call.widen(&q));
     for (s, &n) in call.rows.iter().enumerate() {
+        if n == 0 {
+            want_lse.extend(vec![7.0; call.lse_rows * q_heads]);
+            continue;
+        }
         let size = n * q_heads * spec.head_dim;
         let (o, l) = oracle(&q[rest..rest + size], n, &cache.heads(s), 0.2, mask);
         rest += size;
@@ -185,13 +189,21 @@ fn executors_match_oracle() {
         let (spec, call) = chunk();
         check("a chunk", chunk());
         assert!(run.wgmma().is_none_or(|n| (n > 0) == hopper), "the way of sm_90a is not taken");
-        check("sliding", (spec.clone(), Call { sliding_window: 70, ..call.clone() }));
+        for sliding_window in [1, 70, 250] {
+            check("sliding", (spec.clone(), Call { sliding_window, ..call.clone() }));
+        }
         check("bf16", (spec.clone(), Call { bf16: true, rows: vec![40], ..call.clone() }));
         let alone = Spec { packed: Some(0), lens: vec![150], heads: 2, ..spec.clone() };
         check("without history", (alone, Call { lse_rows: 200, ..call.clone() }));
-        let lens = vec![1, 65, 200, 130];
+        let whole = Spec { lens: vec![64 * 5 + 128], ..spec.clone() };
+        check("whole slabs and tiles", (whole, Call { g: 1, rows: vec![128], ..call.clone() }));
+        let a_head = Spec { heads: 2, per_head: true, ..spec.clone() };
+        check("lengths a head", (a_head, Call { rows: vec![90], ..call.clone() }));
+        let holes = Spec { formats: vec![None], ..spec.clone() };
+        check("nothing but holes", (holes, Call { rows: vec![40], ..call.clone() }));
+        let lens = vec![1, 65, 90, 200, 130];
         let ragged = Spec { lens, packed: Some(1), shared_rows: true, csr: true, ..spec };
-        check("ragged", (ragged, Call { g: 2, rows: vec![1, 3, 100, 66], ..call }));
+        check("ragged", (ragged, Call { g: 2, rows: vec![1, 3, 0, 100, 66], ..call }));
     }
 }
 
@@ -258,4 +270,5 @@ fn faults_of_warpgroups_are_caught() {
     assert_caught(147, "P's rows r and r + 8 are swapped", short);
     assert_caught(148, "a raw slab is overwritten while warps still read it", on_hopper);
     assert_caught(149, "a stage is never handed back", on_hopper);
+    assert_caught(123, "log-sum-exps are a row late", on_hopper);
 }
