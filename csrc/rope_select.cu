@@ -88,7 +88,6 @@ kvw_status kvw_rope_select_check(const kvw_rope_select_params* p) {
     KVW_REQUIRE(p->x_stride >= row, SHAPE, x_stride);
     KVW_REQUIRE(p->out_stride >= row, SHAPE, out_stride);
     KVW_REQUIRE(p->x != p->out || p->x_stride == p->out_stride, SHAPE, out_stride);
-    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
 

@@ -18,7 +18,7 @@ typedef struct kvw_rope_select_params {
     int32_t tokens;           /* T */
     int32_t heads;
     int32_t head_dim;         /* D, even, at most 256 */
-    int32_t reserved;         /* 0 */
+    int32_t hadamard;         /* 1: then times the orthonormal Hadamard matrix of D, 64, 96, 128 or 256; or 0 */
 } kvw_rope_select_params;
 
 kvw_status kvw_rope_select_check(const kvw_rope_select_params *p);

@@ -216,6 +216,8 @@ pub struct kvw_kv_pack_params {
     pub cu_tokens: *const i32,
     #[doc = " [S, lens_heads] first slab to pack (FLUSH)"]
     pub first: *const i32,
+    #[doc = " [H, D, D] f16: weights of K's rounding errors, row j of channels < j; null: none"]
+    pub feedback: *const ::core::ffi::c_void,
     #[doc = " elements between tokens of k, H * D when dense"]
     pub k_stride: i64,
     #[doc = " elements between tokens of v"]
@@ -228,12 +230,14 @@ pub struct kvw_kv_pack_params {
     pub pairing: i32,
     #[doc = " 1 (APPEND, FLUSH): KIVI's own boundaries, window % group == 0; see kv_pack.cu"]
     pub kivi_exact: i32,
+    #[doc = " share of a group's range that 2-bit codes span, in (0, 1]; 0: all of it"]
+    pub range: f32,
     #[doc = " of k, v: KVW_F16 or KVW_BF16; beyond f16's range they become +-65504"]
     pub dtype: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_kv_pack_params"][::core::mem::size_of::<kvw_kv_pack_params>() - 216usize];
+    ["Size of kvw_kv_pack_params"][::core::mem::size_of::<kvw_kv_pack_params>() - 224usize];
     ["Alignment of kvw_kv_pack_params"][::core::mem::align_of::<kvw_kv_pack_params>() - 8usize];
     ["Offset of field: kvw_kv_pack_params::struct_size"]
         [::core::mem::offset_of!(kvw_kv_pack_params, struct_size) - 0usize];
@@ -253,20 +257,24 @@ const _: () = {
         [::core::mem::offset_of!(kvw_kv_pack_params, cu_tokens) - 160usize];
     ["Offset of field: kvw_kv_pack_params::first"]
         [::core::mem::offset_of!(kvw_kv_pack_params, first) - 168usize];
+    ["Offset of field: kvw_kv_pack_params::feedback"]
+        [::core::mem::offset_of!(kvw_kv_pack_params, feedback) - 176usize];
     ["Offset of field: kvw_kv_pack_params::k_stride"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, k_stride) - 176usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, k_stride) - 184usize];
     ["Offset of field: kvw_kv_pack_params::v_stride"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, v_stride) - 184usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, v_stride) - 192usize];
     ["Offset of field: kvw_kv_pack_params::tokens"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, tokens) - 192usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, tokens) - 200usize];
     ["Offset of field: kvw_kv_pack_params::max_tokens"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, max_tokens) - 196usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, max_tokens) - 204usize];
     ["Offset of field: kvw_kv_pack_params::pairing"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, pairing) - 200usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, pairing) - 208usize];
     ["Offset of field: kvw_kv_pack_params::kivi_exact"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, kivi_exact) - 204usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, kivi_exact) - 212usize];
+    ["Offset of field: kvw_kv_pack_params::range"]
+        [::core::mem::offset_of!(kvw_kv_pack_params, range) - 216usize];
     ["Offset of field: kvw_kv_pack_params::dtype"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, dtype) - 208usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, dtype) - 220usize];
 };
 impl Default for kvw_kv_pack_params {
     fn default() -> Self {
@@ -649,8 +657,8 @@ pub struct kvw_rope_select_params {
     pub heads: i32,
     #[doc = " D, even, at most 256"]
     pub head_dim: i32,
-    #[doc = " 0"]
-    pub reserved: i32,
+    #[doc = " 1: then times the orthonormal Hadamard matrix of D, 64, 96, 128 or 256; or 0"]
+    pub hadamard: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -679,8 +687,8 @@ const _: () = {
         [::core::mem::offset_of!(kvw_rope_select_params, heads) - 60usize];
     ["Offset of field: kvw_rope_select_params::head_dim"]
         [::core::mem::offset_of!(kvw_rope_select_params, head_dim) - 64usize];
-    ["Offset of field: kvw_rope_select_params::reserved"]
-        [::core::mem::offset_of!(kvw_rope_select_params, reserved) - 68usize];
+    ["Offset of field: kvw_rope_select_params::hadamard"]
+        [::core::mem::offset_of!(kvw_rope_select_params, hadamard) - 68usize];
 };
 impl Default for kvw_rope_select_params {
     fn default() -> Self {

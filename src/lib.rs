@@ -14,6 +14,7 @@ mod exp;
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks)]
 #[rustfmt::skip]
 pub mod ffi;
+pub mod hadamard;
 pub mod kv_pack;
 mod lanes;
 #[cfg(kvw_cuda)]

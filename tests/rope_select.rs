@@ -86,7 +86,7 @@ fn c_checks_need_no_gpu() {
         tokens: 5,
         heads: 3,
         head_dim: 64,
-        reserved: 0,
+        hadamard: 0,
     };
     op!(kvw_rope_select).refuses(
         valid,
@@ -105,7 +105,6 @@ fn c_checks_need_no_gpu() {
             ("heads", |p| p.heads = 0, ffi::KVW_ERR_SHAPE),
             ("head_dim odd", |p| p.head_dim = 63, ffi::KVW_ERR_SHAPE),
             ("head_dim beyond 256", |p| p.head_dim = 258, ffi::KVW_ERR_SHAPE),
-            ("reserved", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
         ],
     );
     assert_eq!(op!(kvw_rope_select).bytes(&valid), 5 * (3 * 64 * 4 + 4) + 128);
@@ -139,7 +138,7 @@ fn case(run: &Run, pairing: Pairing, heads: usize, d: usize, gap: usize) -> Resu
         tokens: positions.len() as i32,
         heads: heads as i32,
         head_dim: d as i32,
-        reserved: 0,
+        hadamard: 0,
     };
     run.call(&op!(kvw_rope_select), &params)?;
     // Rounding to f16: 2^-11 of the value; the products' own rounding where they cancel.

@@ -13,11 +13,11 @@
 // clang-format off
 #define KVW_FIELDS(X)                                                                                        \
     X(params) X(struct_size)                                                                                \
-    X(accumulate) X(bias) X(cols) X(ctas) X(cu_tokens) X(dtype) X(eps) X(first) X(gate) X(group)            \
-    X(head_dim) X(heads) X(ids) X(in_stride) X(indptr) X(inv_freq) X(k) X(k_norm) X(k_norm_stride)          \
+    X(accumulate) X(bias) X(cols) X(ctas) X(cu_tokens) X(dtype) X(eps) X(feedback) X(first) X(gate)         \
+    X(group) X(hadamard) X(head_dim) X(heads) X(ids) X(in_stride) X(indptr) X(inv_freq) X(k) X(k_norm) X(k_norm_stride)          \
     X(k_stride) X(kivi_exact) X(kv_heads) X(least) X(lens) X(lens_heads) X(logits) X(lse) X(lse_rows)       \
     X(max_slabs) X(max_tokens) X(meta) X(min_p) X(op) X(out) X(out_stride) X(packed) X(pairing) X(pools)    \
-    X(positions) X(q) X(q_heads) X(q_len) X(reserved) X(ring) X(ring_slabs) X(rotation) X(rows) X(scale)    \
+    X(positions) X(q) X(q_heads) X(q_len) X(range) X(reserved) X(ring) X(ring_slabs) X(rotation) X(rows) X(scale)    \
     X(seeds) X(seqs) X(sinks) X(sliding_window) X(softcap) X(steps) X(table) X(table_heads)       \
     X(table_stride) X(temperature) X(tokens) X(top_k) X(top_p) X(up) X(v) X(v_stride) X(vocab) X(weight)    \
     X(width) X(window) X(workspace) X(workspace_bytes) X(x) X(x_stride) X(y) X(y_dtype)

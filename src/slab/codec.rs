@@ -1,42 +1,81 @@
 //! The codec: what the bytes of a slab mean. Scalar and exact; the fast paths are tested against it.
 
 use super::fp8::{fp8, fp8_value};
-use super::steps::{self, Steps, extremes};
+use super::steps::{self, Steps, finite};
 use super::{Format, Layout, Meta, TOKENS};
 use half::f16;
+
+/// How the codes of a slab are chosen. The default is KIVI's: a group spans all of its range, each element for itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Rounding<'a> {
+    /// Share of a group's range that 2-bit codes span, in (0, 1]: what lies beyond its ends is clipped, and steps are
+    /// finer. More bits span all of it.
+    pub range: f32,
+    /// `[D, D]` by rows, of which row `j` holds how much of the errors of channels `i < j` of K channel `j` makes up
+    /// for ([`super::feedback`]); quantised K only.
+    pub feedback: Option<&'a [f16]>,
+}
+
+impl Default for Rounding<'_> {
+    fn default() -> Self {
+        Self { range: 1.0, feedback: None }
+    }
+}
+
+impl Rounding<'_> {
+    /// What the codes of a group of these extremes span.
+    fn span(&self, (min, max): (f32, f32), max_code: u32) -> (f32, f32) {
+        if self.range == 1.0 || max_code > 3 {
+            return (min, max);
+        }
+        let (middle, reach) = (0.5 * (min + max), 0.5 * self.range);
+        ((min - max).mul_add(reach, middle), (max - min).mul_add(reach, middle))
+    }
+}
 
 /// Quantise one group of at most `max_code + 1` levels: `(scale, min)` and a code for each element.
 ///
 /// All arithmetic is f32 and rounds to nearest even once a step, so that every side gives the same bits.
 /// NaN elements are ignored by the minimum and maximum and get code 0.
 pub fn quantise(group: &[f16], max_code: u32, codes: &mut [u8]) -> (f16, f16) {
-    let (mut min, mut max) = (f32::INFINITY, f32::NEG_INFINITY);
-    for x in group {
-        min = min.min(x.to_f32());
-        max = max.max(x.to_f32());
-    }
-    // Adding 0 turns -0 into 0: whichever zero a minimum returns, the bits are the same.
-    let scale = f16::from_f32((max - min) / max_code as f32 + 0.0);
-    let s = scale.to_f32();
-    fill_codes(group, s, min, max_code, codes);
-    (scale, f16::from_f32(min + 0.0))
+    let group: Vec<f32> = group.iter().map(|x| x.to_f32()).collect();
+    let (scale, min) = scale_of(bounds(&group), max_code);
+    fill_codes(&group, scale.to_f32(), min.to_f32(), max_code, codes);
+    (scale, min)
 }
 
-fn fill_codes(group: &[f16], scale: f32, min: f32, max_code: u32, codes: &mut [u8]) {
+/// Smallest and largest; infinities the wrong way round where all is NaN.
+fn bounds(group: &[f32]) -> (f32, f32) {
+    let of = |(min, max): (f32, f32), x: &f32| (min.min(*x), max.max(*x));
+    group.iter().fold((f32::INFINITY, f32::NEG_INFINITY), of)
+}
+
+/// Scale and minimum of codes that span `min` to `max`.
+fn scale_of((min, max): (f32, f32), max_code: u32) -> (f16, f16) {
+    // Adding 0 turns -0 into 0: whichever zero a minimum returns, the bits are the same.
+    (f16::from_f32((max - min) / max_code as f32 + 0.0), f16::from_f32(min + 0.0))
+}
+
+fn fill_codes(group: &[f32], scale: f32, min: f32, max_code: u32, codes: &mut [u8]) {
     for (code, x) in codes.iter_mut().zip(group) {
-        let q = if scale > 0.0 { ((x.to_f32() - min) / scale).round_ties_even() } else { 0.0 };
+        let q = if scale > 0.0 { ((x - min) / scale).round_ties_even() } else { 0.0 };
         *code = q.max(0.0).min(max_code as f32) as u8;
     }
 }
 
 /// Write 64 tokens, `k` and `v` each `[64, D]`, as a slab of `out.len() == layout.slab_bytes()` bytes.
 pub fn encode(layout: &Layout, k: &[f16], v: &[f16], out: &mut [u8]) {
+    encode_rounded(layout, &Rounding::default(), k, v, out);
+}
+
+/// [`encode`] with codes chosen otherwise.
+pub fn encode_rounded(layout: &Layout, rounding: &Rounding, k: &[f16], v: &[f16], out: &mut [u8]) {
     out.fill(0);
     match layout.format {
         Format::F16 | Format::Fp8 => encode_elements(layout, k, v, out),
         Format::Q8 | Format::Q4 | Format::Q2 => {
-            encode_k(layout, k, out);
-            encode_v(layout, v, out);
+            encode_k(layout, rounding, k, out);
+            encode_v(layout, rounding, v, out);
         }
     }
 }
@@ -60,64 +99,104 @@ fn encode_elements(layout: &Layout, k: &[f16], v: &[f16], out: &mut [u8]) {
 /// Writes codes, scales and minima of groups; `steps` where metadata is two-level.
 struct Coder<'a> {
     layout: &'a Layout,
+    rounding: &'a Rounding<'a>,
     steps: Option<Steps>,
 }
 
 impl<'a> Coder<'a> {
-    /// For K (0) or V (1) whose groups have these extremes.
-    fn new(layout: &'a Layout, which: usize, groups: &[(f32, f32)], out: &mut [u8]) -> Self {
-        let steps = (layout.meta == Meta::U8).then(|| Steps::over(groups, max_code(layout)));
+    /// For K (0) or V (1) whose groups, as they come, are these.
+    fn new(
+        layout: &'a Layout,
+        rounding: &'a Rounding<'a>,
+        which: usize,
+        groups: impl Iterator<Item = Vec<f32>>,
+        out: &mut [u8],
+    ) -> Self {
+        let steps = (layout.meta == Meta::U8).then(|| {
+            let extremes: Vec<_> = groups.map(|group| finite(bounds(&group))).collect();
+            Steps::over(&extremes, max_code(layout))
+        });
         if let Some(steps) = steps {
             let half = steps::BYTES / 2;
             out[layout.steps() + which * half..][..half].copy_from_slice(&steps.to_bytes());
         }
-        Self { layout, steps }
+        Self { layout, rounding, steps }
     }
 
-    /// Codes of a group; scale and minimum go to byte `scale` and `minima` later.
-    fn code(&self, group: &[f16], codes: &mut [u8], scale: usize, minima: usize, out: &mut [u8]) {
+    /// Codes of a group, whose scale and minimum, which are returned, go to byte `scale` and `minima` later.
+    fn code(
+        &self,
+        group: &[f32],
+        codes: &mut [u8],
+        scale: usize,
+        minima: usize,
+        out: &mut [u8],
+    ) -> (f32, f32) {
         let max_code = max_code(self.layout);
-        let Some(steps) = &self.steps else {
-            let (s, min) = quantise(group, max_code, codes);
+        let (s, min) = if let Some(steps) = &self.steps {
+            let span = self.rounding.span(finite(bounds(group)), max_code);
+            let bytes = steps.bytes(span, max_code);
+            (out[scale], out[scale + minima]) = bytes;
+            (steps.scale(bytes.0), steps.minimum(bytes.1))
+        } else {
+            let (s, min) = scale_of(self.rounding.span(bounds(group), max_code), max_code);
             put16(out, scale, s);
-            return put16(out, scale + minima, min);
+            put16(out, scale + minima, min);
+            (s.to_f32(), min.to_f32())
         };
-        let bytes = steps.bytes(extremes(group), max_code);
-        (out[scale], out[scale + minima]) = bytes;
-        let (s, min) = (steps.scale(bytes.0), steps.minimum(bytes.1));
         fill_codes(group, s, min, max_code, codes);
+        (s, min)
     }
 }
 
-fn encode_k(layout: &Layout, k: &[f16], out: &mut [u8]) {
+fn encode_k(layout: &Layout, rounding: &Rounding, k: &[f16], out: &mut [u8]) {
     let (d, g) = (layout.head_dim, layout.k_group);
-    let group = |i: usize| -> Vec<f16> {
+    let group = |i: usize| -> Vec<f32> {
         let (first, channel) = (i / d * g, i % d);
-        (first..first + g).map(|token| k[token * d + channel]).collect()
+        (first..first + g).map(|token| k[token * d + channel].to_f32()).collect()
     };
-    let groups: Vec<_> = (0..TOKENS / g * d).map(|i| extremes(&group(i))).collect();
-    let coder = Coder::new(layout, 0, &groups, out);
+    let groups = TOKENS / g * d;
+    let coder = Coder::new(layout, rounding, 0, (0..groups).map(group), out);
     let mut codes = vec![0u8; g];
-    for i in 0..groups.len() {
+    let mut errors = vec![0.0; d * g]; // of the channels before this one, in its tokens
+    for i in 0..groups {
         let (first, channel) = (i / d * g, i % d);
+        let raw = group(i);
+        let wanted = match rounding.feedback {
+            Some(rows) => made_up(&raw, &rows[channel * d..][..channel], &errors),
+            None => raw.clone(),
+        };
         let scale = layout.k_scale_at(first, channel);
-        coder.code(&group(i), &mut codes, scale, layout.k_minima(), out);
-        for (i, &code) in codes.iter().enumerate() {
-            put_code(out, layout.k_at(first + i, channel), code);
+        let (s, min) = coder.code(&wanted, &mut codes, scale, layout.k_minima(), out);
+        for (t, &code) in codes.iter().enumerate() {
+            put_code(out, layout.k_at(first + t, channel), code);
+            let error = raw[t] - f32::from(code).mul_add(s, min);
+            errors[channel * g + t] = if error.is_nan() { 0.0 } else { error };
         }
     }
 }
 
-fn encode_v(layout: &Layout, v: &[f16], out: &mut [u8]) {
+/// A channel of `group` plus its share of the errors of those before it, `[weights.len(), group.len()]`.
+fn made_up(group: &[f32], weights: &[f16], errors: &[f32]) -> Vec<f32> {
+    let mut wanted = group.to_vec();
+    for (weight, errors) in weights.iter().zip(errors.chunks_exact(group.len())) {
+        let weight = weight.to_f32();
+        wanted.iter_mut().zip(errors).for_each(|(x, e)| *x = weight.mul_add(*e, *x));
+    }
+    wanted
+}
+
+fn encode_v(layout: &Layout, rounding: &Rounding, v: &[f16], out: &mut [u8]) {
     let rows = || v.chunks_exact(layout.head_dim);
-    let groups: Vec<_> = rows().flat_map(|row| row.chunks(layout.v_group)).map(extremes).collect();
-    let coder = Coder::new(layout, 1, &groups, out);
+    let wide = |group: &[f16]| group.iter().map(|x| x.to_f32()).collect();
+    let groups = rows().flat_map(|row| row.chunks(layout.v_group)).map(wide);
+    let coder = Coder::new(layout, rounding, 1, groups, out);
     let mut codes = vec![0u8; layout.v_group];
     for (token, row) in rows().enumerate() {
         for (g, group) in row.chunks(layout.v_group).enumerate() {
-            let first = g * layout.v_group;
+            let (first, group): (_, Vec<f32>) = (g * layout.v_group, wide(group));
             let scale = layout.v_scale_at(token, first);
-            coder.code(group, &mut codes, scale, layout.v_meta_bytes() / 2, out);
+            coder.code(&group, &mut codes, scale, layout.v_meta_bytes() / 2, out);
             for (i, &code) in codes[..group.len()].iter().enumerate() {
                 let (byte, shift) = layout.v_at(token, first + i);
                 put_code(out, (layout.v_codes() + byte, shift), code);

@@ -24,13 +24,16 @@
 //!
 //! Quantiser (KIVI, arXiv:2402.02750): `min` over the group, `scale = f16((max - min) / (2^bits - 1))`,
 //! `code = round_half_even((x - min) / scale)` clamped, `x' = code * scale + min`. A group whose scale is 0 has
-//! code 0. K groups run over tokens of a channel, V groups over channels of a token.
+//! code 0. K groups run over tokens of a channel, V groups over channels of a token. [`Rounding`] chooses codes for
+//! less error where it counts; what a slab's bytes mean does not depend on it.
 
 mod codec;
+mod feedback;
 mod fp8;
 mod steps;
 
-pub use codec::{decode, encode, k_value, quantise, v_value};
+pub use codec::{Rounding, decode, encode, encode_rounded, k_value, quantise, v_value};
+pub use feedback::feedback;
 pub use fp8::{fp8, fp8_value};
 pub use steps::Steps;
 

@@ -8,18 +8,12 @@
 //! rule does with them.
 
 use super::Layout;
-use half::f16;
 
 /// Bytes of the steps of K and V.
 pub(super) const BYTES: usize = 32;
 
-/// Smallest and largest of a group as the steps are chosen for: zeros where all is NaN.
-pub(super) fn extremes(group: &[f16]) -> (f32, f32) {
-    let (mut min, mut max) = (f32::INFINITY, f32::NEG_INFINITY);
-    for x in group {
-        min = min.min(x.to_f32());
-        max = max.max(x.to_f32());
-    }
+/// Extremes of a group as the steps are chosen for: zeros where all is NaN.
+pub(super) fn finite((min, max): (f32, f32)) -> (f32, f32) {
     let finite = |x: f32| x.clamp(-65504.0, 65504.0);
     if min <= max { (finite(min), finite(max)) } else { (0.0, 0.0) }
 }
@@ -64,15 +58,19 @@ impl Steps {
 
     /// From a group's rounded minimum to its maximum, exact.
     fn span(&self, (min, max): (f32, f32)) -> f64 {
-        f64::from(max) - f64::from(in_steps(min, self.minimum) * self.minimum)
+        f64::from(max) - f64::from(self.minimum(self.minimum_byte(min)))
     }
 
-    /// Bytes of a group's scale and minimum.
+    /// The minimum of a group, on the grid.
+    fn minimum_byte(&self, min: f32) -> u8 {
+        ((in_steps(min, self.minimum) * self.minimum - self.base) / self.minimum) as u8
+    }
+
+    /// Bytes of a group's scale and minimum; the ends of the grid and of bytes for a group that goes beyond.
     pub(super) fn bytes(&self, group: (f32, f32), max_code: u32) -> (u8, u8) {
         let scale =
             (self.span(group).max(0.0) / (f64::from(max_code) * f64::from(self.scale))).ceil();
-        let minimum = (in_steps(group.0, self.minimum) * self.minimum - self.base) / self.minimum;
-        (scale as u8, minimum as u8)
+        (scale as u8, self.minimum_byte(group.0))
     }
 
     /// The scale of a byte, an f16 number.
