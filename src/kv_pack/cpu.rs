@@ -1,9 +1,10 @@
 //! Tokens into ring slabs, ring slabs into packed ones, on the host.
 
 use super::quantise::Pack;
+use super::rounded::PackRounded;
 use crate::lanes;
 use crate::simd::Level;
-use crate::slab::{Format, Layout, Meta, TOKENS, encode};
+use crate::slab::{Format, Layout, Meta, Rounding, TOKENS, encode};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -62,21 +63,30 @@ pub fn fill(
 ///
 /// [`encode`]: crate::slab::encode
 pub fn pack(from_f16: &[u8], to: &mut [u8], layout: &Layout) {
-    pack_at(Level::detect(), from_f16, to, layout);
+    pack_at(Level::detect(), from_f16, to, layout, &Rounding::default());
 }
 
-/// [`pack`] with the instructions of `level`, or of the best one below it that this CPU has.
-pub fn pack_at(level: Level, from_f16: &[u8], to: &mut [u8], layout: &Layout) {
+/// [`pack`] with codes chosen as [`encode_rounded`] chooses them.
+///
+/// [`encode_rounded`]: crate::slab::encode_rounded
+pub fn pack_rounded(from_f16: &[u8], to: &mut [u8], layout: &Layout, rounding: &Rounding) {
+    pack_at(Level::detect(), from_f16, to, layout, rounding);
+}
+
+/// [`pack_rounded`] with the instructions of `level`, or of the best one below it that this CPU has.
+pub fn pack_at(level: Level, from_f16: &[u8], to: &mut [u8], layout: &Layout, rounding: &Rounding) {
+    let plain = rounding.range == 1.0 && rounding.feedback.is_none();
     match (layout.format, layout.meta) {
         (Format::F16, _) => to.copy_from_slice(&from_f16[..to.len()]),
-        (Format::Fp8, _) | (_, Meta::U8) => pack_exactly(from_f16, to, layout),
-        _ => lanes::dispatch(level, Pack { from: from_f16, to, layout }),
+        (Format::Fp8, _) => pack_elements(from_f16, to, layout),
+        (_, Meta::F16) if plain => lanes::dispatch(level, Pack { from: from_f16, to, layout }),
+        _ => lanes::dispatch(level, PackRounded { from: from_f16, to, layout, rounding }),
     }
 }
 
-/// [`pack`] by the codec itself.
-fn pack_exactly(from_f16: &[u8], to: &mut [u8], layout: &Layout) {
-    let (d, from) = (layout.head_dim, Layout { format: Format::F16, meta: Meta::F16, ..*layout });
+/// [`pack`] of fp8, by the codec itself.
+fn pack_elements(from_f16: &[u8], to: &mut [u8], layout: &Layout) {
+    let (d, from) = (layout.head_dim, Layout { format: Format::F16, ..*layout });
     let (mut k, mut v) = (vec![f16::ZERO; TOKENS * d], vec![f16::ZERO; TOKENS * d]);
     for (i, (k, v)) in k.iter_mut().zip(&mut v).enumerate() {
         *k = get(from_f16, from.k_at(i / d, i % d).0);

@@ -10,8 +10,9 @@
 mod cpu;
 mod kivi;
 mod quantise;
+mod rounded;
 
-pub use cpu::{Rows, append, fill, pack, pack_at, step};
+pub use cpu::{Rows, append, fill, pack, pack_at, pack_rounded, step};
 pub use kivi::{advance, boundaries};
 
 #[cfg(kvw_cuda)]

@@ -211,6 +211,10 @@ impl Lanes for Portable {
         lanes!(i => a[i] * b[i] + c[i])
     }
     #[inline(always)]
+    fn fused(self, a: F, b: F, c: F) -> F {
+        lanes!(i => a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
     fn max(self, a: F, b: F) -> F {
         lanes!(i => if a[i] > b[i] { a[i] } else { b[i] })
     }

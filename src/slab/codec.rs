@@ -96,26 +96,24 @@ fn encode_elements(layout: &Layout, k: &[f16], v: &[f16], out: &mut [u8]) {
     }
 }
 
-/// Writes codes, scales and minima of groups; `steps` where metadata is two-level.
-struct Coder<'a> {
+/// Writes scales and minima of groups; `steps` where metadata is two-level.
+pub(crate) struct Coder<'a> {
     layout: &'a Layout,
     rounding: &'a Rounding<'a>,
     steps: Option<Steps>,
 }
 
 impl<'a> Coder<'a> {
-    /// For K (0) or V (1) whose groups, as they come, are these.
-    fn new(
+    /// For K (0) or V (1) whose groups, as they come, have these [`bounds`].
+    pub(crate) fn new(
         layout: &'a Layout,
         rounding: &'a Rounding<'a>,
         which: usize,
-        groups: impl Iterator<Item = Vec<f32>>,
+        groups: impl Iterator<Item = (f32, f32)>,
         out: &mut [u8],
     ) -> Self {
-        let steps = (layout.meta == Meta::U8).then(|| {
-            let extremes: Vec<_> = groups.map(|group| finite(bounds(&group))).collect();
-            Steps::over(&extremes, max_code(layout))
-        });
+        let steps = (layout.meta == Meta::U8)
+            .then(|| Steps::over(&groups.map(finite).collect::<Vec<_>>(), max_code(layout)));
         if let Some(steps) = steps {
             let half = steps::BYTES / 2;
             out[layout.steps() + which * half..][..half].copy_from_slice(&steps.to_bytes());
@@ -123,29 +121,23 @@ impl<'a> Coder<'a> {
         Self { layout, rounding, steps }
     }
 
-    /// Codes of a group, whose scale and minimum, which are returned, go to byte `scale` and `minima` later.
-    fn code(
+    /// Scale and minimum of a group of these bounds, which go to byte `scale` and `minima` later.
+    pub(crate) fn put(
         &self,
-        group: &[f32],
-        codes: &mut [u8],
-        scale: usize,
-        minima: usize,
+        bounds: (f32, f32),
+        (scale, minima): (usize, usize),
         out: &mut [u8],
     ) -> (f32, f32) {
         let max_code = max_code(self.layout);
-        let (s, min) = if let Some(steps) = &self.steps {
-            let span = self.rounding.span(finite(bounds(group)), max_code);
-            let bytes = steps.bytes(span, max_code);
+        if let Some(steps) = &self.steps {
+            let bytes = steps.bytes(self.rounding.span(finite(bounds), max_code), max_code);
             (out[scale], out[scale + minima]) = bytes;
-            (steps.scale(bytes.0), steps.minimum(bytes.1))
-        } else {
-            let (s, min) = scale_of(self.rounding.span(bounds(group), max_code), max_code);
-            put16(out, scale, s);
-            put16(out, scale + minima, min);
-            (s.to_f32(), min.to_f32())
-        };
-        fill_codes(group, s, min, max_code, codes);
-        (s, min)
+            return (steps.scale(bytes.0), steps.minimum(bytes.1));
+        }
+        let (s, min) = scale_of(self.rounding.span(bounds, max_code), max_code);
+        put16(out, scale, s);
+        put16(out, scale + minima, min);
+        (s.to_f32(), min.to_f32())
     }
 }
 
@@ -155,19 +147,20 @@ fn encode_k(layout: &Layout, rounding: &Rounding, k: &[f16], out: &mut [u8]) {
         let (first, channel) = (i / d * g, i % d);
         (first..first + g).map(|token| k[token * d + channel].to_f32()).collect()
     };
-    let groups = TOKENS / g * d;
-    let coder = Coder::new(layout, rounding, 0, (0..groups).map(group), out);
+    let groups = 0..TOKENS / g * d;
+    let coder = Coder::new(layout, rounding, 0, groups.clone().map(|i| bounds(&group(i))), out);
     let mut codes = vec![0u8; g];
     let mut errors = vec![0.0; d * g]; // of the channels before this one, in its tokens
-    for i in 0..groups {
+    for i in groups {
         let (first, channel) = (i / d * g, i % d);
         let raw = group(i);
         let wanted = match rounding.feedback {
             Some(rows) => made_up(&raw, &rows[channel * d..][..channel], &errors),
             None => raw.clone(),
         };
-        let scale = layout.k_scale_at(first, channel);
-        let (s, min) = coder.code(&wanted, &mut codes, scale, layout.k_minima(), out);
+        let at = (layout.k_scale_at(first, channel), layout.k_minima());
+        let (s, min) = coder.put(bounds(&wanted), at, out);
+        fill_codes(&wanted, s, min, max_code(layout), &mut codes);
         for (t, &code) in codes.iter().enumerate() {
             put_code(out, layout.k_at(first + t, channel), code);
             let error = raw[t] - f32::from(code).mul_add(s, min);
@@ -188,15 +181,16 @@ fn made_up(group: &[f32], weights: &[f16], errors: &[f32]) -> Vec<f32> {
 
 fn encode_v(layout: &Layout, rounding: &Rounding, v: &[f16], out: &mut [u8]) {
     let rows = || v.chunks_exact(layout.head_dim);
-    let wide = |group: &[f16]| group.iter().map(|x| x.to_f32()).collect();
-    let groups = rows().flat_map(|row| row.chunks(layout.v_group)).map(wide);
-    let coder = Coder::new(layout, rounding, 1, groups, out);
+    let wide = |group: &[f16]| -> Vec<f32> { group.iter().map(|x| x.to_f32()).collect() };
+    let groups = rows().flat_map(|row| row.chunks(layout.v_group));
+    let coder = Coder::new(layout, rounding, 1, groups.map(|group| bounds(&wide(group))), out);
     let mut codes = vec![0u8; layout.v_group];
     for (token, row) in rows().enumerate() {
         for (g, group) in row.chunks(layout.v_group).enumerate() {
-            let (first, group): (_, Vec<f32>) = (g * layout.v_group, wide(group));
-            let scale = layout.v_scale_at(token, first);
-            coder.code(&group, &mut codes, scale, layout.v_meta_bytes() / 2, out);
+            let (first, group) = (g * layout.v_group, wide(group));
+            let at = (layout.v_scale_at(token, first), layout.v_meta_bytes() / 2);
+            let (s, min) = coder.put(bounds(&group), at, out);
+            fill_codes(&group, s, min, max_code(layout), &mut codes);
             for (i, &code) in codes[..group.len()].iter().enumerate() {
                 let (byte, shift) = layout.v_at(token, first + i);
                 put_code(out, (layout.v_codes() + byte, shift), code);
@@ -251,7 +245,7 @@ fn value(
     }
 }
 
-const fn max_code(layout: &Layout) -> u32 {
+pub(crate) const fn max_code(layout: &Layout) -> u32 {
     (1 << layout.format.bits()) - 1
 }
 
