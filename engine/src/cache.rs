@@ -13,6 +13,9 @@ mod head;
 mod kivi;
 mod stats;
 
+use std::sync::Arc;
+
+use half::f16;
 use kvwarp::kv_pack::{self, Rows};
 use kvwarp::pages::{HeadView, Pools, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
@@ -65,6 +68,8 @@ pub enum CacheError {
 pub struct Cache {
     shape: Shape,
     spec: CacheSpec,
+    /// Weights of K's rounding errors, `[layers, kv_heads, D, D]`.
+    feedback: Option<Arc<[f16]>>,
     pools: Pools,
     /// By layer, then kv head.
     heads: Vec<Head>,
@@ -85,14 +90,15 @@ impl Cache {
     pub fn new(spec: &CacheSpec, shape: Shape) -> Result<Self, CacheError> {
         let mut pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
         let heads = shape.layers * shape.kv_heads;
-        let rules = Rules::new(spec);
+        let rules = Rules::new(spec, None);
         for (format, slabs) in rules.slabs(shape.context) {
             pools.pool_mut(format).reserve(slabs * heads);
         }
         let ring = ring_slabs(spec.window) * pools.layout(Format::F16).slab_bytes();
         let mut cache = Self {
             shape,
-            spec: spec.clone(),
+            spec: *spec,
+            feedback: None,
             pools,
             heads: vec![Head::default(); heads],
             rings: AlignedBytes::zeroed(heads * ring),
@@ -102,6 +108,13 @@ impl Cache {
         };
         cache.note_peak();
         Ok(cache)
+    }
+
+    /// The same, rounding K so that what errors add to scores is small: `feedback` `[layers, kv_heads, D, D]`
+    /// ([`kvwarp::slab::feedback`]).
+    pub fn with_feedback(mut self, feedback: Arc<[f16]>) -> Self {
+        self.feedback = Some(feedback);
+        self
     }
 
     /// How this cache keeps its tokens.
@@ -142,10 +155,11 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Kernel`] when a pool is full.
     pub fn append(&mut self, layer: usize, k: &[f32], v: &[f32]) -> Result<(), CacheError> {
-        let (rules, d, ring_bytes) =
-            (Rules::new(&self.spec), self.shape.head_dim, self.ring_bytes());
+        let (d, ring_bytes) = (self.shape.head_dim, self.ring_bytes());
+        let (spec, feedback) = (self.spec, self.feedback.clone());
         let f16 = *self.pools.layout(Format::F16);
         for h in self.range(layer) {
+            let rules = Rules::new(&spec, of_head(&feedback, h, d));
             let ring = self.rings.slice_mut(h * ring_bytes, ring_bytes);
             let head = &mut self.heads[h];
             let row = h % self.shape.kv_heads * d;
@@ -191,10 +205,11 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Kernel`] when a pool is full.
     pub fn compress(&mut self, layer: usize, team: &Team) -> Result<(), CacheError> {
-        let rules = Rules::new(&self.spec);
+        let (spec, feedback) = (self.spec, self.feedback.clone());
         let (slab, ring_bytes, staged) =
             (self.slab_bytes(), self.ring_bytes(), self.staged_bytes());
         for (i, h) in self.range(layer).enumerate() {
+            let rules = Rules::new(&spec, of_head(&feedback, h, self.shape.head_dim));
             let from = self.staging.slice_mut(i * staged, staged);
             let head = &mut self.heads[h];
             head.after_fill(&rules, from, &mut self.pools, team)?;
@@ -253,4 +268,9 @@ impl Cache {
     fn staged_bytes(&self) -> usize {
         self.staging.len() / self.shape.kv_heads
     }
+}
+
+/// Of head `h` of all layers, `[D, D]`.
+fn of_head(feedback: &Option<Arc<[f16]>>, h: usize, d: usize) -> Option<&[f16]> {
+    feedback.as_ref().map(|rows| &rows[h * d * d..(h + 1) * d * d])
 }

@@ -3,6 +3,7 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod demo;
 mod doctor;
 mod generate;
@@ -42,6 +43,8 @@ enum Command {
     Bench(bench::Args),
     /// Measure how well a text is predicted with a given cache
     Perplexity(perplexity::Args),
+    /// Learn from a text what a model's cache can do without
+    Calibrate(calibrate::Args),
     /// Show what this machine offers, what is missing and how to get it
     Doctor(doctor::Args),
 }
@@ -85,6 +88,7 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Some(Command::Info(args)) => info::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Perplexity(args)) => perplexity::run(&args),
+        Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Doctor(args)) => doctor::run(&args),
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod cache;
+pub mod calibration;
 pub mod chat;
 pub mod cli;
 pub mod config;

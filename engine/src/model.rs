@@ -7,24 +7,28 @@
 mod error;
 mod layers;
 mod rows;
+mod step;
 mod work;
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use half::f16;
 use kvwarp::linear::{Activations, Cpu, matmul};
 use kvwarp::paged_attn::Mask;
 use kvwarp::rope_select::{Angles, Pairing};
 use kvwarp::threads::Team;
-use kvwarp::{linear, paged_attn, prefill_attn, rms_norm, swiglu};
+use kvwarp::{linear, rms_norm};
 
 use crate::cache::{Cache, Shape};
+use crate::calibration::Calibration;
 use crate::config::{self, Config};
 use crate::source::Source;
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 pub use error::ModelError;
 use layers::Layer;
-use rows::{each_row, project, residual, row};
+use step::Piece;
 pub use work::Work;
 
 /// Rows of a prompt that pass through a layer together: enough to use each weight many times while it is in cache,
@@ -46,18 +50,8 @@ pub struct Model<'a> {
     mask: Mask,
     team: Team,
     activations: Activations,
-}
-
-/// Some rows of a prompt on their way through a layer.
-struct Piece<'a> {
-    /// Residual stream, `[rows, width]`.
-    x: &'a mut [f32],
-    angles: &'a Angles,
-    /// First row in `angles`.
-    first: usize,
-    rows: usize,
-    /// The layer's ring is staged for many tokens.
-    staged: bool,
+    /// Weights of K's rounding errors ([`Calibration::feedback`]).
+    feedback: Option<Arc<[f16]>>,
 }
 
 impl<'a> Model<'a> {
@@ -91,7 +85,19 @@ impl<'a> Model<'a> {
             mask: Mask { sliding_window: config.sliding_window },
             team: Team::new(threads),
             activations,
+            feedback: None,
         })
+    }
+
+    /// The same, rounding keys that are kept turned by Hadamard matrices as `calibration` says.
+    pub fn with_calibration(mut self, calibration: &Calibration) -> Self {
+        self.feedback = Some(calibration.feedback(&self.team).into());
+        self
+    }
+
+    /// Whether it has a calibration.
+    pub fn is_calibrated(&self) -> bool {
+        self.feedback.is_some()
     }
 
     /// Shape and constants.
@@ -118,7 +124,11 @@ impl<'a> Model<'a> {
         if context > limit {
             return Err(ModelError::Context { asked: context, limit });
         }
-        Ok(Cache::new(spec, Shape { layers, kv_heads, head_dim, context })?)
+        let cache = Cache::new(spec, Shape { layers, kv_heads, head_dim, context })?;
+        Ok(match &self.feedback {
+            Some(feedback) if spec.hadamard => cache.with_feedback(feedback.clone()),
+            _ => cache,
+        })
     }
 
     /// Reads `tokens` after what `cache` holds; the logits of the last are then in `work`.
@@ -196,44 +206,6 @@ impl<'a> Model<'a> {
             self.layer(index, layer, piece, cache, work)?;
         }
         self.logits(&x, work)
-    }
-
-    /// One layer, in the order of the math.
-    fn layer(
-        &self,
-        index: usize,
-        layer: &Layer<'_>,
-        piece: Piece<'_>,
-        cache: &mut Cache,
-        work: &mut Work,
-    ) -> Result<(), ModelError> {
-        let Piece { x, angles, first, rows, staged } = piece;
-        let (cpu, eps) = (self.cpu(), self.config.rms_eps);
-        work.resize(self.config, rows);
-        let Work { h, q, k, v, mix, gate, up, add, .. } = work;
-
-        let team = &self.team;
-        each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), &layer.attn_norm, eps, h))?;
-        project(&cpu, [&layer.q, &layer.k, &layer.v], h, rows, [q, k, v])?;
-        each_row(team, q, rows, |i, q| angles.rotate(first + i, q, self.pairing))?;
-        each_row(team, k, rows, |i, k| angles.rotate(first + i, k, self.pairing))?;
-        if staged {
-            cache.fill(index, k, v, rows);
-            let views = cache.staged_views(index);
-            prefill_attn::cpu(team, q, rows, &views, 0.0, self.mask, mix, None, &mut work.prefill)?;
-        } else {
-            cache.append(index, k, v)?;
-            paged_attn::cpu(team, q, &cache.views(index), 0.0, self.mask, mix, &mut work.decode)?;
-        }
-        matmul(&cpu, &layer.o.weights, mix, rows, add)?;
-        residual(x, add);
-
-        each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), &layer.ffn_norm, eps, h))?;
-        project(&cpu, [&layer.gate, &layer.up], h, rows, [gate, up])?;
-        each_row(team, gate, rows, |i, gate| swiglu::cpu(gate, row(up, i, rows)))?;
-        matmul(&cpu, &layer.down.weights, gate, rows, add)?;
-        residual(x, add);
-        Ok(())
     }
 
     /// Rows of the embedding, `[tokens, width]`.

@@ -5,7 +5,7 @@
 //! - *on write* (`prefix` 0): the history is quantised piece by piece, so what is computed from it is affected too;
 //! - *after a prefix*: `prefix` tokens are read exactly, then quantised, and only the tokens after them are scored.
 
-use crate::cache::CacheStats;
+use crate::cache::{Cache, CacheStats};
 use crate::model::{Model, ModelError, Work};
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
@@ -44,6 +44,62 @@ impl Scores {
     }
 }
 
+/// How far a cache's predictions are from those with an f16 cache, of the tokens scored.
+#[derive(Debug, Clone)]
+pub struct Distance {
+    /// Log-perplexity with f16.
+    pub f16: f64,
+    /// Mean Kullback-Leibler divergence from f16's prediction, in nats.
+    pub kl: f64,
+    /// Share of tokens of which both find the same one most probable.
+    pub agreement: f64,
+}
+
+/// A text being read with one cache.
+struct Reader<'a> {
+    model: &'a Model<'a>,
+    cache: Cache,
+    work: Work,
+}
+
+impl<'a> Reader<'a> {
+    fn new(model: &'a Model<'a>, spec: &CacheSpec, context: usize) -> Result<Self, ModelError> {
+        Ok(Self { model, cache: model.cache(spec, context)?, work: Work::default() })
+    }
+
+    /// Gives `take` the logits after the prefix.
+    fn prefix(
+        &mut self,
+        prefix: &[u32],
+        watch: &mut Watch<'_>,
+        take: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), ModelError> {
+        self.model.prefill(prefix, &mut self.cache, &mut self.work, watch)?;
+        take(self.work.logits());
+        Ok(())
+    }
+
+    /// Gives `take` the logits after each token.
+    fn piece(
+        &mut self,
+        piece: &[u32],
+        watch: &mut Watch<'_>,
+        take: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), ModelError> {
+        self.model.score(piece, &mut self.cache, &mut self.work, watch, take)
+    }
+}
+
+/// The parts that a text is read in: the prefix, where there is one, then pieces; and the tokens to predict.
+fn parts<'a>(tokens: &'a [u32], reading: &Reading) -> (Vec<(bool, &'a [u32])>, &'a [u32]) {
+    let (prefix, rest) = tokens.split_at(reading.prefix.min(tokens.len()));
+    let pieces = rest.chunks(reading.piece.max(1)).map(|piece| (false, piece));
+    match prefix {
+        [] => (pieces.collect(), tokens.get(1..).unwrap_or_default()),
+        _ => (std::iter::once((true, prefix)).chain(pieces).collect(), rest),
+    }
+}
+
 /// Scores `tokens`, which the cache must hold at once.
 ///
 /// # Errors
@@ -54,28 +110,81 @@ pub fn score(
     reading: &Reading,
     watch: &mut Watch<'_>,
 ) -> Result<Scores, ModelError> {
-    let mut cache = model.cache(&reading.cache, tokens.len())?;
-    let mut work = Work::default();
-    let mut nll = Vec::with_capacity(tokens.len());
-    let (prefix, rest) = tokens.split_at(reading.prefix.min(tokens.len()));
-    if let (false, Some(&target)) = (prefix.is_empty(), rest.first()) {
-        model.prefill(prefix, &mut cache, &mut work, watch)?;
-        nll.push(surprise(work.logits(), target));
+    let (parts, targets) = parts(tokens, reading);
+    let mut reader = Reader::new(model, &reading.cache, tokens.len())?;
+    let (mut nll, mut targets) = (Vec::with_capacity(tokens.len()), targets.iter());
+    let mut take = |logits: &[f32]| nll.extend(targets.next().map(|&t| surprise(logits, t)));
+    for (prefix, part) in parts {
+        match prefix {
+            true => reader.prefix(part, watch, &mut take)?,
+            false => reader.piece(part, watch, &mut take)?,
+        }
     }
-    // The token that each row predicts: the last row of all predicts none.
-    let mut targets = rest.iter().skip(1);
-    for piece in rest.chunks(reading.piece.max(1)) {
-        model.score(piece, &mut cache, &mut work, watch, &mut |logits| {
-            nll.extend(targets.next().map(|&target| surprise(logits, target)));
-        })?;
+    Ok(Scores { nll, cache: reader.cache.stats() })
+}
+
+/// [`score`], and the same text with an f16 cache beside it, piece by piece.
+///
+/// # Errors
+/// As [`score`].
+pub fn compare(
+    model: &Model<'_>,
+    tokens: &[u32],
+    reading: &Reading,
+    watch: &mut Watch<'_>,
+) -> Result<(Scores, Distance), ModelError> {
+    let (parts, targets) = parts(tokens, reading);
+    let reader = |spec| Reader::new(model, spec, tokens.len());
+    let (mut exact, mut reader) = (reader(&CacheSpec::default())?, reader(&reading.cache)?);
+    let (mut nll, mut targets) = (Vec::with_capacity(tokens.len()), targets.iter());
+    let (mut f16, mut kl, mut agree) = (0.0, 0.0, 0);
+    for (prefix, part) in parts {
+        let mut rows: Vec<f32> = Vec::new();
+        let mut keep = |logits: &[f32]| rows.extend_from_slice(logits);
+        match prefix {
+            true => exact.prefix(part, watch, &mut keep)?,
+            false => exact.piece(part, watch, &mut keep)?,
+        }
+        let mut rows = rows.chunks_exact(model.config().vocab);
+        let mut take = |logits: &[f32]| {
+            let (Some(exact), Some(&target)) = (rows.next(), targets.next()) else { return };
+            nll.push(surprise(logits, target));
+            f16 += f64::from(surprise(exact, target));
+            kl += divergence(exact, logits);
+            agree += usize::from(top(exact) == top(logits));
+        };
+        match prefix {
+            true => reader.prefix(part, watch, &mut take)?,
+            false => reader.piece(part, watch, &mut take)?,
+        }
     }
-    Ok(Scores { nll, cache: cache.stats() })
+    let n = nll.len() as f64;
+    let distance = Distance { f16: f16 / n, kl: kl / n, agreement: agree as f64 / n };
+    Ok((Scores { nll, cache: reader.cache.stats() }, distance))
+}
+
+/// `ln sum exp`.
+fn log_sum(logits: &[f32]) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum = |part: &[f32]| f64::from(part.iter().map(|x| (x - max).exp()).sum::<f32>());
+    logits.chunks(256).map(sum).sum::<f64>().ln() + f64::from(max)
 }
 
 /// `-ln softmax(logits)[target]`.
 fn surprise(logits: &[f32], target: u32) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum = |part: &[f32]| f64::from(part.iter().map(|x| (x - max).exp()).sum::<f32>());
-    let total: f64 = logits.chunks(256).map(sum).sum();
-    (total.ln() - f64::from(logits[target as usize] - max)) as f32
+    (log_sum(logits) - f64::from(logits[target as usize])) as f32
+}
+
+/// Kullback-Leibler divergence of `softmax(q)` from `softmax(p)`.
+fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let (of_p, of_q) = (log_sum(p), log_sum(q));
+    let term = |(&p, &q): (&f32, &f32)| {
+        let (p, q) = (f64::from(p) - of_p, f64::from(q) - of_q);
+        p.exp() * (p - q)
+    };
+    p.iter().zip(q).map(term).sum()
+}
+
+fn top(logits: &[f32]) -> Option<usize> {
+    logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i)
 }

@@ -1,16 +1,23 @@
 //! The cache spec: one string that says how a sequence's keys and values are kept.
 //!
-//! Grammar: `STORE[,PART...]`, a part being `name=value` or a bare `name`; no spaces, every part at most once. Each
-//! part is one row of the table `PARTS`: how it is named, what it accepts, how it is read and how it is written back.
+//! Grammar: `PRESET[,PART...]`, a part being `name=value` or a bare `name`; no spaces, every part at most once. A preset
+//! is a format with a recipe, a row of `PRESETS`; each part is a row of `PARTS`: how it is named, what it accepts, how
+//! it is read and how it is written back.
 
 use std::fmt;
 use std::str::FromStr;
 
 use kvwarp::slab::{Format, Meta};
 
+mod parts;
+
+use parts::PARTS;
+
 /// How a cache keeps keys and values.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheSpec {
+    /// Name of the preset that it started from.
+    pub preset: &'static str,
     /// Format of slabs that have left the window.
     pub store: Format,
     /// Newest tokens that stay f16; fewer than 64 more may.
@@ -21,8 +28,20 @@ pub struct CacheSpec {
     pub group: usize,
     /// How scales and minima of q4 and q2 are kept.
     pub meta: Meta,
+    /// Queries, keys and values are turned by Hadamard matrices ([`kvwarp::hadamard`]); K is rounded with the
+    /// [`crate::calibration`] where there is one.
+    pub hadamard: bool,
+    /// Percent of a group's range that 2-bit codes span.
+    pub range: u8,
     /// Quantise K and V exactly when KIVI does, with its residual length as `window`.
     pub kivi_exact: bool,
+}
+
+impl Default for CacheSpec {
+    /// f16.
+    fn default() -> Self {
+        PRESETS[0]
+    }
 }
 
 /// A cache spec that cannot be used: the part at fault, its value and what is allowed.
@@ -38,95 +57,56 @@ pub struct SpecError {
 /// KIVI's residual length and group, the default of the quantised stores.
 const KIVI_WINDOW: usize = 128;
 const KIVI_GROUP: usize = 32;
-/// Bound on `window` and `sinks`: both are f16 memory for every layer and head.
-const MAX_TOKENS: usize = 1 << 20;
 
-const STORES: [(&str, Format); 5] = [
-    ("f16", Format::F16),
-    ("q8", Format::Q8),
-    ("fp8", Format::Fp8),
-    ("q4", Format::Q4),
-    ("q2", Format::Q2),
+/// KIVI's recipe (arXiv:2402.02750).
+const fn kivi(preset: &'static str, store: Format, window: usize) -> CacheSpec {
+    CacheSpec {
+        preset,
+        store,
+        window,
+        sinks: 0,
+        group: KIVI_GROUP,
+        meta: Meta::F16,
+        hadamard: false,
+        range: 100,
+        kivi_exact: false,
+    }
+}
+
+/// Two bits with little loss; the README's table says how little.
+const fn low_error(preset: &'static str, window: usize) -> CacheSpec {
+    CacheSpec {
+        sinks: 64,
+        group: 64,
+        meta: Meta::U8,
+        hadamard: true,
+        range: 85,
+        ..kivi(preset, Format::Q2, window)
+    }
+}
+
+/// Every preset. The first is f16.
+pub const PRESETS: [CacheSpec; 7] = [
+    kivi("f16", Format::F16, 0),
+    kivi("q8", Format::Q8, KIVI_WINDOW),
+    kivi("fp8", Format::Fp8, KIVI_WINDOW),
+    kivi("q4", Format::Q4, KIVI_WINDOW),
+    low_error("q2", 64),
+    low_error("q2-small", 0),
+    kivi("q2-kivi", Format::Q2, KIVI_WINDOW),
 ];
-
-/// One part of the grammar.
-struct Part {
-    name: &'static str,
-    /// What its value may be, as help and errors say it; empty for a bare name.
-    accepts: &'static str,
-    help: &'static str,
-    /// Takes the value; `false` when it is not acceptable.
-    read: fn(&mut CacheSpec, &str) -> bool,
-    /// The value to write, `None` where it is the store's default.
-    write: fn(&CacheSpec) -> Option<String>,
-}
-
-const PARTS: [Part; 5] = [
-    Part {
-        name: "window",
-        accepts: "0 to 1048576 tokens",
-        help: "newest tokens that stay f16 (default 128)",
-        read: |spec, value| tokens(value).is_some_and(|n| set(&mut spec.window, n)),
-        write: |spec| (spec.window != KIVI_WINDOW).then(|| spec.window.to_string()),
-    },
-    Part {
-        name: "sinks",
-        accepts: "0 to 1048576 tokens",
-        help: "oldest tokens that stay f16, in slabs of 64 (default 0)",
-        read: |spec, value| tokens(value).is_some_and(|n| set(&mut spec.sinks, n)),
-        write: |spec| (spec.sinks != 0).then(|| spec.sinks.to_string()),
-    },
-    Part {
-        name: "group",
-        accepts: "32, 64 or 128",
-        help: "elements that share a scale and a minimum (default 32)",
-        read: |spec, value| {
-            let group = [32, 64, 128].into_iter().find(|n| n.to_string() == value);
-            group.is_some_and(|n| set(&mut spec.group, n))
-        },
-        write: |spec| (spec.group != KIVI_GROUP).then(|| spec.group.to_string()),
-    },
-    Part {
-        name: "meta",
-        accepts: "f16 or u8",
-        help: "kind of scales and minima of q4 and q2, u8 with group 32 or 64 (default f16)",
-        read: |spec, value| {
-            let kinds = [("f16", Meta::F16), ("u8", Meta::U8)];
-            let kind = kinds.into_iter().find(|(name, _)| *name == value);
-            kind.is_some_and(|(_, meta)| set(&mut spec.meta, meta))
-        },
-        write: |spec| (spec.meta == Meta::U8).then(|| "u8".to_owned()),
-    },
-    Part {
-        name: "kivi_exact",
-        accepts: "",
-        help: "KIVI's own K and V boundaries; window is its residual length",
-        read: |spec, value| value.is_empty() && set(&mut spec.kivi_exact, true),
-        write: |spec| spec.kivi_exact.then(String::new),
-    },
-];
-
-fn set<T>(field: &mut T, value: T) -> bool {
-    *field = value;
-    true
-}
-
-fn tokens(value: &str) -> Option<usize> {
-    let digits = !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit());
-    value.parse().ok().filter(|n| digits && *n <= MAX_TOKENS)
-}
 
 impl CacheSpec {
-    /// A store with its defaults.
-    pub fn new(store: Format) -> Self {
-        let window = if store == Format::F16 { 0 } else { KIVI_WINDOW };
-        Self { store, window, sinks: 0, group: KIVI_GROUP, meta: Meta::F16, kivi_exact: false }
+    /// The preset of this name.
+    pub fn preset(name: &str) -> Option<Self> {
+        PRESETS.into_iter().find(|preset| preset.preset == name)
     }
 
     /// The grammar as help text, a line a part.
     pub fn help() -> String {
         let mut text = String::from(
-            "STORE is f16, q8, q4, q2 (codes of so many bits) or fp8 (e4m3). Parts, for all but f16:\n",
+            "PRESET is f16, q8, fp8 (e4m3), q4, q2 (2 bits with little loss; see `kvwarp calibrate`), q2-small (its smallest) \
+             or q2-kivi (KIVI's recipe). Parts, for all but f16:\n",
         );
         for part in &PARTS {
             let value = if part.accepts.is_empty() { "" } else { "=N" };
@@ -135,14 +115,11 @@ impl CacheSpec {
         text
     }
 
-    /// Name of the store alone.
-    pub fn store_name(&self) -> &'static str {
-        STORES.iter().find(|(_, store)| *store == self.store).map_or("", |(name, _)| name)
-    }
-
     fn read(text: &str) -> Result<Self, String> {
         let mut words = text.split(',');
-        let mut spec = Self::new(store(words.next().unwrap_or_default())?);
+        let name = words.next().unwrap_or_default();
+        let names = || PRESETS.iter().map(|preset| preset.preset);
+        let mut spec = Self::preset(name).ok_or_else(|| unknown("preset", name, names()))?;
         let mut seen = Vec::new();
         for word in words {
             let part = spec.read_part(word)?;
@@ -166,6 +143,12 @@ impl CacheSpec {
         if self.store == Format::Fp8 && !["window", "sinks"].contains(&name) {
             return Err(format!("`{name}` has no effect on fp8: it has no scales"));
         }
+        if self.store != Format::Q2 && name == "range" {
+            return Err(format!(
+                "`range` has no effect on {}: it is for codes of 2 bits",
+                self.preset
+            ));
+        }
         if (part.read)(self, value) {
             return Ok(part.name);
         }
@@ -188,10 +171,13 @@ impl CacheSpec {
 
     /// What the parts demand of each other.
     fn check(&self) -> Result<(), String> {
-        let Self { window, group, sinks, .. } = *self;
+        let Self { window, group, sinks, hadamard, range, .. } = *self;
         self.check_meta()?;
         if !self.kivi_exact {
             return Ok(());
+        }
+        if hadamard || range < 100 {
+            return Err("`kivi_exact` rounds as KIVI does; start from q2-kivi, q4 or q8".into());
         }
         if window == 0 || !window.is_multiple_of(group) {
             return Err(format!(
@@ -205,13 +191,6 @@ impl CacheSpec {
         }
         Ok(())
     }
-}
-
-fn store(name: &str) -> Result<Format, String> {
-    let found = STORES.iter().find(|(known, _)| *known == name);
-    found
-        .map(|(_, store)| *store)
-        .ok_or_else(|| unknown("store", name, STORES.iter().map(|(known, _)| *known)))
 }
 
 /// The error for a name that is none of `known`, with the nearest one where one is near.
@@ -240,15 +219,14 @@ impl FromStr for CacheSpec {
 
 impl fmt::Display for CacheSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.store_name())?;
-        if self.store == Format::F16 {
-            return Ok(());
-        }
+        f.write_str(self.preset)?;
+        let preset = Self::preset(self.preset).unwrap_or_default();
         for part in &PARTS {
-            match (part.write)(self) {
-                Some(value) if value.is_empty() => write!(f, ",{}", part.name)?,
-                Some(value) => write!(f, ",{}={value}", part.name)?,
-                None => {}
+            let value = (part.write)(self);
+            if value.is_empty() && self.kivi_exact {
+                write!(f, ",{}", part.name)?;
+            } else if value != (part.write)(&preset) {
+                write!(f, ",{}={value}", part.name)?;
             }
         }
         Ok(())

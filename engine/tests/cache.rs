@@ -4,7 +4,7 @@ use half::f16;
 use kvwarp::slab::{self, Format, Layout, Meta, TOKENS};
 use kvwarp::threads::Team;
 use kvwarp_engine::cache::{Cache, CacheError, Shape, full_bytes};
-use kvwarp_engine::spec::CacheSpec;
+use kvwarp_engine::spec::{CacheSpec, PRESETS};
 use proptest::prelude::*;
 
 const SHAPE: Shape = Shape { layers: 2, kv_heads: 2, head_dim: 64, context: 1000 };
@@ -86,12 +86,14 @@ fn streamed_tokens_give_the_slabs_of_one_shot() {
         "f16",
         "q8",
         "fp8,sinks=64",
-        "q2,meta=u8",
+        "q2-kivi,meta=u8",
         "q4,group=64,meta=u8",
         "q4",
         "q2",
-        "q2,window=0",
-        "q2,window=37,group=64",
+        "q2-small",
+        "q2-kivi",
+        "q2-kivi,window=0",
+        "q2-kivi,window=37,group=64",
         "q4,sinks=70,group=128",
     ] {
         let whole = seen(&filled(spec, 517, 517, 517));
@@ -105,8 +107,8 @@ fn streamed_tokens_give_the_slabs_of_one_shot() {
 #[test]
 fn slabs_leave_the_window_and_sinks_stay() {
     let formats = |spec: &str, n: usize| seen(&filled(spec, n, n, n)).swap_remove(3).0;
-    assert_eq!(formats("q2,window=64", 191), [Format::Q2, Format::F16, Format::F16]);
-    assert_eq!(formats("q2,window=64", 192), [Format::Q2, Format::Q2, Format::F16]);
+    assert_eq!(formats("q2-kivi,window=64", 191), [Format::Q2, Format::F16, Format::F16]);
+    assert_eq!(formats("q2-kivi,window=64", 192), [Format::Q2, Format::Q2, Format::F16]);
     assert_eq!(formats("q4,window=0", 129), [Format::Q4, Format::Q4, Format::F16]);
     assert_eq!(formats("q4,window=0,sinks=1", 129), [Format::F16, Format::Q4, Format::F16]);
     assert_eq!(formats("f16", 129), [Format::F16; 3]);
@@ -116,7 +118,7 @@ fn slabs_leave_the_window_and_sinks_stay() {
 fn values_are_those_of_the_quantiser() {
     let (n, head) = (256, 1);
     let (k, v) = (rows(n, 1), rows(n, 2));
-    let (_, got_k, got_v) = seen(&filled("q2,window=64", n, n, n)).swap_remove(head);
+    let (_, got_k, got_v) = seen(&filled("q2-kivi,window=64", n, n, n)).swap_remove(head);
     for channel in 0..64 {
         let exact = column(&k, head, channel);
         let mut expected: Vec<f32> =
@@ -137,7 +139,7 @@ fn values_are_those_of_the_quantiser() {
 
 /// The zones of KIVI after `n` tokens: K quantised in whole residuals, V but for the newest residual.
 fn check_kivi(n: usize, split: usize, r: usize) {
-    let cache = filled(&format!("q2,window={r},kivi_exact"), n, split, split.max(1));
+    let cache = filled(&format!("q2-kivi,window={r},kivi_exact"), n, split, split.max(1));
     // The step that reads a token sees the state before that token.
     let settled = if split == n { n } else { n - 1 };
     let (k_end, v_end) = (settled - settled % r, settled.saturating_sub(r));
@@ -178,12 +180,12 @@ fn kivi_exact_has_kivis_boundaries() {
 
 #[test]
 fn rollback_forgets_what_is_still_in_the_ring() {
-    let mut cache = filled("q2,window=64", 200, 200, 200);
+    let mut cache = filled("q2-kivi,window=64", 200, 200, 200);
     assert_eq!(cache.position(), 200);
     assert!(matches!(cache.rollback(73), Err(CacheError::Packed { n: 73, spare: 72 })));
     cache.rollback(70).unwrap();
     assert_eq!((cache.position(), cache.stats().tokens), (130, 130));
-    let whole = filled("q2,window=64", 200, 200, 200);
+    let whole = filled("q2-kivi,window=64", 200, 200, 200);
     let (k, v) = (rows(200, 1), rows(200, 2));
     for i in 130..200 {
         cache.advance(1).unwrap();
@@ -207,7 +209,7 @@ fn a_full_cache_refuses() {
 fn bytes_come_from_the_allocator() {
     let heads = SHAPE.layers * SHAPE.kv_heads;
     let layout = |format| Layout::new(format, 64, 32).unwrap().slab_bytes();
-    let stats = filled("q2,window=64", 512, 512, 512).stats();
+    let stats = filled("q2-kivi,window=64", 512, 512, 512).stats();
     // (512 - 64) / 64 slabs of q2 and their entries, (64 + 126) / 64 ring slabs.
     let expected = heads * (7 * (layout(Format::Q2) + 4) + 2 * layout(Format::F16));
     assert_eq!(stats.used_bytes, expected);
@@ -218,9 +220,10 @@ fn bytes_come_from_the_allocator() {
         "f16",
         "q4,sinks=64",
         "fp8",
-        "q2,group=64,meta=u8",
-        "q2,window=37",
-        "q2,window=32,kivi_exact",
+        "q2",
+        "q2,hadamard=off,range=90",
+        "q2-kivi,window=37",
+        "q2-kivi,window=32,kivi_exact",
     ] {
         let full = filled(spec, 1000, 1000, 1000).stats().used_bytes;
         assert_eq!(full, full_bytes(&spec.parse().unwrap(), SHAPE).unwrap(), "{spec}");
@@ -230,20 +233,27 @@ fn bytes_come_from_the_allocator() {
 #[test]
 fn spec_errors_name_the_part_and_what_is_allowed() {
     for (spec, parts) in [
-        ("q3", &["unknown store `q3`", "f16, q8, fp8, q4, q2", "did you mean"][..]),
-        ("", &["unknown store ``", "f16, q8, fp8, q4, q2"]),
+        (
+            "q3",
+            &["unknown preset `q3`", "f16, q8, fp8, q4, q2, q2-small, q2-kivi", "did you mean"][..],
+        ),
+        ("", &["unknown preset ``", "f16, q8, fp8, q4, q2, q2-small, q2-kivi"]),
         ("q2,windw=1", &["unknown part `windw`", "did you mean `window`"]),
         ("q2,window=-1", &["`window` is `-1`", "0 to 1048576 tokens"]),
         ("q2,window=", &["`window` is ``", "0 to 1048576 tokens"]),
         ("q2,group=48", &["`group` is `48`", "32, 64 or 128"]),
-        ("q2,kivi_exact=1", &["`kivi_exact` takes no value"]),
-        ("q2,window=40,kivi_exact", &["`window` is 40", "multiple of the group, 32"]),
-        ("q2,sinks=4,kivi_exact", &["`sinks` is 4", "only 0"]),
+        ("q2-kivi,kivi_exact=1", &["`kivi_exact` takes no value"]),
+        ("q2-kivi,window=40,kivi_exact", &["`window` is 40", "multiple of the group, 32"]),
+        ("q2-kivi,sinks=4,kivi_exact", &["`sinks` is 4", "only 0"]),
         ("q2,window=1,window=2", &["`window` is given twice"]),
         ("q2,meta=f8", &["`meta` is `f8`", "f16 or u8"]),
         ("q8,meta=u8", &["`meta` is `u8`", "q4 and q2, not q8"]),
         ("q2,meta=u8,group=128", &["`meta` is `u8`", "32 or 64"]),
-        ("q2,meta=u8,kivi_exact", &["`meta` is `u8`", "not for `kivi_exact`"]),
+        ("q2-kivi,meta=u8,kivi_exact", &["`meta` is `u8`", "not for `kivi_exact`"]),
+        ("q2,kivi_exact", &["`kivi_exact`", "start from q2-kivi"]),
+        ("q2,range=120", &["`range` is `120`", "50 to 100"]),
+        ("q4,range=80", &["`range` has no effect on q4"]),
+        ("q2,hadamard", &["`hadamard` is ``", "on or off"]),
         ("fp8,group=64", &["`group` has no effect on fp8"]),
         ("f16,window=1", &["`window` has no effect on f16"]),
     ] {
@@ -254,24 +264,24 @@ fn spec_errors_name_the_part_and_what_is_allowed() {
 }
 
 fn specs() -> impl Strategy<Value = CacheSpec> {
-    let store = prop::sample::select(vec![Format::Q8, Format::Q4, Format::Q2]);
+    let preset = prop::sample::select(PRESETS[1..].to_vec());
     let group = prop::sample::select(vec![32usize, 64, 128]);
-    let parts = (store, 0usize..2000, 0usize..2000, group, any::<bool>(), any::<bool>());
-    let spec = parts.prop_map(|(store, window, sinks, group, kivi_exact, two_level)| {
-        let new = CacheSpec { window, group, ..CacheSpec::new(store) };
-        let meta =
-            if two_level && store != Format::Q8 && group < 128 { Meta::U8 } else { Meta::F16 };
-        match kivi_exact {
-            true => CacheSpec { window: (window / group + 1) * group, kivi_exact, ..new },
-            false => CacheSpec { sinks, meta, ..new },
+    let switches = (any::<bool>(), any::<bool>(), any::<bool>());
+    let parts = (preset, 0usize..2000, 0usize..2000, group, switches, 50u8..=100);
+    parts.prop_map(|(preset, window, sinks, group, (kivi_exact, bytes, hadamard), range)| {
+        let with_bytes = bytes && preset.store != Format::Q8 && group < 128;
+        let meta = if with_bytes { Meta::U8 } else { Meta::F16 };
+        let range = if preset.store == Format::Q2 { range } else { 100 };
+        let zones = CacheSpec { window, sinks, ..preset };
+        match (preset.store, kivi_exact && !preset.hadamard) {
+            (Format::F16, _) => preset,
+            (Format::Fp8, _) => zones,
+            (_, true) => {
+                CacheSpec { window: (window / group + 1) * group, group, kivi_exact, ..preset }
+            }
+            _ => CacheSpec { group, meta, hadamard, range, ..zones },
         }
-    });
-    let fp8 = (0usize..2000, 0usize..2000).prop_map(|(window, sinks)| CacheSpec {
-        window,
-        sinks,
-        ..CacheSpec::new(Format::Fp8)
-    });
-    prop_oneof![Just(CacheSpec::new(Format::F16)), fp8, spec]
+    })
 }
 
 proptest! {
@@ -284,7 +294,7 @@ proptest! {
 
     #[test]
     fn likely_texts_are_specs_or_errors(
-        text in "(f16|q8|fp8|q4|q2)(,(window|sinks|group|meta|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
+        text in "(f16|q8|fp8|q4|q2|q2-kivi)(,(window|sinks|group|meta|hadamard|range|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
     ) {
         match text.parse::<CacheSpec>() {
             Ok(spec) => prop_assert_eq!(spec.to_string().parse(), Ok(spec)),

@@ -196,7 +196,9 @@ fn json_seeds() -> Vec<Vec<u8>> {
 }
 
 fn spec_seeds() -> Vec<Vec<u8>> {
-    ["f16", "q4,window=64,sinks=4", "q2,window=128,group=32,kivi_exact"].map(Vec::from).to_vec()
+    ["f16", "q4,window=64,sinks=4", "q2-kivi,window=128,group=32,kivi_exact"]
+        .map(Vec::from)
+        .to_vec()
 }
 
 /// One test, so that nothing else allocates meanwhile.

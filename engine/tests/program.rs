@@ -66,7 +66,7 @@ fn wrong_arguments_exit_with_2() {
     for (arguments, parts) in [
         (
             &["generate", "-m", &model, "-p", "x", "--cache", "q3"][..],
-            &["unknown store `q3`", "f16, q8, fp8, q4, q2"][..],
+            &["unknown preset `q3`", "f16, q8, fp8, q4, q2"][..],
         ),
         (
             &["generate", "-m", &model, "-p", "x", "--cache", "q2,windw=3"],

@@ -1,26 +1,30 @@
 //! What one kv head of one layer holds, and when its slabs leave the ring.
 
+use half::f16;
 use kvwarp::pages::{Entry, HeadView, Pools, packed_slabs};
-use kvwarp::slab::{Format, TOKENS};
+use kvwarp::slab::{Format, Rounding, TOKENS};
 use kvwarp::threads::Team;
 use kvwarp::{Error, kv_pack};
 
 use crate::spec::CacheSpec;
 
-/// When a slab leaves the ring, and for which format.
+/// When a slab leaves the ring, for which format, and how it is rounded.
 #[derive(Clone, Copy)]
-pub struct Rules {
+pub struct Rules<'a> {
     pub store: Format,
     pub window: usize,
     /// Slabs at the start that stay f16.
     pub sink_slabs: usize,
     pub kivi_exact: bool,
+    pub rounding: Rounding<'a>,
 }
 
-impl Rules {
-    pub fn new(spec: &CacheSpec) -> Self {
-        let CacheSpec { store, window, sinks, kivi_exact, .. } = *spec;
-        Self { store, window, sink_slabs: sinks.div_ceil(TOKENS), kivi_exact }
+impl<'a> Rules<'a> {
+    /// For a head whose rounding errors have these weights.
+    pub fn new(spec: &CacheSpec, feedback: Option<&'a [f16]>) -> Self {
+        let CacheSpec { store, window, sinks, kivi_exact, range, .. } = *spec;
+        let rounding = Rounding { range: f32::from(range) / 100.0, feedback };
+        Self { store, window, sink_slabs: sinks.div_ceil(TOKENS), kivi_exact, rounding }
     }
 
     /// Format of slab `index` once it is packed.
@@ -56,7 +60,7 @@ impl Head {
     /// To be called before a token is written: frees the ring slot that it may need.
     pub fn before_append(
         &mut self,
-        rules: &Rules,
+        rules: &Rules<'_>,
         ring: &mut [u8],
         pools: &mut Pools,
     ) -> Result<(), Error> {
@@ -74,7 +78,7 @@ impl Head {
     /// To be called when a token was written: packs the slab that it pushed out of the window.
     pub fn after_append(
         &mut self,
-        rules: &Rules,
+        rules: &Rules<'_>,
         ring: &[u8],
         pools: &mut Pools,
     ) -> Result<(), Error> {
@@ -88,7 +92,7 @@ impl Head {
     /// whichever thread is free.
     pub fn after_fill(
         &mut self,
-        rules: &Rules,
+        rules: &Rules<'_>,
         ring: &mut [u8],
         pools: &mut Pools,
         team: &Team,
@@ -103,7 +107,8 @@ impl Head {
         team.each_chunk(&mut packed, f16, |i, to| {
             let at = ring_slot(pools, ring.len(), first + i);
             let layout = layout(i);
-            kv_pack::pack(&ring[at..at + f16], &mut to[..layout.slab_bytes()], &layout);
+            let to = &mut to[..layout.slab_bytes()];
+            kv_pack::pack_rounded(&ring[at..at + f16], to, &layout, &rules.rounding);
         });
         for bytes in packed.chunks_exact(f16) {
             let to = self.open_next(rules, pools)?;
@@ -115,7 +120,7 @@ impl Head {
     /// Packs slabs from the ring until `target` are.
     fn pack(
         &mut self,
-        rules: &Rules,
+        rules: &Rules<'_>,
         target: usize,
         ring: &[u8],
         pools: &mut Pools,
@@ -124,7 +129,8 @@ impl Head {
             let layout = *pools.layout(rules.format(self.packed));
             let at = ring_slot(pools, ring.len(), self.packed);
             let f16 = pools.layout(Format::F16).slab_bytes();
-            kv_pack::pack(&ring[at..at + f16], self.open_next(rules, pools)?, &layout);
+            let to = self.open_next(rules, pools)?;
+            kv_pack::pack_rounded(&ring[at..at + f16], to, &layout, &rules.rounding);
         }
         Ok(())
     }
@@ -132,7 +138,7 @@ impl Head {
     /// Counts the next slab as packed; returns the bytes that it gets in its pool.
     fn open_next<'a>(
         &mut self,
-        rules: &Rules,
+        rules: &Rules<'_>,
         pools: &'a mut Pools,
     ) -> Result<&'a mut [u8], Error> {
         let format = rules.format(self.packed);

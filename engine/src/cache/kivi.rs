@@ -14,7 +14,7 @@ impl Head {
     /// Quantises what KIVI has quantised once `self.len` tokens were attended to.
     pub fn settle(
         &mut self,
-        rules: &Rules,
+        rules: &Rules<'_>,
         ring: &mut [u8],
         pools: &mut Pools,
     ) -> Result<(), Error> {

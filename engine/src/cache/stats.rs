@@ -61,7 +61,7 @@ pub fn full_bytes(spec: &CacheSpec, shape: Shape) -> Result<usize, CacheError> {
     let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
     let bytes = |format| pools.pool(format).slab_stride();
     let mut head = ring_slabs(spec.window) * bytes(Format::F16);
-    for (format, slabs) in Rules::new(spec).slabs(shape.context) {
+    for (format, slabs) in Rules::new(spec, None).slabs(shape.context) {
         head += slabs * (bytes(format) + size_of::<Entry>());
     }
     Ok(head * shape.layers * shape.kv_heads)

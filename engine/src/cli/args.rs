@@ -16,6 +16,9 @@ pub struct ModelArgs {
     /// GGUF file, or folder with safetensors and config.json [default: SmolLM2-135M-Instruct, obtained with pip]
     #[arg(short, long, value_name = "PATH", env = "KVWARP_MODEL")]
     pub model: Option<PathBuf>,
+    /// What `kvwarp calibrate kv` wrote [default: MODEL.kv.safetensors, where it exists]
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
     /// Threads [default: physical cores]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -63,17 +66,17 @@ impl ModelArgs {
 /// How to keep keys and values.
 #[derive(clap::Args)]
 pub struct CacheArgs {
-    /// Cache spec: STORE[,PART...], for example q2,window=128 (see the end of this help)
+    /// Cache spec: PRESET[,PART...], for example q2,window=128 (see the end of this help)
     #[arg(long, value_name = "SPEC")]
     pub cache: Option<CacheSpec>,
-    /// Store of K: f16, q8, fp8, q4 or q2; -ctk for short
-    #[arg(long, value_name = "STORE")]
+    /// Preset of K, such as q4 or q2; -ctk for short
+    #[arg(long, value_name = "PRESET")]
     pub cache_type_k: Option<CacheSpec>,
-    /// Store of V, the same as K's; -ctv for short
-    #[arg(long, value_name = "STORE")]
+    /// Preset of V, the same as K's; -ctv for short
+    #[arg(long, value_name = "PRESET")]
     pub cache_type_v: Option<CacheSpec>,
-    /// Store of K and V
-    #[arg(long, value_name = "STORE", conflicts_with_all = ["cache_type_k", "cache_type_v"])]
+    /// Preset of K and V
+    #[arg(long, value_name = "PRESET", conflicts_with_all = ["cache_type_k", "cache_type_v"])]
     pub kv_cache_dtype: Option<CacheSpec>,
 }
 
@@ -91,8 +94,8 @@ impl CacheArgs {
             (Some(cache), Some(store)) if cache.store != store.store => Err(Usage(format!(
                 "`--cache {cache}` and `{store}` as the type of K or V contradict each other"
             ))),
-            (Some(spec), _) | (None, Some(spec)) => Ok(spec.clone()),
-            (None, None) => Ok(CacheSpec::new(kvwarp::slab::Format::F16)),
+            (Some(spec), _) | (None, Some(spec)) => Ok(*spec),
+            (None, None) => Ok(CacheSpec::default()),
         }
     }
 }

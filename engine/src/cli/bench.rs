@@ -76,7 +76,9 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     };
     let mut writer = Writer::new(args.output, &source);
     for &threads in &threads {
-        let model = Model::new(&source, threads, base.activations())?;
+        let threads_given = u16::try_from(threads).ok();
+        let base = ModelArgs { threads: threads_given, ..args.base() };
+        let model = open::model(&base, &source)?;
         for spec in &specs {
             for &depth in &args.n_depth {
                 match at_depth(args, &model, spec, depth, &mut |test, samples| {
@@ -128,7 +130,13 @@ impl Args {
     /// The arguments that other commands have as well.
     fn base(&self) -> ModelArgs {
         let (model, threads) = (self.model.clone(), None);
-        ModelArgs { model, threads, device: self.device, activations: self.activations }
+        ModelArgs {
+            model,
+            calibration: None,
+            threads,
+            device: self.device,
+            activations: self.activations,
+        }
     }
 
     fn tests(&self) -> Vec<Test> {
@@ -145,7 +153,7 @@ impl Args {
         let types = if k.len() >= v.len() { k } else { v };
         let mut specs: Vec<_> = self.cache.iter().chain(types).cloned().collect();
         if specs.is_empty() {
-            specs.push(CacheSpec::new(kvwarp::slab::Format::F16));
+            specs.push(CacheSpec::default());
         }
         Ok(specs)
     }

@@ -37,7 +37,7 @@ struct Column {
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let source = open::source(&args.model)?;
     let tokenizer = source.tokenizer()?;
-    let model = Model::new(&source, args.model.threads(), args.model.activations())?;
+    let model = open::model(&args.model, &source)?;
     let prompt = prompt(&source, &tokenizer)?;
     let held = tokenizer.encode(data::HELD, false)?;
     output::put(&format!("{}\n", data::QUESTION))?;

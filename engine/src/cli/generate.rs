@@ -63,7 +63,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
         sampling,
         seed: args.sampling.seed(),
     };
-    let model = Model::new(&source, args.model.threads(), args.model.activations())?;
+    let model = open::model(&args.model, &source)?;
     let mut text = String::new();
     let stats = streamed(&model, &tokenizer, &request, &mut |piece| {
         text.push_str(piece);

@@ -22,7 +22,7 @@ pub struct Args {
 }
 
 /// Caches whose cost is shown.
-const SPECS: [&str; 7] = ["f16", "q8", "fp8", "q4", "q2", "q2,meta=u8", "q2,group=64,meta=u8"];
+const SPECS: [&str; 7] = ["f16", "q8", "fp8", "q4", "q2", "q2-small", "q2-kivi"];
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let source = open::source(&args.model)?;

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, bail};
 
 use super::args::{Device, ModelArgs};
+use crate::calibration::{Calibration, beside};
 use crate::fetch;
+use crate::model::Model;
 use crate::source::Source;
 
 /// Set by Ctrl-C.
@@ -26,6 +28,17 @@ pub fn stop_on_ctrl_c() -> anyhow::Result<&'static AtomicBool> {
 pub fn source(args: &ModelArgs) -> anyhow::Result<Source> {
     check_device(args.device)?;
     Ok(Source::open(&path(args)?)?)
+}
+
+/// The model of `source`, calibrated where it can be.
+pub fn model<'a>(args: &ModelArgs, source: &'a Source) -> anyhow::Result<Model<'a>> {
+    let model = Model::new(source, args.threads(), args.activations())?;
+    let beside = beside(source.path());
+    let path = args.calibration.as_deref().or_else(|| beside.exists().then_some(beside.as_path()));
+    Ok(match path {
+        Some(path) => model.with_calibration(&Calibration::open(path, source)?),
+        None => model,
+    })
 }
 
 fn path(args: &ModelArgs) -> anyhow::Result<PathBuf> {

@@ -8,8 +8,8 @@ use super::args::{CacheArgs, ModelArgs, tokens};
 use super::output::{self, Progress};
 use super::{Outcome, Usage, open};
 use crate::data;
-use crate::model::{Model, ModelError};
-use crate::perplexity::{Reading, Scores, score};
+use crate::model::ModelError;
+use crate::perplexity::{Distance, Reading, Scores, compare, score};
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 
@@ -37,6 +37,9 @@ pub struct Args {
     /// Read the first N tokens exactly and score only what follows
     #[arg(long, value_name = "N", default_value = "0", value_parser = tokens)]
     prefix: usize,
+    /// Also read the text with an f16 cache, and measure how far predictions are from it
+    #[arg(long)]
+    kl: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -59,15 +62,23 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
         let (got, need) = (ids.len(), reading.prefix + 2);
         return Err(Usage(format!("the text has {got} tokens; at least {need} are needed")).into());
     }
-    let model = Model::new(&source, args.model.threads(), args.model.activations())?;
+    let model = open::model(&args.model, &source)?;
     let stop = open::stop_on_ctrl_c()?;
-    let mut progress = Progress::new("scoring", ids.len() * source.config.layers);
-    let scores =
-        score(&model, &ids, &reading, &mut Watch::new(stop, &mut |rows| progress.step(rows)));
+    let readings = if args.kl { 2 } else { 1 };
+    let mut progress = Progress::new("scoring", readings * ids.len() * source.config.layers);
+    let mut step = |rows| progress.step(rows);
+    let mut watch = Watch::new(stop, &mut step);
+    let scores = match args.kl {
+        true => {
+            compare(&model, &ids, &reading, &mut watch).map(|(scores, far)| (scores, Some(far)))
+        }
+        false => score(&model, &ids, &reading, &mut watch).map(|scores| (scores, None)),
+    };
     progress.clear();
     match scores {
         Err(ModelError::Interrupted(_)) => return Ok(Outcome::Interrupted),
-        scores => print(args.json, &reading, &scores?)?,
+        Err(error) => return Err(error.into()),
+        Ok((scores, distance)) => print(args.json, &reading, &scores, distance.as_ref())?,
     }
     Ok(Outcome::Done)
 }
@@ -81,7 +92,12 @@ impl Args {
     }
 }
 
-fn print(as_json: bool, reading: &Reading, scores: &Scores) -> std::io::Result<()> {
+fn print(
+    as_json: bool,
+    reading: &Reading,
+    scores: &Scores,
+    distance: Option<&Distance>,
+) -> std::io::Result<()> {
     let (mean, error, cache) = (scores.mean(), scores.standard_error(), &scores.cache);
     let how = if reading.prefix == 0 { "on write" } else { "after the prefix" };
     if as_json {
@@ -97,10 +113,17 @@ fn print(as_json: bool, reading: &Reading, scores: &Scores) -> std::io::Result<(
             "kv_tokens": cache.tokens,
             "kv_bytes": cache.used_bytes,
             "kv_effective_bits": cache.effective_bits,
+            "f16_log_perplexity": distance.map(|far| far.f16),
+            "kl": distance.map(|far| far.kl),
+            "top1_agreement": distance.map(|far| far.agreement),
         }));
     }
+    let far = distance.map_or_else(String::new, |far| {
+        let (more, percent) = (mean - far.f16, far.agreement * 100.0);
+        format!("against f16: {more:+.4} nats, KL {:.4}, same top token {percent:.1} %\n", far.kl)
+    });
     output::put(&format!(
-        "cache {}, quantised {how}, pieces of {}\n{} tokens scored: log-perplexity {mean:.4} +- {error:.4}, perplexity {:.3}\nKV {} ({:.2} bits an element)\n",
+        "cache {}, quantised {how}, pieces of {}\n{} tokens scored: log-perplexity {mean:.4} +- {error:.4}, perplexity {:.3}\nKV {} ({:.2} bits an element)\n{far}",
         reading.cache,
         reading.piece,
         scores.nll.len(),

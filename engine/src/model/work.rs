@@ -2,6 +2,7 @@
 
 use kvwarp::{paged_attn, prefill_attn};
 
+use crate::calibration::Calibration;
 use crate::config::Config;
 
 /// Buffers that live as long as a generation; a row is a token.
@@ -27,9 +28,16 @@ pub struct Work {
     pub(super) logits: Vec<f32>,
     pub(super) decode: paged_attn::Scratch,
     pub(super) prefill: prefill_attn::Scratch,
+    /// Takes every query.
+    pub(crate) calibration: Option<Calibration>,
 }
 
 impl Work {
+    /// Buffers that add every query to `calibration`.
+    pub fn collecting(calibration: Calibration) -> Self {
+        Self { calibration: Some(calibration), ..Self::default() }
+    }
+
     /// Logits of the newest token read, `[vocab]`.
     pub fn logits(&self) -> &[f32] {
         &self.logits

@@ -1,0 +1,219 @@
+//! What a model's queries look like: for each kv head the second moment `E[q q^T]` of its queries, turned as its keys
+//! are ([`kvwarp::hadamard`]). An error of a key costs what it adds to scores, so rounding follows it
+//! ([`kvwarp::slab::feedback`]).
+//!
+//! The file is safetensors: `moments` `[layers, kv_heads, D, D]`, sums in f32; metadata says which model and text they
+//! come from and how many tokens have been read, so that an interrupted calibration goes on.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+use kvwarp::slab::feedback;
+use kvwarp::threads::Team;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use sha2::{Digest, Sha256};
+
+use crate::model::{Model, Work};
+use crate::source::Source;
+use crate::spec::CacheSpec;
+use crate::watch::Watch;
+
+/// Version of the file's format and of the turning of queries.
+const VERSION: &str = "1";
+/// Bytes of each layer's query weights that the fingerprint is made of.
+const FINGERPRINT_BYTES: usize = 4096;
+
+/// Why a calibration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CalibrationError {
+    /// The file cannot be read or written.
+    #[error("{path}: {why}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system or the format says.
+        why: String,
+    },
+    /// It is of something else.
+    #[error("{path}: `{field}` is {got}, expected {expected}; make one with `kvwarp calibrate kv`")]
+    Mismatch {
+        /// The file.
+        path: PathBuf,
+        /// Metadata or tensor.
+        field: &'static str,
+        /// What the file says.
+        got: String,
+        /// What was needed.
+        expected: String,
+    },
+}
+
+/// Sums over tokens of the outer products of queries.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Calibration {
+    /// Hash of the model's shape and of some of its weights.
+    model: String,
+    /// Hash of the text.
+    text: String,
+    /// Layers, kv heads, D.
+    shape: [usize; 3],
+    /// Tokens read.
+    pub tokens: usize,
+    /// `[layers, kv_heads, D, D]`
+    sums: Vec<f32>,
+}
+
+impl Calibration {
+    /// An empty one for a model and a text.
+    pub fn new(source: &Source, text: &str) -> Self {
+        let config = &source.config;
+        let shape = [config.layers, config.kv_heads, config.head_dim];
+        let sums = vec![0.0; shape[0] * shape[1] * shape[2] * shape[2]];
+        let text = format!("{:x}", Sha256::digest(text));
+        Self { model: fingerprint(source), text, shape, tokens: 0, sums }
+    }
+
+    /// Reads `path`, which must be of this model.
+    ///
+    /// # Errors
+    /// [`CalibrationError`], with the file and the field at fault.
+    pub fn open(path: &Path, source: &Source) -> Result<Self, CalibrationError> {
+        let fail = |why: String| CalibrationError::File { path: path.into(), why };
+        let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| fail(e.to_string()))?;
+        let mut read = Self::new(source, "");
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let field = |name: &str| metadata.get(name).cloned().unwrap_or_else(|| "missing".into());
+        let expect = |name: &'static str, expected: &str| match field(name) {
+            got if got == expected => Ok(()),
+            got => {
+                let (path, expected) = (path.into(), expected.into());
+                Err(CalibrationError::Mismatch { path, field: name, got, expected })
+            }
+        };
+        expect("kvwarp.calibration", VERSION)?;
+        expect("model", &read.model)?;
+        read.text = field("text");
+        read.tokens = field("tokens").parse().map_err(|e| fail(format!("`tokens`: {e}")))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(e.to_string()))?;
+        let tensor = file.tensor("moments").map_err(|e| fail(e.to_string()))?;
+        let [layers, heads, d] = read.shape;
+        if tensor.shape() != [layers, heads, d, d] || tensor.dtype() != Dtype::F32 {
+            return Err(CalibrationError::Mismatch {
+                path: path.into(),
+                field: "moments",
+                got: format!("{:?} {:?}", tensor.dtype(), tensor.shape()),
+                expected: format!("F32 {:?}", [layers, heads, d, d]),
+            });
+        }
+        let sums = read.sums.iter_mut().zip(tensor.data().as_chunks().0);
+        sums.for_each(|(sum, bytes)| *sum = f32::from_le_bytes(*bytes));
+        Ok(read)
+    }
+
+    /// Writes `path`, all of it or nothing.
+    ///
+    /// # Errors
+    /// [`CalibrationError::File`].
+    pub fn save(&self, path: &Path) -> Result<(), CalibrationError> {
+        let fail = |why: String| CalibrationError::File { path: path.into(), why };
+        let [layers, heads, d] = self.shape;
+        let bytes: Vec<u8> = self.sums.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let tensor = TensorView::new(Dtype::F32, vec![layers, heads, d, d], &bytes);
+        let metadata: HashMap<_, _> = [
+            ("kvwarp.calibration", VERSION.to_owned()),
+            ("model", self.model.clone()),
+            ("text", self.text.clone()),
+            ("tokens", self.tokens.to_string()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into();
+        let tensor = tensor.map_err(|e| fail(e.to_string()))?;
+        let partial = path.with_added_extension("partial");
+        safetensors::serialize_to_file([("moments", tensor)], Some(metadata), &partial)
+            .map_err(|e| fail(e.to_string()))?;
+        std::fs::rename(&partial, path).map_err(|e| fail(e.to_string()))
+    }
+
+    /// Whether it is of the same model and text as another.
+    pub fn continues(&self, other: &Self) -> bool {
+        (&self.model, &self.text) == (&other.model, &other.text)
+    }
+
+    /// Adds the queries of `layer`, turned, `q` `[rows, kv_heads, G, D]`.
+    pub fn add(&mut self, layer: usize, q: &[f32], rows: usize, team: &Team) {
+        let [_, heads, d] = self.shape;
+        let stride = q.len() / rows;
+        let of_layer = &mut self.sums[layer * heads * d * d..][..heads * d * d];
+        team.each_chunk(of_layer, d * d, |h, sums| {
+            for row in q.chunks_exact(stride) {
+                for q in row[h * stride / heads..(h + 1) * stride / heads].chunks_exact(d) {
+                    for (sums, x) in sums.chunks_exact_mut(d).zip(q) {
+                        sums.iter_mut().zip(q).for_each(|(sum, y)| *sum += x * y);
+                    }
+                }
+            }
+        });
+    }
+
+    /// Weights of rounding errors, `[layers, kv_heads, D, D]`.
+    pub fn feedback(&self, team: &Team) -> Vec<f16> {
+        let square = self.shape[2] * self.shape[2];
+        let mut rows = vec![f16::ZERO; self.sums.len()];
+        team.each_chunk(&mut rows, square, |i, rows| {
+            let sums = self.sums[i * square..][..square].iter().map(|&x| f64::from(x));
+            rows.copy_from_slice(&feedback(&sums.collect::<Vec<_>>()));
+        });
+        rows
+    }
+}
+
+/// Where a model's calibration lies when nothing else is said: beside it.
+pub fn beside(model: &Path) -> PathBuf {
+    model.with_added_extension("kv.safetensors")
+}
+
+/// A hash of the model's shape and of the beginning of each layer's query weights.
+fn fingerprint(source: &Source) -> String {
+    let config = &source.config;
+    let mut hash = Sha256::new();
+    for n in [config.layers, config.width, config.heads, config.kv_heads, config.head_dim] {
+        hash.update((n as u64).to_le_bytes());
+    }
+    for layer in 0..config.layers {
+        // Opened models have it.
+        if let Some(q) = source.weights.get(&format!("blk.{layer}.attn_q")) {
+            hash.update(&q.bytes[..q.bytes.len().min(FINGERPRINT_BYTES)]);
+        }
+    }
+    format!("{:x}", hash.finalize())
+}
+
+/// Adds `tokens`, read in pieces of `window`, each from its own beginning, writes `to` after every piece and returns how
+/// many tokens it then has.
+///
+/// # Errors
+/// [`crate::model::ModelError`], as when someone asked to stop; [`CalibrationError`].
+pub fn read(
+    model: &Model<'_>,
+    calibration: Calibration,
+    tokens: &[u32],
+    window: usize,
+    watch: &mut Watch<'_>,
+    to: &Path,
+) -> anyhow::Result<usize> {
+    let spec = CacheSpec { hadamard: true, ..CacheSpec::default() };
+    let mut read = calibration.tokens;
+    let mut work = Work::collecting(calibration);
+    for piece in tokens.chunks(window) {
+        let mut cache = model.cache(&spec, piece.len())?;
+        model.prefill(piece, &mut cache, &mut work, watch)?;
+        read += piece.len();
+        if let Some(calibration) = &mut work.calibration {
+            calibration.tokens = read;
+            calibration.save(to)?;
+        }
+    }
+    Ok(read)
+}
