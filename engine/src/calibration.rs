@@ -1,14 +1,17 @@
-//! What a model's queries look like: for each kv head the second moment `E[q q^T]` of its queries, turned as its keys
-//! are ([`kvwarp::hadamard`]). An error of a key costs what it adds to scores, so rounding follows it
-//! ([`kvwarp::slab::feedback`]).
+//! What a model's queries look like: for each kv head the second moment `E[q q^T]` of its queries after RoPE. An error of
+//! a key costs what it adds to scores, so rounding follows it ([`kvwarp::slab::feedback`]).
 //!
-//! The file is safetensors: `moments` `[layers, kv_heads, D, D]`, sums in f32; metadata says which model and text they
-//! come from and how many tokens have been read, so that an interrupted calibration goes on.
+//! A moment depends on the positions of its queries, but scores only on distances: what is seen at the first positions is
+//! moved to others, by RoPE itself, and averaged. The file is safetensors: `moments` `[layers, kv_heads, D, D]`, sums in
+//! f32; metadata says which model and text they come from and how many tokens have been read, so that an interrupted
+//! calibration goes on.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use half::f16;
+use kvwarp::hadamard;
+use kvwarp::rope_select::{Angles, Pairing};
 use kvwarp::slab::feedback;
 use kvwarp::threads::Team;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -19,8 +22,10 @@ use crate::source::Source;
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 
-/// Version of the file's format and of the turning of queries.
+/// Version of the file's format.
 const VERSION: &str = "1";
+/// Positions to which moments are moved, evenly over the context.
+const SHIFTS: usize = 16;
 /// Bytes of each layer's query weights that the fingerprint is made of.
 const FINGERPRINT_BYTES: usize = 4096;
 
@@ -141,7 +146,7 @@ impl Calibration {
         (&self.model, &self.text) == (&other.model, &other.text)
     }
 
-    /// Adds the queries of `layer`, turned, `q` `[rows, kv_heads, G, D]`.
+    /// Adds the queries of `layer` after RoPE, `q` `[rows, kv_heads, G, D]`.
     pub fn add(&mut self, layer: usize, q: &[f32], rows: usize, team: &Team) {
         let [_, heads, d] = self.shape;
         let stride = q.len() / rows;
@@ -157,16 +162,37 @@ impl Calibration {
         });
     }
 
-    /// Weights of rounding errors, `[layers, kv_heads, D, D]`.
-    pub fn feedback(&self, team: &Team) -> Vec<f16> {
-        let square = self.shape[2] * self.shape[2];
+    /// Weights of rounding errors of keys that are turned by Hadamard matrices, `[layers, kv_heads, D, D]`, for positions
+    /// below `context`.
+    pub fn feedback(&self, rope: (&[f32], Pairing), context: usize, team: &Team) -> Vec<f16> {
+        let (d, (inv_freq, pairing)) = (self.shape[2], rope);
+        let positions: Vec<i32> = (0..SHIFTS).map(|i| (context * i / SHIFTS) as i32).collect();
+        let angles = Angles::new(&positions, inv_freq);
         let mut rows = vec![f16::ZERO; self.sums.len()];
-        team.each_chunk(&mut rows, square, |i, rows| {
-            let sums = self.sums[i * square..][..square].iter().map(|&x| f64::from(x));
-            rows.copy_from_slice(&feedback(&sums.collect::<Vec<_>>()));
+        team.each_chunk(&mut rows, d * d, |i, rows| {
+            let seen = &self.sums[i * d * d..][..d * d];
+            let mut sum = vec![0.0; d * d];
+            for shift in 0..SHIFTS {
+                let moved = both_sides(seen, d, |row| {
+                    // Whole heads, and a position that there is.
+                    let _ = angles.rotate(shift, row, pairing);
+                });
+                sum.iter_mut().zip(moved).for_each(|(sum, x)| *sum += x);
+            }
+            let turned = both_sides(&sum, d, |row| hadamard::keys(row, d));
+            rows.copy_from_slice(&feedback(&turned.map(f64::from).collect::<Vec<_>>()));
         });
         rows
     }
+}
+
+/// `A h A^T` of a symmetric `h` `[d, d]`, where `turn` multiplies each vector of a row by `A`.
+fn both_sides(h: &[f32], d: usize, turn: impl Fn(&mut [f32])) -> impl Iterator<Item = f32> {
+    let mut rows = h.to_vec();
+    turn(&mut rows);
+    let mut columns: Vec<f32> = (0..d * d).map(|i| rows[i % d * d + i / d]).collect();
+    turn(&mut columns);
+    columns.into_iter()
 }
 
 /// Where a model's calibration lies when nothing else is said: beside it.
@@ -203,11 +229,10 @@ pub fn read(
     watch: &mut Watch<'_>,
     to: &Path,
 ) -> anyhow::Result<usize> {
-    let spec = CacheSpec { hadamard: true, ..CacheSpec::default() };
     let mut read = calibration.tokens;
     let mut work = Work::collecting(calibration);
     for piece in tokens.chunks(window) {
-        let mut cache = model.cache(&spec, piece.len())?;
+        let mut cache = model.cache(&CacheSpec::default(), piece.len())?;
         model.prefill(piece, &mut cache, &mut work, watch)?;
         read += piece.len();
         if let Some(calibration) = &mut work.calibration {

@@ -91,7 +91,8 @@ impl<'a> Model<'a> {
 
     /// The same, rounding keys that are kept turned by Hadamard matrices as `calibration` says.
     pub fn with_calibration(mut self, calibration: &Calibration) -> Self {
-        self.feedback = Some(calibration.feedback(&self.team).into());
+        let rope = (&self.inv_freq[..], self.pairing);
+        self.feedback = Some(calibration.feedback(rope, self.config.context, &self.team).into());
         self
     }
 

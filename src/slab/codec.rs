@@ -23,6 +23,12 @@ impl Default for Rounding<'_> {
 }
 
 impl Rounding<'_> {
+    /// How far above a group's smallest element its minimum may lie, as a share of its range: less than its whole range
+    /// is spanned, and feedback moves it.
+    fn headroom(&self, max_code: u32) -> f32 {
+        if self.range == 1.0 || max_code > 3 { 0.0 } else { 0.2 }
+    }
+
     /// What the codes of a group of these extremes span.
     fn span(&self, (min, max): (f32, f32), max_code: u32) -> (f32, f32) {
         if self.range == 1.0 || max_code > 3 {
@@ -112,8 +118,10 @@ impl<'a> Coder<'a> {
         groups: impl Iterator<Item = (f32, f32)>,
         out: &mut [u8],
     ) -> Self {
-        let steps = (layout.meta == Meta::U8)
-            .then(|| Steps::over(&groups.map(finite).collect::<Vec<_>>(), max_code(layout)));
+        let steps = (layout.meta == Meta::U8).then(|| {
+            let groups: Vec<_> = groups.map(finite).collect();
+            Steps::over(&groups, rounding.headroom(max_code(layout)), max_code(layout))
+        });
         if let Some(steps) = steps {
             let half = steps::BYTES / 2;
             out[layout.steps() + which * half..][..half].copy_from_slice(&steps.to_bytes());

@@ -30,10 +30,12 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// The steps for groups of these extremes and codes up to `max_code`.
-    pub(super) fn over(groups: &[(f32, f32)], max_code: u32) -> Self {
+    /// The steps for groups of these extremes and codes up to `max_code`. Minima may lie up to `headroom` of a group's
+    /// range above its smallest.
+    pub(super) fn over(groups: &[(f32, f32)], headroom: f32, max_code: u32) -> Self {
         let low = groups.iter().map(|g| g.0).fold(f32::INFINITY, f32::min);
-        let high = groups.iter().map(|g| g.0).fold(f32::NEG_INFINITY, f32::max);
+        let raised = |&(min, max): &(f32, f32)| (max - min).mul_add(headroom, min);
+        let high = groups.iter().map(raised).fold(f32::NEG_INFINITY, f32::max);
         let mut minimum = f32::exp2(-24.0);
         while {
             let (first, last) = (in_steps(low, minimum), in_steps(high, minimum));

@@ -43,13 +43,13 @@ impl Model<'_> {
         project(&cpu, [&layer.q, &layer.k, &layer.v], h, rows, [q, k, v])?;
         each_row(team, q, rows, |i, q| angles.rotate(first + i, q, self.pairing))?;
         each_row(team, k, rows, |i, k| angles.rotate(first + i, k, self.pairing))?;
+        if let Some(calibration) = calibration {
+            calibration.add(index, q, rows, team);
+        }
         if turned {
             hadamard::keys(q, d);
             hadamard::keys(k, d);
             hadamard::values(v);
-        }
-        if let Some(calibration) = calibration {
-            calibration.add(index, q, rows, team);
         }
         if staged {
             cache.fill(index, k, v, rows);
