@@ -80,7 +80,7 @@ const fn low_error(preset: &'static str, window: usize) -> CacheSpec {
         group: 64,
         meta: Meta::U8,
         hadamard: true,
-        range: 85,
+        range: 88,
         ..kivi(preset, Format::Q2, window)
     }
 }
@@ -90,7 +90,7 @@ pub const PRESETS: [CacheSpec; 7] = [
     kivi("f16", Format::F16, 0),
     kivi("q8", Format::Q8, KIVI_WINDOW),
     kivi("fp8", Format::Fp8, KIVI_WINDOW),
-    kivi("q4", Format::Q4, KIVI_WINDOW),
+    CacheSpec { hadamard: true, ..kivi("q4", Format::Q4, KIVI_WINDOW) },
     low_error("q2", 64),
     low_error("q2-small", 0),
     kivi("q2-kivi", Format::Q2, KIVI_WINDOW),
@@ -177,7 +177,9 @@ impl CacheSpec {
             return Ok(());
         }
         if hadamard || range < 100 {
-            return Err("`kivi_exact` rounds as KIVI does; start from q2-kivi, q4 or q8".into());
+            return Err(
+                "`kivi_exact` rounds as KIVI does; start from q2-kivi, or with hadamard=off".into(),
+            );
         }
         if window == 0 || !window.is_multiple_of(group) {
             return Err(format!(

@@ -250,7 +250,7 @@ fn spec_errors_name_the_part_and_what_is_allowed() {
         ("q8,meta=u8", &["`meta` is `u8`", "q4 and q2, not q8"]),
         ("q2,meta=u8,group=128", &["`meta` is `u8`", "32 or 64"]),
         ("q2-kivi,meta=u8,kivi_exact", &["`meta` is `u8`", "not for `kivi_exact`"]),
-        ("q2,kivi_exact", &["`kivi_exact`", "start from q2-kivi"]),
+        ("q2,kivi_exact", &["`kivi_exact`", "start from q2-kivi", "hadamard=off"]),
         ("q2,range=120", &["`range` is `120`", "50 to 100"]),
         ("q4,range=80", &["`range` has no effect on q4"]),
         ("q2,hadamard", &["`hadamard` is ``", "on or off"]),

@@ -58,7 +58,7 @@ pub(super) const PARTS: [Part; 7] = [
     Part {
         name: "hadamard",
         accepts: "on or off",
-        help: "turn K and V so that outliers spread, and round K as calibrated (default off; q2 on)",
+        help: "turn K and V so that outliers spread, and round K as calibrated (default off; q4, q2 on)",
         read: |spec, value| {
             let turns = [("on", true), ("off", false)].into_iter().find(|(name, _)| *name == value);
             turns.is_some_and(|(_, turn)| set(&mut spec.hadamard, turn))
@@ -68,7 +68,7 @@ pub(super) const PARTS: [Part; 7] = [
     Part {
         name: "range",
         accepts: "50 to 100 percent",
-        help: "share of a group's range that 2-bit codes span (default 100; q2 85)",
+        help: "share of a group's range that 2-bit codes span (default 100; q2 88)",
         read: |spec, value| {
             let percent = value.parse().ok().filter(|n| (50..=100).contains(n));
             percent.is_some_and(|n| set(&mut spec.range, n))
