@@ -15,6 +15,7 @@ mod linear;
 mod paged_attn;
 mod plot;
 mod prefill_attn;
+mod quality;
 #[cfg_attr(not(kvw_cuda), allow(dead_code, reason = "only a GPU is recorded"))]
 mod record;
 
@@ -46,7 +47,11 @@ fn read(path: &Path) -> Result<record::Record> {
 fn main() -> Result<()> {
     let args = Args::parse(std::env::args().skip(1)).map_err(|e| anyhow!(e))?;
     if let Some(path) = &args.plot {
-        return plot::draw(&read(path)?, path).map_err(|e| anyhow!(e));
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        return match text.starts_with(quality::FIRST_COLUMNS) {
+            true => quality::draw(path).map_err(|e| anyhow!(e)),
+            false => plot::draw(&read(path)?, path).map_err(|e| anyhow!(e)),
+        };
     }
     if let Some(paths) = &args.report {
         let rows = paths.iter().map(|p| Ok(read(p)?.rows)).collect::<Result<Vec<_>>>()?.concat();

@@ -64,6 +64,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
         seed: args.sampling.seed(),
     };
     let model = open::model(&args.model, &source)?;
+    open::note_uncalibrated(&model, &request.cache);
     let mut text = String::new();
     let stats = streamed(&model, &tokenizer, &request, &mut |piece| {
         text.push_str(piece);

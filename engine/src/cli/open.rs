@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, bail};
 
 use super::args::{Device, ModelArgs};
+use super::output;
 use crate::calibration::{Calibration, beside};
 use crate::fetch;
 use crate::model::Model;
 use crate::source::Source;
+use crate::spec::CacheSpec;
 
 /// Set by Ctrl-C.
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -39,6 +41,16 @@ pub fn model<'a>(args: &ModelArgs, source: &'a Source) -> anyhow::Result<Model<'
         Some(path) => model.with_calibration(&Calibration::open(path, source)?),
         None => model,
     })
+}
+
+/// Says what would make a cache better, where something would.
+pub fn note_uncalibrated(model: &Model<'_>, spec: &CacheSpec) {
+    if spec.hadamard && !model.is_calibrated() {
+        let name = spec.preset;
+        output::log(&format!(
+            "note: {name} loses less with a calibration, see `kvwarp calibrate kv`"
+        ));
+    }
 }
 
 fn path(args: &ModelArgs) -> anyhow::Result<PathBuf> {
