@@ -172,14 +172,14 @@ impl CacheSpec {
     /// What the parts demand of each other.
     fn check(&self) -> Result<(), String> {
         let Self { window, group, sinks, hadamard, range, .. } = *self;
-        self.check_meta()?;
-        if !self.kivi_exact {
-            return Ok(());
-        }
-        if hadamard || range < 100 {
+        if self.kivi_exact && (hadamard || range < 100) {
             return Err(
                 "`kivi_exact` rounds as KIVI does; start from q2-kivi, or with hadamard=off".into(),
             );
+        }
+        self.check_meta()?;
+        if !self.kivi_exact {
+            return Ok(());
         }
         if window == 0 || !window.is_multiple_of(group) {
             return Err(format!(
