@@ -1,16 +1,17 @@
 // kv_pack: writing the cache: RoPE, the f16 ring, and packing of the 64 tokens that leave the window.
 //
 // Math      K' = rotate(K, position), beyond the range of f16 +-65504, as V; ring[slot] = (K', V); packed
-//           slab = quantise(its 64 tokens), bit for bit src/slab/codec.rs::encode
+//           slab = quantise(its 64 tokens), bit for bit src/slab/codec.rs::encode_rounded
 // Shapes    k, v [T, H, D] f16 or bf16 with strides between tokens; the cache as slab.h has it
 // Layout    K quantised per channel over group tokens, V per token over group channels (KIVI,
 //           arXiv:2402.02750)
-// Bytes     8 D a token and head; f16 slabs are read and packed ones written -> kvw_kv_pack_bytes()
+// Bytes     8 D a token and head; f16 slabs are read and packed ones written, and the lower half of feedback is
+//           read -> kvw_kv_pack_bytes()
 // Launch    APPEND grid (H, S), FILL (tiles of 16 tokens, H, S), FLUSH (slabs, H, S); 128 threads, at
-//           most 17 KB of shared memory
+//           most 17 KB of shared memory; with feedback 320 D bytes more
 // Workspace none
 // Order     deterministic; no atomics; every word of a slab is written by the one lane that owns it
-// Oracle    src/kv_pack/cpu.rs, src/kv_pack/kivi.rs, src/slab/codec.rs
+// Oracle    src/slab/codec.rs, src/kv_pack/kivi.rs
 //
 // APPEND: a slab leaves the window with token len - 1 if (len - window) is a positive multiple of 64. In
 // a ring of kvw_ring_slabs(window) that token may fall on the slab's first one, so the slab is packed
@@ -31,10 +32,14 @@
 // 2. FILL gathers 16 tokens in shared memory and writes 16-byte units; element by element only in the
 //    first and last tile, which may be shared with tokens that are there already.
 // 3. Packing runs in the append itself, so a step is the same launches whether or not a slab is due.
+// 4. Feedback goes through the channels of K one by one (common/feedback.cuh): a chain of about 270 clocks each,
+//    of which four or five shuffles are half, and 600 a block of eight for the errors of the block before and the
+//    barrier. Predicted 45,000 clocks at D = 128, 26 us, once in 64 steps of a head; two-level metadata adds 60 a
+//    channel, its f64 steps.
 #include "kvwarp.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
-#include "common/pack.cuh"
+#include "common/feedback.cuh"
 
 namespace {
 
@@ -178,25 +183,26 @@ template <int D> PRIM void copy_slab(const unsigned char* from, unsigned char* t
         prim::stg128(to + at, *reinterpret_cast<const uint4*>(from + at));
 }
 
-template <int D> PRIM void pack_slab(const Head<D, 0>& head, int i, uint32_t* meta) {
+// `meta` and `shared` are shared memory, the latter Feedback<D>::BYTES long if there is feedback.
+template <int D>
+PRIM void pack_slab(const Params& p, const Head<D, 0>& head, int i, uint32_t* meta, unsigned char* shared) {
     SlabAddress to = table_slab(head, i);
+    int format = format_of(to);
     unsigned char *from = ring_slab(head, i), *bytes = bytes_of(to);
     if (to == 0) return;
-    switch (format_of(to)) {
-    case KVW_SLAB_F16: return copy_slab<D>(from, bytes);
-    case KVW_SLAB_Q8: return Packer<KVW_SLAB_Q8, D>(head.cache, from, bytes, meta).pack();
-    case KVW_SLAB_Q4: return Packer<KVW_SLAB_Q4, D>(head.cache, from, bytes, meta).pack();
-    case KVW_SLAB_Q2: return Packer<KVW_SLAB_Q2, D>(head.cache, from, bytes, meta).pack();
-    case KVW_SLAB_FP8: return Packer<KVW_SLAB_FP8, D>(head.cache, from, bytes, meta).pack();
-    }
+    if (format == KVW_SLAB_F16) return copy_slab<D>(from, bytes);
+    const __half* weights = static_cast<const __half*>(has_meta(format) ? p.feedback : nullptr);
+    if (weights) weights += size_t(head.head) * D * D;
+    pack_whole(Packer<D>(p.cache, format, p.range, from, bytes, meta), weights, shared);
 }
 
 // KIVI: V of one token, by one warp. Lane (r, q) takes channels 8 j + r, j = q mod 4; of the lanes whose codes
 // share a word the first joins them into it. This token owns one half of the word at most.
-template <int FORMAT, int D>
-PRIM void pack_value(const Layout& l, unsigned char* from, unsigned char* to, int token) {
-    constexpr int BITS = code_bits(FORMAT), SLOTS = 16 / BITS, MAX_CODE = (1 << BITS) - 1, PAIRS = D / 8;
-    constexpr int SHARE = SLOTS < 4 ? SLOTS : 4; // lanes
+template <int D> PRIM void pack_value(const Packer<D>& packer, int token) {
+    constexpr int PAIRS = D / 8;
+    const Layout& l = packer.l;
+    const int bits = packer.bits, slots = 16 / bits, max_code = packer.rounding.max_code;
+    const int share = min(slots, 4); // lanes
     const int group_pairs = l.v_group / 8;
     int lane = int(threadIdx.x) % 32, r = lane / 4, q = lane % 4;
     int tile = token / 16, t = token % 8 / 2, side = token % 16 / 8, e = token % 2;
@@ -205,7 +211,7 @@ PRIM void pack_value(const Layout& l, unsigned char* from, unsigned char* to, in
         int end = min(first + group_pairs, PAIRS);
         float low = INFINITY, high = -INFINITY;
         for (int j = first + q; j < end; j += 4) {
-            float x = __half2float(v_element<D>(from, token, 8 * j + r));
+            float x = __half2float(v_element<D>(packer.from, token, 8 * j + r));
             low = fminf(low, x);
             high = fmaxf(high, x);
         }
@@ -214,36 +220,33 @@ PRIM void pack_value(const Layout& l, unsigned char* from, unsigned char* to, in
             low = fminf(low, __shfl_xor_sync(~0u, low, lanes));
             high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
         }
-        __half scale = group_scale(low, high, MAX_CODE), min = __float2half_rn(low + 0.f);
+        __half scale = group_scale(low, high, max_code), min = __float2half_rn(low + 0.f);
         int pair = ((tile * 4 + t) * l.v_groups + first / group_pairs) * 2 + side;
-        __half* meta = reinterpret_cast<__half*>(to + l.v_meta) + 2 * pair + e;
+        __half* meta = reinterpret_cast<__half*>(packer.to + l.v_meta) + 2 * pair + e;
         if (lane == 0) meta[0] = scale, meta[l.v_minima / 2] = min;
         for (int j0 = first; j0 < end; j0 += 4) {
-            __half& x = v_element<D>(from, token, 8 * (j0 + q) + r);
-            uint32_t code = code_of(__half2float(x), low, __half2float(scale), MAX_CODE);
-            x = half_saturated(fmaf(float(code), __half2float(scale), __half2float(min)));
-            int f = tile * PAIRS + j0 + q, word = f / SLOTS, shift = BITS * (f % SLOTS) + 16 * e;
-            uint32_t codes = code << shift, mask = ((1u << (BITS * SHARE)) - 1) << shift;
-            for (int lanes = 1; lanes < SHARE; lanes *= 2) codes |= __shfl_xor_sync(~0u, codes, lanes);
+            __half& x = v_element<D>(packer.from, token, 8 * (j0 + q) + r);
+            float code = code_of(__half2float(x), low, __half2float(scale), max_code);
+            x = half_saturated(fmaf(code, __half2float(scale), __half2float(min)));
+            int f = tile * PAIRS + j0 + q, word = f * bits / 16, shift = (f * bits & 15) + 16 * e;
+            uint32_t codes = uint32_t(code) << shift, mask = ((1u << bits * share) - 1) << shift;
+            for (int lanes = 1; lanes < share; lanes *= 2) codes |= __shfl_xor_sync(~0u, codes, lanes);
             if (KVW_FAULT(207)) mask |= mask << 16 | mask >> 16;
             unsigned char* at =
-                to + l.v_codes + (word / 2 * 32 + r * 4 + t) * 16 + (2 * (word % 2) + side) * 4;
+                packer.to + l.v_codes + (word / 2 * 32 + r * 4 + t) * 16 + (2 * (word % 2) + side) * 4;
             uint32_t* own = reinterpret_cast<uint32_t*>(at);
-            if (q % SHARE == 0) *own = (*own & ~mask) | codes;
+            if (q % share == 0) *own = (*own & ~mask) | codes;
         }
     }
 }
 
 // KIVI: K of `keys` and V of `values`, tokens of slab i, in the table's format. The tokens of one lane's
 // words, (t, side), stay with one warp, one after the other.
-template <int FORMAT, int D>
-PRIM void advance(const kvw_cache& c, unsigned char* from, unsigned char* to, Span keys, Span values,
-                  uint32_t* meta) {
-    const Packer<FORMAT, D> packer(c, from, to, meta);
+template <int D> PRIM void advance(const Packer<D>& packer, Span keys, Span values) {
     if (keys.from < keys.until) packer.pack_keys(keys);
     for (int token = values.from; token < values.until; token++) {
         int words = token % 16 / 2; // t + 4 * side
-        if (words % PACK_WARPS == int(threadIdx.x) / 32) pack_value<FORMAT, D>(packer.l, from, to, token);
+        if (words % PACK_WARPS == packer.warp) pack_value(packer, token);
     }
     __syncthreads(); // meta is free again
 }
@@ -256,20 +259,16 @@ template <int D>
 PRIM void advance_slab(const Head<D, 0>& head, int i, Span keys, Span values, uint32_t* meta) {
     SlabAddress to = table_slab(head, i);
     unsigned char *from = ring_slab(head, i), *bytes = bytes_of(to);
-    const kvw_cache& c = head.cache;
     bool complete = values.from < values.until && values.until == TOKENS;
     if (to == 0) return;
-    switch (format_of(to)) {
-    case KVW_SLAB_F16:
-        if (complete) copy_slab<D>(from, bytes);
-        return;
-    case KVW_SLAB_Q8: return advance<KVW_SLAB_Q8, D>(c, from, bytes, keys, values, meta);
-    case KVW_SLAB_Q4: return advance<KVW_SLAB_Q4, D>(c, from, bytes, keys, values, meta);
-    case KVW_SLAB_Q2: return advance<KVW_SLAB_Q2, D>(c, from, bytes, keys, values, meta);
-    }
+    if (format_of(to) != KVW_SLAB_F16)
+        advance(Packer<D>(head.cache, format_of(to), 1.f, from, bytes, meta), keys, values);
+    else if (complete)
+        copy_slab<D>(from, bytes);
 }
 
 template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) append(const __grid_constant__ Params p) {
+    KVW_DYN_SHARED(unsigned char, shared);
     KVW_SHARED(uint32_t, meta, META_WORDS<D>);
     int s = int(blockIdx.y), window = p.cache.window;
     Head<D, 0> head(p.cache, s, int(blockIdx.x));
@@ -279,7 +278,7 @@ template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) append(const
     bool first = window == 0 || p.kivi_exact || KVW_FAULT(202);
     if (first) write_token(p, head, s, len - 1);
     __syncthreads();
-    if (!p.kivi_exact && leaves) pack_slab(head, rest / TOKENS - 1, meta);
+    if (!p.kivi_exact && leaves) pack_slab(p, head, rest / TOKENS - 1, meta, shared);
     __syncthreads();
     if (!first) write_token(p, head, s, len - 1);
     if (!p.kivi_exact) return;
@@ -294,13 +293,14 @@ template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) append(const
 }
 
 template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) flush(const __grid_constant__ Params p) {
+    KVW_DYN_SHARED(unsigned char, shared);
     KVW_SHARED(uint32_t, meta, META_WORDS<D>);
     int s = int(blockIdx.z), h = int(blockIdx.y);
     Head<D, 0> head(p.cache, s, h);
     int i = p.first[p.cache.lens_heads == 1 ? s : s * p.cache.kv_heads + h] + int(blockIdx.x);
     if (i < 0) return;
     if (!p.kivi_exact) {
-        if (i < head.packed) pack_slab(head, i, meta);
+        if (i < head.packed) pack_slab(p, head, i, meta, shared);
         return;
     }
     int window = p.cache.window, keys = head.len / window * window, values = max(head.len - window, 0);
@@ -309,10 +309,11 @@ template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) flush(const 
 
 template <int D> kvw_status launch(const Params& p, kvw_stream stream) {
     unsigned heads = unsigned(p.cache.kv_heads), seqs = unsigned(p.cache.seqs), most = unsigned(p.max_tokens);
+    size_t shared = p.feedback ? Feedback<D>::BYTES : 0;
     if (p.op == KVW_PACK_APPEND)
-        return KVW_LAUNCH((append<D>), dim3(heads, seqs), PACK_THREADS, 0, stream, p);
+        return KVW_LAUNCH((append<D>), dim3(heads, seqs), PACK_THREADS, shared, stream, p);
     if (p.op == KVW_PACK_FLUSH)
-        return KVW_LAUNCH((flush<D>), dim3(most, heads, seqs), PACK_THREADS, 0, stream, p);
+        return KVW_LAUNCH((flush<D>), dim3(most, heads, seqs), PACK_THREADS, shared, stream, p);
     // A run of `most` slots touches one aligned tile more than it fills.
     return KVW_LAUNCH((fill<D>), dim3((most + 14) / TILE + 1, heads, seqs), PACK_THREADS, 0, stream, p);
 }
@@ -329,6 +330,10 @@ kvw_status kvw_kv_pack_check(const kvw_kv_pack_params* p) {
     KVW_REQUIRE(p->kivi_exact == 0 || (p->kivi_exact == 1 && !fill), SHAPE, kivi_exact);
     KVW_REQUIRE(p->kivi_exact == 0 || (c.meta == KVW_META_F16 && !c.pools[KVW_SLAB_FP8]), FORMAT, kivi_exact);
     KVW_REQUIRE(p->kivi_exact == 0 || (c.window >= 1 && c.window % c.group == 0), SHAPE, window);
+    KVW_OPTIONAL(*p, feedback);
+    KVW_REQUIRE(!p->kivi_exact || !p->feedback, FORMAT, feedback);
+    KVW_REQUIRE(p->range >= 0.f && p->range <= 1.f, SHAPE, range);
+    KVW_REQUIRE(!p->kivi_exact || p->range == 0.f || p->range == 1.f, FORMAT, range);
     if (flush) {
         KVW_REQUIRED(*p, first);
         KVW_REQUIRE(c.table, NULL, table);
@@ -358,16 +363,17 @@ kvw_status kvw_kv_pack_check(const kvw_kv_pack_params* p) {
 size_t kvw_kv_pack_workspace(const kvw_kv_pack_params*) { return 0; }
 
 // APPEND counts the token and a 64th of the slab that leaves once in 64 steps; FLUSH counts full launches.
-// Slabs are written in the smallest format that has a pool.
+// Slabs are written in the smallest format that has a pool; what feedback holds is read once a launch.
 size_t kvw_kv_pack_bytes(const kvw_kv_pack_params* p) {
     if (kvw_kv_pack_check(p) != KVW_OK) return 0;
     const kvw_cache& c = p->cache;
     size_t token = size_t(c.kv_heads) * c.head_dim * 8;
     size_t slab = slab_bytes(KVW_SLAB_F16, c.head_dim, c.group, c.meta) +
                   slab_bytes(narrowest(c), c.head_dim, c.group, c.meta);
+    size_t weights = p->feedback ? size_t(c.kv_heads) * c.head_dim * (c.head_dim - 1) : 0;
     if (p->op == KVW_PACK_FILL) return p->tokens * token;
-    if (p->op == KVW_PACK_FLUSH) return size_t(c.seqs) * c.kv_heads * p->max_tokens * slab;
-    return p->tokens * (token + (c.table ? c.kv_heads * slab / TOKENS : 0));
+    if (p->op == KVW_PACK_FLUSH) return size_t(c.seqs) * c.kv_heads * p->max_tokens * slab + weights;
+    return p->tokens * (token + (c.table ? (c.kv_heads * slab + weights) / TOKENS : 0));
 }
 
 kvw_status kvw_kv_pack(const kvw_kv_pack_params* p, kvw_stream stream) {

@@ -1,19 +1,26 @@
 // rope_select: rotary position embedding of the queries or keys of some tokens.
 //
 // Math      pair i = channels (a, b): angle = f32(position * inv_freq[i]); out = (a cos - b sin, a sin +
-//           b cos), beyond the range of f16 +-65504
+//           b cos), beyond the range of f16 +-65504. With hadamard, that head times the orthonormal Hadamard matrix
+//           of D before it is rounded, additions in the order of src/hadamard.rs::keys; D = 96: three of 32 mixed
+//           by the reflection 1 - 2/3
 // Shapes    x, out [T, heads, D] f16 with a stride between tokens; positions [T]; inv_freq [D / 2]
 // Layout    pair i = (2i, 2i + 1) interleaved, (i, i + D / 2) half
 // Bytes     x once, out once, 4 a position, 2 D of frequencies -> kvw_rope_select_bytes()
-// Launch    a CTA of 256 threads a token, 1 KB of shared memory
+// Launch    a CTA of 256 threads a token, 1 KB of shared memory; with hadamard a warp takes a head
 // Workspace none
-// Order     deterministic; every element is written by the thread that read it, so out may be x
-// Oracle    src/rope_select/oracle.rs
+// Order     deterministic; every element is written by the thread that read it, with hadamard by the warp that has
+//           read all of the head, so out may be x
+// Oracle    src/rope_select/oracle.rs, src/hadamard.rs
 //
 // Why it looks like this:
 // 1. Sines are computed once a token and kept in shared memory: all heads use the same ones.
 // 2. A thread turns four neighbouring pairs: 16-byte accesses interleaved, twice 8 bytes half. Heads
 //    whose size or stride is odd in that sense take the same kernel with one pair a thread.
+// 3. Queries and keys of a fused projection lie side by side, so one launch turns both: x its first query head, heads
+//    their sum, x_stride the whole row.
+// 4. With hadamard lane l has channels 32 i + l: five stages by shuffles, the others within the lane. The partner of
+//    a channel in RoPE is loaded as well: it is in L1, and D = 96 has it in another lane.
 #include "kvwarp.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
@@ -72,6 +79,75 @@ __global__ void __launch_bounds__(THREADS) rope(const __grid_constant__ kvw_rope
     }
 }
 
+// ---- and the Hadamard matrix
+
+// Sums and differences of the lanes' values, neighbours first.
+PRIM float across_lanes(float x, int lane) {
+#pragma unroll
+    for (int apart = 1; apart < 32; apart *= 2) {
+        float other = __shfl_xor_sync(~0u, x, apart);
+        x = lane & apart ? __fsub_rn(other, x) : __fadd_rn(x, other);
+    }
+    return x;
+}
+
+// The same of 32 values or 32 channels each, and the factor.
+template <int N> PRIM void across_blocks(float (&x)[N]) {
+    constexpr float FACTOR = N == 2 ? 0.125f : N == 4 ? 0.08838834764831845f : 0.0625f;
+#pragma unroll
+    for (int apart = 1; apart < N; apart *= 2) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (i & apart) continue;
+            float a = x[i], b = x[i + apart];
+            x[i] = __fadd_rn(a, b);
+            x[i + apart] = __fsub_rn(a, b);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = __fmul_rn(x[i], FACTOR);
+}
+
+template <> PRIM void across_blocks<3>(float (&x)[3]) {
+    float sum = __fadd_rn(__fadd_rn(x[0], x[1]), x[2]);
+#pragma unroll
+    for (int i = 0; i < 3; i++) x[i] = __fmul_rn(fmaf(sum, KVW_FAULT(303) ? -1.f : -2.f / 3, x[i]), 0.17677669529663687f);
+}
+
+template <int D>
+__global__ void __launch_bounds__(THREADS) hadamard(const __grid_constant__ kvw_rope_select_params p) {
+    KVW_SHARED(float, sin, D / 2);
+    KVW_SHARED(float, cos, D / 2);
+    const bool half = p.pairing == KVW_ROPE_HALF;
+    int token = int(blockIdx.x), lane = int(threadIdx.x) % 32;
+    for (int i = int(threadIdx.x); i < D / 2; i += THREADS) {
+        float s, c;
+        kvw::sin_cos(__fmul_rn(float(p.positions[token]), p.inv_freq[i]), s, c);
+        sin[i] = s;
+        cos[i] = c;
+    }
+    __syncthreads();
+    for (int head = int(threadIdx.x) / 32; head < p.heads; head += THREADS / 32) {
+        const __half* in = static_cast<const __half*>(p.x) + token * p.x_stride + head * D;
+        __half* out = static_cast<__half*>(p.out) + token * p.out_stride + head * D;
+        float x[D / 32];
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            int c = 32 * i + lane, pair = half ? c % (D / 2) : c / 2;
+            bool first = half ? c < D / 2 : c % 2 == 0;
+            int partner = half ? first ? c + D / 2 : c - D / 2 : c ^ 1;
+            float b = __fmul_rn(__half2float(in[partner]), sin[pair]);
+            x[i] = __fadd_rn(__fmul_rn(__half2float(in[c]), cos[pair]), first ? -b : b);
+        }
+        if (!KVW_FAULT(302)) __syncwarp();
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) x[i] = across_lanes(x[i], lane);
+        across_blocks<D / 32>(x);
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) out[32 * i + lane] = kvw::half_saturated(x[i]);
+    }
+}
+
 } // namespace
 
 kvw_status kvw_rope_select_check(const kvw_rope_select_params* p) {
@@ -84,7 +160,10 @@ kvw_status kvw_rope_select_check(const kvw_rope_select_params* p) {
     KVW_REQUIRE(p->heads >= 1 && p->heads <= kvw::GRID_YZ_MAX, SHAPE, heads);
     KVW_REQUIRE(p->head_dim >= 2 && p->head_dim <= kvw::ROPE_MAX_D && p->head_dim % 2 == 0, SHAPE, head_dim);
     KVW_REQUIRE(p->pairing == KVW_ROPE_INTERLEAVED || p->pairing == KVW_ROPE_HALF, SHAPE, pairing);
-    int64_t row = int64_t(p->heads) * p->head_dim;
+    const int d = p->head_dim;
+    KVW_REQUIRE(p->hadamard == 0 || (p->hadamard == 1 && (d == 64 || d == 96 || d == 128 || d == 256)), SHAPE,
+                hadamard);
+    int64_t row = int64_t(p->heads) * d;
     KVW_REQUIRE(p->x_stride >= row, SHAPE, x_stride);
     KVW_REQUIRE(p->out_stride >= row, SHAPE, out_stride);
     KVW_REQUIRE(p->x != p->out || p->x_stride == p->out_stride, SHAPE, out_stride);
@@ -103,6 +182,14 @@ kvw_status kvw_rope_select(const kvw_rope_select_params* p, kvw_stream stream) {
     bool half = p->pairing == KVW_ROPE_HALF;
     bool wide = p->head_dim % 8 == 0 && p->x_stride % 8 == 0 && p->out_stride % 8 == 0;
     dim3 grid(unsigned(p->tokens));
+    if (p->hadamard) {
+        switch (p->head_dim) {
+        case 64: return KVW_LAUNCH((hadamard<64>), grid, THREADS, 0, stream, *p);
+        case 96: return KVW_LAUNCH((hadamard<96>), grid, THREADS, 0, stream, *p);
+        case 128: return KVW_LAUNCH((hadamard<128>), grid, THREADS, 0, stream, *p);
+        default: return KVW_LAUNCH((hadamard<256>), grid, THREADS, 0, stream, *p);
+        }
+    }
     if (wide && half) return KVW_LAUNCH((rope<4, true>), grid, THREADS, 0, stream, *p);
     if (wide) return KVW_LAUNCH((rope<4, false>), grid, THREADS, 0, stream, *p);
     if (half) return KVW_LAUNCH((rope<1, true>), grid, THREADS, 0, stream, *p);

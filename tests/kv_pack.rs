@@ -4,6 +4,7 @@ mod cpu;
 mod device;
 mod kivi;
 mod ops;
+mod rounded;
 
 use crate::cases::somewhere;
 use crate::exec::{assert_caught, executors, op};
@@ -84,6 +85,20 @@ fn c_checks_need_no_gpu() {
             ("v_stride odd", |p| p.v_stride = 129, ffi::KVW_ERR_SHAPE),
             ("tokens", |p| p.tokens = 2, ffi::KVW_ERR_SHAPE),
             ("kivi_exact", |p| p.kivi_exact = 2, ffi::KVW_ERR_SHAPE),
+            ("range", |p| p.range = 1.01, ffi::KVW_ERR_SHAPE),
+            ("range, negative", |p| p.range = -0.5, ffi::KVW_ERR_SHAPE),
+            ("range, NaN", |p| p.range = f32::NAN, ffi::KVW_ERR_SHAPE),
+            ("feedback unaligned", |p| p.feedback = 8 as _, ffi::KVW_ERR_ALIGN),
+            (
+                "kivi, range",
+                |p| (p.kivi_exact, p.cache.window, p.range) = (1, 32, 0.9),
+                ffi::KVW_ERR_FORMAT,
+            ),
+            (
+                "kivi, feedback",
+                |p| (p.kivi_exact, p.cache.window, p.feedback) = (1, 32, somewhere()),
+                ffi::KVW_ERR_FORMAT,
+            ),
             ("window of kivi", |p| (p.kivi_exact, p.cache.window) = (1, 0), ffi::KVW_ERR_SHAPE),
             ("kivi, odd window", |p| (p.kivi_exact, p.cache.window) = (1, 48), ffi::KVW_ERR_SHAPE),
         ],
@@ -95,6 +110,8 @@ fn c_checks_need_no_gpu() {
     assert_eq!(kv_pack.bytes(&q2), 128 * 8 + (32768 + 6144) / 64);
     (q2.cache.meta, q2.op) = (1, ffi::KVW_PACK_FLUSH);
     assert_eq!(kv_pack.bytes(&q2), 32768 + 5152);
+    q2.feedback = somewhere();
+    assert_eq!(kv_pack.bytes(&q2), 32768 + 5152 + 128 * 127);
     assert_eq!(kv_pack.workspace(&valid), 0);
     kv_pack.refuses(
         Params { op: ffi::KVW_PACK_FILL, tokens: 7, max_tokens: 5, ..valid },
@@ -154,6 +171,15 @@ fn faults_are_caught() {
     assert_caught(208, "codes are made before their scales are on the grid", two_level);
     assert_caught(209, "e4m3 ties go up", |run| ops::fill_and_flush(run, &FP8, &[64]));
     assert_caught(210, "the scale of two-level metadata is rounded down", two_level);
+    let rounded = |host: Host| {
+        move |run: &crate::exec::Run| ops::fill_and_flush(run, &Host { range: 0.9, ..host }, &[192])
+    };
+    let fed = |host: Host| rounded(Host { feedback: true, ..host });
+    assert_caught(211, "errors are used before they are there", fed(MIXED));
+    assert_caught(212, "the upper end of a group reaches twice as far", rounded(MIXED));
+    assert_caught(213, "a minimum off the grid is kept", rounded(TWO_LEVEL));
+    assert_caught(214, "an error is taken from what was wanted, not from the key", fed(MIXED));
+    assert_caught(215, "errors of the same eight channels are left out", fed(TWO_LEVEL));
     assert_caught(
         207,
         "a value's codes wipe out its neighbour's, in the other half of the words",

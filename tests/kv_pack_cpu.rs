@@ -20,7 +20,7 @@ fn tokens(kind: usize, d: usize, noise: &mut Noise) -> Vec<f16> {
 }
 
 /// Weights of about what a head's queries give: smaller the further apart.
-fn weights(d: usize, noise: &mut Noise) -> Vec<f16> {
+pub fn weights(d: usize, noise: &mut Noise) -> Vec<f16> {
     let mut weight = |apart: usize| f16::from_f32(noise.unit() / (1.0 + apart as f32));
     (0..d * d).map(|i| weight((i / d).abs_diff(i % d))).collect()
 }

@@ -37,6 +37,9 @@ template <class T> PRIM void swap(T& a, T& b) {
 // 2^n for -126 <= n <= 127.
 PRIM float power_of_two(int n) { return __int_as_float((n + 127) << 23); }
 
+// 1 / x of such a power.
+PRIM float inverse_power(float x) { return __uint_as_float((254u << 23) - __float_as_uint(x)); }
+
 constexpr uint32_t HALF2_ONES = 0x3C003C00u, HALF2_MINUS_1024 = 0xE400E400u;
 
 PRIM uint32_t half2_bits(__half2 x) {
@@ -84,8 +87,8 @@ PRIM uint32_t e4m3_of(float x) {
 // A 16-byte vector as an array; i is known at compile time.
 PRIM uint32_t component(const uint4& u, int i) { return i == 0 ? u.x : i == 1 ? u.y : i == 2 ? u.z : u.w; }
 
-// a / b correctly rounded, for 0 <= a < 2^24 and b > 0 of at most 12 significant bits (any f16), y within 2
-// ulp of 1 / b. A division that may meet any number ends in a call; this is three instructions. The first
+// a / b correctly rounded, for b > 0 of at most 12 significant bits (any f16), y within 2 ulp of 1 / b, and a of
+// which nothing here overflows. A division that may meet any number ends in a call; this is three instructions. The first
 // quotient is within a few ulp, so its remainder is exact; as b is short, a / b stays 2^-37 of itself away
 // from a rounding boundary, and what is rounded last is off by 2^-45.
 PRIM float quotient(float a, float b, float y) {
@@ -93,17 +96,29 @@ PRIM float quotient(float a, float b, float y) {
     return fmaf(fmaf(-q, b, a), y, q);
 }
 
+// The same in f64, for b of few bits and y its reciprocal, rounded: q is within 1 ulp, so that the last step rounds
+// the exact quotient (Markstein, IBM J. Res. Dev. 34, 1990).
+PRIM double quotient(double a, double b, double y) {
+    double q = __dmul_rn(a, y);
+    return fma(fma(-q, b, a), y, q);
+}
+
+// 1 / max_code without a division.
+template <class T> PRIM T reciprocal(int max_code) {
+    return max_code == 3 ? T(1) / 3 : max_code == 15 ? T(1) / 15 : T(1) / 255;
+}
+
 // Quantiser of a group, f32 rounded once a step so that every side gives the same bits:
 // scale = f16((max - min) / max_code), code = round_half_even((x - min) / scale) clamped; scale 0 gives code
 // 0. NaN must not take part in min and max (fminf, fmaxf) and gets code 0.
 PRIM __half group_scale(float min, float max, int max_code) {
-    float range = max - min, q = quotient(range, float(max_code), 1.f / float(max_code));
+    float range = __fsub_rn(max, min), q = quotient(range, float(max_code), reciprocal<float>(max_code));
     return __float2half_rn((range > 0.f ? q : range) + 0.f); // -inf where all is NaN
 }
 
-PRIM uint32_t code_of(float x, float min, float scale, int max_code) {
-    float q = scale > 0.f ? rintf(quotient(x - min, scale, prim::rcp_approx(scale))) : 0.f;
-    return uint32_t(fminf(fmaxf(q, 0.f), float(max_code)));
+PRIM float code_of(float x, float min, float scale, int max_code) {
+    float q = scale > 0.f ? rintf(quotient(__fsub_rn(x, min), scale, prim::rcp_approx(scale))) : 0.f;
+    return fminf(fmaxf(q, 0.f), float(max_code));
 }
 
 } // namespace kvw

@@ -2,12 +2,11 @@
 //
 // A pair (tile, j, side) belongs to the same lane in every format, so each lane owns whole words of the
 // packed slab: it reads its own f16 words, and what it needs from others are only the group's scale and
-// minimum. Those come first, into shared memory, in the slab's own order: `extremes`, a barrier, then
-// `codes`.
+// minimum. Those come first, into shared memory, in the slab's own order: `measure`, a barrier, then
+// `codes`. The format is a run-time number: one body serves all of them.
 #pragma once
-#include "codec.cuh"
 #include "rope.cuh"
-#include "slab.cuh"
+#include "rounding.cuh"
 
 namespace kvw {
 
@@ -62,25 +61,20 @@ struct Extremes {
     }
 };
 
-// Scales and minima of two groups, as half pairs. Adding 0 turns -0 into 0, as every executor does.
+// Scales and minima of two groups, as half pairs.
 struct Meta {
     uint32_t scales, minima;
 
-    template <int BITS> PRIM static Meta of(const Extremes& x) {
-        constexpr int MAX_CODE = (1 << BITS) - 1;
-        float2 min = __half22float2(half2_of(x.min)), max = __half22float2(half2_of(x.max));
-        Meta m;
-        m.scales = half2_bits(group_scale(min.x, max.x, MAX_CODE), group_scale(min.y, max.y, MAX_CODE));
-        m.minima = half2_bits(__float2half_rn(min.x + 0.f), __float2half_rn(min.y + 0.f));
-        return m;
+    PRIM static Meta of(const Scale& low, const Scale& high) {
+        return {half2_bits(low.scale, high.scale), half2_bits(low.minimum, high.minimum)};
     }
 
     // Codes of a pair in the low bits of each half.
-    template <int BITS> PRIM uint32_t codes(uint32_t pair) const {
-        constexpr int MAX_CODE = (1 << BITS) - 1;
+    PRIM uint32_t codes(uint32_t pair, int max_code) const {
         float2 x = __half22float2(half2_of(pair)), s = __half22float2(half2_of(scales));
         float2 min = __half22float2(half2_of(minima));
-        return code_of(x.x, min.x, s.x, MAX_CODE) | code_of(x.y, min.y, s.y, MAX_CODE) << 16;
+        return uint32_t(code_of(x.x, min.x, s.x, max_code)) |
+               uint32_t(code_of(x.y, min.y, s.y, max_code)) << 16;
     }
 
     // What the codes stand for, rounded to f16.
@@ -91,67 +85,45 @@ struct Meta {
     }
 };
 
-constexpr int SMALLEST_STEP = -24; // log2; f16 has no finer one
-
-// The grid of two-level minima: the finest that has all of them, rounded down, within 255 steps of one below
-// 1024. Nothing on it lies below the smallest f16.
-struct MinimaGrid {
-    float step, first; // first in steps
-
-    PRIM float in_steps(float x) const {
-        return fmaxf(floorf(x * (1.f / step)), ceilf(-65504.f * (1.f / step)));
-    }
-
-    PRIM static MinimaGrid over(float low, float high) {
-        MinimaGrid g{};
-        float last;
-        int e = SMALLEST_STEP;
-        do {
-            g.step = power_of_two(e++);
-            g.first = g.in_steps(low), last = g.in_steps(high);
-        } while (last - g.first > 255.f || fabsf(g.first) > 1023.f);
-        return g;
-    }
-
-    PRIM float below(float x) const { return in_steps(x) * step; }
-};
-
-// One CTA, one slab of FORMAT, laid out as `l` says; `from` the f16 slab, `to` the packed one, `meta` in shared
+// One CTA, one slab of `format`, laid out as `l` says; `from` the f16 slab, `to` the packed one, `meta` in shared
 // memory.
-template <int FORMAT, int D> struct Packer {
+template <int D> struct Packer {
     using F16 = Slab<KVW_SLAB_F16, D, 32>;
-    static constexpr int BITS = code_bits(FORMAT), SLOTS = 16 / BITS, MAX_CODE = (1 << BITS) - 1;
     static constexpr int PAIRS = D / 8; // of one side, a tile and lane
 
+    const int format, bits;
     const Layout l;
     const bool two_level;
+    const Rounding rounding;
     unsigned char *from, *to;
     uint32_t* meta;
     int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, r = lane / 4, t = lane % 4;
 
-    PRIM Packer(const kvw_cache& c, unsigned char* from_, unsigned char* to_, uint32_t* meta_)
-        : l(layout_of(FORMAT, D, c.group, c.meta)),
-          two_level(has_meta(FORMAT) && c.meta == KVW_META_U8),
+    PRIM Packer(const kvw_cache& c, int format_, float range, unsigned char* from_, unsigned char* to_,
+                uint32_t* meta_)
+        : format(format_),
+          bits(code_bits(format_)),
+          l(layout_of(format_, D, c.group, c.meta)),
+          two_level(has_meta(format_) && c.meta == KVW_META_U8),
+          rounding(bits, range),
           from(from_),
           to(to_),
           meta(meta_) {}
 
-    // Everything, K and V.
-    PRIM void pack() const {
-        Span all = {0, TOKENS};
-        if (has_meta(FORMAT)) {
-            k_extremes(all);
-            v_extremes();
-            if (!KVW_FAULT(201)) __syncthreads();
-            if (two_level) {
-                if (warp == 0) fit(0, 0, k_words(), D);
-                if (warp == 1) fit(1, k_words(), v_words(), v_words());
-                if (!KVW_FAULT(208)) __syncthreads();
-            }
-        }
-        codes<true, false>(all);
-        codes<false, false>(all);
-        if (!has_meta(FORMAT)) return;
+    // Scales and minima of V, and of K if `keys`; if not, its steps alone where metadata is two-level.
+    PRIM void measure(bool keys) const {
+        if (!has_meta(format)) return;
+        if (keys || two_level) k_extremes({0, TOKENS});
+        v_extremes();
+        if (!KVW_FAULT(201)) __syncthreads();
+        if (!two_level) return;
+        if (warp == 0) fit(0, 0, k_words(), D, keys);
+        if (warp == 1) fit(1, k_words(), v_words(), v_words(), true);
+        if (!KVW_FAULT(208)) __syncthreads();
+    }
+
+    PRIM void put_meta() const {
+        if (!has_meta(format)) return;
         copy_meta(l.k_meta, 0, k_words());
         copy_meta(l.v_meta, k_words(), v_words());
     }
@@ -166,14 +138,65 @@ template <int FORMAT, int D> struct Packer {
         }
     }
 
+    // A warp takes four units of the f16 section: whole words of both sides in every format. KEEP: leave the
+    // values in `from`.
+    template <bool KEYS, bool KEEP> PRIM void codes(Span tokens) const {
+        constexpr int UNITS = 4;
+#pragma unroll 1
+        for (int first = warp * UNITS; first < TOKENS / 32 * PAIRS; first += PACK_WARPS * UNITS) {
+            if (!tokens.has(first * 2 / PAIRS * 16)) continue;
+            uint4 x[UNITS];
+            uint32_t out[2] = {};
+#pragma unroll
+            for (int i = 0; i < UNITS; i++) x[i] = *unit(KEYS ? 0 : F16::V_CODES, first + i);
+#pragma unroll
+            for (int i = 0; i < UNITS; i++) {
+                int f = 2 * (first + i), tile = f / PAIRS, j = f % PAIRS;
+                uint32_t y[4];
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    int side = n % 2;
+                    Meta m = has_meta(format) ? meta_of<KEYS>(tile, j + n / 2, side) : Meta{};
+                    uint32_t pair = has_meta(format) ? m.codes(component(x[i], n), rounding.max_code)
+                                                     : e4m3_codes(component(x[i], n));
+                    out[KVW_FAULT(204) ? 1 - side : side] |= pair << ((f + n / 2) * bits & 15);
+                    y[n] = KEEP ? m.values(pair) : 0;
+                }
+                if (KEEP) *unit(0, first + i) = make_uint4(y[0], y[1], y[2], y[3]);
+                if (((f + 2) * bits & 15) != 0) continue;
+                put_words(KEYS ? 0 : l.v_codes, f * bits / 16, out);
+                out[0] = out[1] = 0;
+            }
+        }
+    }
+
+    // Word w of both sides.
+    PRIM void put_words(int section, int w, const uint32_t (&words)[2]) const {
+        *reinterpret_cast<uint2*>(to + section + (w / 2 * 32 + lane) * 16 + w % 2 * 8) =
+            make_uint2(words[0], words[1]);
+    }
+
+    // Scale and minimum of a group of K, of extremes of any size.
+    PRIM Scale k_scale(const Interval& x) const {
+        return two_level ? grid(0).of(x, rounding) : Scale::of(x, rounding);
+    }
+
+    PRIM void put_k_scale(int group, int channel, const Scale& s) const {
+        __half* at = reinterpret_cast<__half*>(meta + group * D + k_meta(channel / 8, channel % 8 / 2));
+        at[channel % 2] = s.scale;
+        at[D + channel % 2] = s.minimum;
+    }
+
 private:
     // Words of metadata in shared memory: f16 pairs, for K D a group, scales then minima; for V scales, then
     // minima. Until `fit` largest, then smallest, where metadata is two-level.
     PRIM int k_words() const { return l.k_groups * D; }
     PRIM int v_words() const { return TOKENS * l.v_groups; }
 
-    PRIM void put_meta(const Extremes& x, int at, int minima) const {
-        Meta m = two_level ? Meta{x.max, x.min} : Meta::of<BITS>(x);
+    PRIM void put_extremes(const Extremes& x, int at, int minima) const {
+        float2 low = __half22float2(half2_of(x.min)), high = __half22float2(half2_of(x.max));
+        Meta m = two_level ? Meta{x.max, x.min}
+                           : Meta::of(Scale::of({low.x, high.x}, rounding), Scale::of({low.y, high.y}, rounding));
         meta[at] = m.scales;
         meta[at + minima] = m.minima;
     }
@@ -201,7 +224,7 @@ private:
             low.over_rows();
             high.over_rows();
             // Row 0 has column j, row 1 column j + 1.
-            if (r < 2) put_meta(low.or_else(high, r == 1), group * D + k_meta(j + r), D / 2);
+            if (r < 2) put_extremes(low.or_else(high, r == 1), group * D + k_meta(j + r, t), D / 2);
         }
     }
 
@@ -221,49 +244,19 @@ private:
             low.over_rows();
             high.over_rows();
             // Row 0 has side 0, row 1 side 1.
-            if (r < 2) put_meta(low.or_else(high, r == 1), k_words() + v_meta(tile, group, r), v_words() / 2);
+            if (r < 2) put_extremes(low.or_else(high, r == 1), k_words() + v_meta(tile, group, r), v_words() / 2);
         }
     }
 
-    PRIM int k_meta(int j) const { return (j / 4 * 4 + t) * 4 + j % 4; }
+    PRIM static int k_meta(int j, int t) { return (j / 4 * 4 + t) * 4 + j % 4; }
     PRIM int v_meta(int tile, int group, int side) const {
         return ((tile * 4 + t) * l.v_groups + group) * 2 + side;
     }
 
     template <bool KEYS> PRIM Meta meta_of(int tile, int j, int side) const {
         int group = KEYS ? tile * 16 / l.k_group : j * 8 / l.v_group;
-        int at = KEYS ? group * D + k_meta(j) : k_words() + v_meta(tile, group, side);
+        int at = KEYS ? group * D + k_meta(j, t) : k_words() + v_meta(tile, group, side);
         return {meta[at], meta[at + (KEYS ? D / 2 : v_words() / 2)]};
-    }
-
-    // A warp takes word w of both sides: 2 * SLOTS pairs a lane. KEEP: leave the values in `from`.
-    template <bool KEYS, bool KEEP> PRIM void codes(Span tokens) const {
-        constexpr int WORDS = TOKENS / 16 * PAIRS / SLOTS, UNITS = SLOTS / 2;
-#pragma unroll 1
-        for (int w = warp; w < WORDS; w += PACK_WARPS) {
-            if (!tokens.has(w * SLOTS / PAIRS * 16)) continue;
-            uint32_t out[2] = {};
-#pragma unroll
-            for (int i = 0; i < UNITS; i++) {
-                int u = w * UNITS + i, tile = 2 * u / PAIRS, j = 2 * u % PAIRS;
-                uint4* at = unit(KEYS ? 0 : F16::V_CODES, u);
-                uint4 x = *at;
-                uint32_t y[4];
-#pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    int side = n % 2;
-                    Meta m = has_meta(FORMAT) ? meta_of<KEYS>(tile, j + n / 2, side) : Meta{};
-                    uint32_t pair = has_meta(FORMAT) ? m.template codes<BITS>(component(x, n))
-                                                     : e4m3_codes(component(x, n));
-                    out[KVW_FAULT(204) ? 1 - side : side] |= pair << (BITS * (2 * i + n / 2));
-                    y[n] = KEEP ? m.values(pair) : 0;
-                }
-                if (KEEP) *at = make_uint4(y[0], y[1], y[2], y[3]);
-            }
-            unsigned char* section = to + (KEYS ? 0 : l.v_codes);
-            *reinterpret_cast<uint2*>(section + (w / 2 * 32 + lane) * 16 + w % 2 * 8) =
-                make_uint2(out[0], out[1]);
-        }
     }
 
     PRIM static uint32_t e4m3_codes(uint32_t pair) {
@@ -286,54 +279,51 @@ private:
         return reinterpret_cast<float*>(meta + k_words() + v_words()) + 4 * which;
     }
 
-    // Smallest and largest of a group, half `e` of words of largest and smallest; zeros for none.
-    PRIM static float2 range(uint32_t largest, uint32_t smallest, int e) {
-        float2 high = __half22float2(half2_of(largest)), low = __half22float2(half2_of(smallest));
-        float a = e ? low.y : low.x, b = e ? high.y : high.x;
-        if (!(a <= b)) a = b = 0.f;
-        return make_float2(fminf(fmaxf(a, -65504.f), 65504.f), fminf(fmaxf(b, -65504.f), 65504.f));
+    // Of K (0) or V (1), once `fit` has run.
+    PRIM MetaGrid grid(int which) const {
+        const float* s = steps(which);
+        return {s[0], s[1], s[2] * inverse_power(s[1])};
     }
 
-    // By one warp, for K (0) or V (1): `words` from `first` on, blocks of `block` whose first half is the
-    // largest and the other the smallest, become scales and minima on grids that cover them all.
-    PRIM void fit(int which, int first, int words, int block) const {
+    // Half `e` of words of largest and smallest.
+    PRIM static Interval extremes(uint32_t largest, uint32_t smallest, int e) {
+        float2 high = __half22float2(half2_of(largest)), low = __half22float2(half2_of(smallest));
+        return e ? Interval{low.y, high.y} : Interval{low.x, high.x};
+    }
+
+    // By one warp, for K (0) or V (1): steps for `words` from `first` on, blocks of `block` whose first half is the
+    // largest and the other the smallest; if `all`, these become scales and minima.
+    PRIM void fit(int which, int first, int words, int block, bool all) const {
         int half = block / 2;
         auto at = [&](int i) { return first + i / half * block + i % half; };
         float low = INFINITY, high = -INFINITY;
         for (int i = lane; i < words; i += 32) { // i / 2 is a pair, i % 2 its half
-            float x = range(meta[at(i / 2)], meta[at(i / 2) + half], i % 2).x;
+            float x = extremes(meta[at(i / 2)], meta[at(i / 2) + half], i % 2).finite().low;
             low = fminf(low, x), high = fmaxf(high, x);
         }
         for (int lanes = 1; lanes < 32; lanes *= 2) {
             low = fminf(low, __shfl_xor_sync(~0u, low, lanes));
             high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
         }
-        const MinimaGrid grid = MinimaGrid::over(low, high);
+        MetaGrid grid = MetaGrid::over(low, high);
         int e = SMALLEST_STEP;
-        double most = 255.0 * MAX_CODE * power_of_two(e);
+        double most = 255.0 * rounding.max_code * power_of_two(e);
         for (int i = lane; i < words; i += 32) {
-            float2 x = range(meta[at(i / 2)], meta[at(i / 2) + half], i % 2);
-            for (double span = double(x.y) - grid.below(x.x); span > most; most *= 2) e++;
+            Interval x = extremes(meta[at(i / 2)], meta[at(i / 2) + half], i % 2).finite();
+            for (double width = double(x.high) - grid.minimum(x.low); width > most; most *= 2) e++;
         }
         for (int lanes = 1; lanes < 32; lanes *= 2) e = max(e, __shfl_xor_sync(~0u, e, lanes));
-        float step = power_of_two(e);
+        grid.scale = power_of_two(e);
         __syncwarp();
-        for (int i = lane; i < words / 2; i += 32) {
+        for (int i = lane; i < words / 2 && all; i += 32) {
             uint32_t &largest = meta[at(i)], &smallest = meta[at(i) + half];
-            float scale[2], minimum[2];
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                float2 x = range(largest, smallest, n);
-                minimum[n] = grid.below(x.x);
-                double span = fmax(double(x.y) - minimum[n], 0.0);
-                double steps = span / (double(MAX_CODE) * step);
-                scale[n] = float(KVW_FAULT(210) ? floor(steps) : ceil(steps)) * step;
-            }
-            largest = half2_bits(__float2half_rn(scale[0]), __float2half_rn(scale[1]));
-            smallest = half2_bits(__float2half_rn(minimum[0]), __float2half_rn(minimum[1]));
+            Meta m = Meta::of(grid.of(extremes(largest, smallest, 0), rounding),
+                              grid.of(extremes(largest, smallest, 1), rounding));
+            largest = m.scales;
+            smallest = m.minima;
         }
         float* to = steps(which);
-        if (lane == 0) to[0] = step, to[1] = grid.step, to[2] = grid.first * grid.step + 0.f, to[3] = 0.f;
+        if (lane == 0) to[0] = grid.scale, to[1] = grid.step, to[2] = grid.first * grid.step + 0.f, to[3] = 0.f;
     }
 
     // `words` of f16 pairs from `first` on as bytes, and their steps.
@@ -343,7 +333,7 @@ private:
         int block = keys ? D : words;
         for (int i = int(threadIdx.x); i < words / 2; i += PACK_THREADS) {
             bool scale = 2 * i % block < block / 2;
-            float base = scale ? 0.f : s[2], inverse = 1.f / (scale ? s[0] : s[1]);
+            float base = scale ? 0.f : s[2], inverse = inverse_power(scale ? s[0] : s[1]);
             float2 a = __half22float2(half2_of(meta[first + 2 * i]));
             float2 b = __half22float2(half2_of(meta[first + 2 * i + 1]));
             auto byte = [&](float x) { return uint32_t((x - base) * inverse); };

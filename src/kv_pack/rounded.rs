@@ -168,7 +168,7 @@ fn bounds<L: Lanes>(l: L, group: &[Row<f32>]) -> (f32, f32) {
     (-l.top(l.sub(l.splat(0.0), low)), l.top(high))
 }
 
-/// Adds `weights` of the errors of the channels before.
+/// Adds `weights` of the errors of the channels before; within the range of f16, NaN stays.
 #[inline(always)]
 fn make_up<L: Lanes>(l: L, wanted: &mut [Row<f32>], weights: &[f32], errors: &[Row<f32>]) {
     let n = wanted.len();
@@ -180,7 +180,9 @@ fn make_up<L: Lanes>(l: L, wanted: &mut [Row<f32>], weights: &[f32], errors: &[R
             sum[v] = l.fused(weight, l.get(&errors[v].0), sum[v]);
         }
     }
-    (0..n).for_each(|v| l.put(&mut wanted[v].0, sum[v]));
+    let max = f16::MAX.to_f32();
+    let saturated = |x| l.max(l.splat(-max), l.min(l.splat(max), x));
+    (0..n).for_each(|v| l.put(&mut wanted[v].0, saturated(sum[v])));
 }
 
 /// Codes of sixteen elements.

@@ -29,9 +29,9 @@ impl Rounding<'_> {
         if self.range == 1.0 || max_code > 3 { 0.0 } else { 0.2 }
     }
 
-    /// What the codes of a group of these extremes span.
+    /// What the codes of a group of these extremes span; all is NaN where they are the wrong way round.
     fn span(&self, (min, max): (f32, f32), max_code: u32) -> (f32, f32) {
-        if self.range == 1.0 || max_code > 3 {
+        if self.range == 1.0 || max_code > 3 || min > max {
             return (min, max);
         }
         let (middle, reach) = (0.5 * (min + max), 0.5 * self.range);
@@ -177,13 +177,16 @@ fn encode_k(layout: &Layout, rounding: &Rounding, k: &[f16], out: &mut [u8]) {
     }
 }
 
-/// A channel of `group` plus its share of the errors of those before it, `[weights.len(), group.len()]`.
+/// A channel of `group` plus its share of the errors of those before it, `[weights.len(), group.len()]`, within the
+/// range of f16.
 fn made_up(group: &[f32], weights: &[f16], errors: &[f32]) -> Vec<f32> {
     let mut wanted = group.to_vec();
     for (weight, errors) in weights.iter().zip(errors.chunks_exact(group.len())) {
         let weight = weight.to_f32();
         wanted.iter_mut().zip(errors).for_each(|(x, e)| *x = weight.mul_add(*e, *x));
     }
+    let max = f16::MAX.to_f32();
+    wanted.iter_mut().for_each(|x| *x = x.clamp(-max, max));
     wanted
 }
 

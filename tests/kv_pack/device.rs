@@ -1,11 +1,12 @@
 //! A cache on an executor, and what its bytes must be.
 
-use crate::cases::somewhere;
+use crate::cases::{Noise, somewhere};
 use crate::exec::{Mem, Run};
+use crate::kv_pack_cpu::weights;
+use half::f16;
 use kvwarp::ffi::{self, kvw_cache, kvw_kv_pack_params as Params};
-use kvwarp::kv_pack::pack;
 use kvwarp::pages::{Entry, ring_slabs};
-use kvwarp::slab::{Format, Layout, Meta};
+use kvwarp::slab::{Format, Layout, Meta, Rounding, TOKENS, encode_rounded};
 use std::ptr::{null, null_mut};
 
 pub fn cache(d: usize, group: usize, window: usize) -> kvw_cache {
@@ -40,12 +41,14 @@ pub fn params(op: i32, cache: kvw_cache) -> Params {
         inv_freq: null(),
         cu_tokens: somewhere(),
         first: somewhere(),
+        feedback: null(),
         k_stride: i64::from(cache.kv_heads * cache.head_dim),
         v_stride: i64::from(cache.kv_heads * cache.head_dim),
         tokens: cache.seqs,
         max_tokens: 1,
         pairing: ffi::KVW_ROPE_HALF,
         kivi_exact: 0,
+        range: 0.0,
         dtype: ffi::KVW_F16,
     }
 }
@@ -61,6 +64,10 @@ pub struct Host {
     /// Of the table's slabs in turn.
     pub formats: &'static [Format],
     pub meta: Meta,
+    /// Of 2-bit codes; 0 for all of it.
+    pub range: f32,
+    /// Whether K's errors are made up for, by [`Host::weights`].
+    pub feedback: bool,
 }
 
 /// Every format that may be in one cache, f16 metadata.
@@ -73,6 +80,8 @@ pub const MIXED: Host = Host {
     slabs: 3,
     formats: &[Format::F16, Format::Q8, Format::Q4, Format::Q2],
     meta: Meta::F16,
+    range: 0.0,
+    feedback: false,
 };
 
 /// The same with two-level metadata.
@@ -85,6 +94,7 @@ pub struct Device {
     pub ring: Mem<u8>,
     pub pools: Vec<(Format, Mem<u8>)>,
     pub table: Mem<u32>,
+    feedback: Mem<f16>,
 }
 
 impl Host {
@@ -95,6 +105,18 @@ impl Host {
 
     pub fn rows(&self) -> usize {
         self.seqs * self.heads
+    }
+
+    /// `[H, D, D]`.
+    fn weights(&self) -> Vec<f16> {
+        let mut noise = Noise(self.d as u64);
+        (0..self.heads).flat_map(|_| weights(self.d, &mut noise)).collect()
+    }
+
+    /// Range and feedback of `params`.
+    pub fn round(&self, params: &mut Params, device: &Device) {
+        params.range = self.range;
+        params.feedback = if self.feedback { device.feedback.ptr().cast() } else { null() };
     }
 
     pub fn ring_slabs(&self, filled: bool) -> usize {
@@ -120,7 +142,8 @@ impl Host {
             .map(|n| self.entry(n / self.slabs, n % self.slabs).0)
             .collect::<Vec<_>>();
         let ring = run.upload("ring", &vec![0xFFu8; bytes]);
-        Device { ring, pools, table: run.upload("table", &entries) }
+        let feedback = run.upload("feedback", &self.weights());
+        Device { ring, pools, table: run.upload("table", &entries), feedback }
     }
 
     pub fn cache(&self, device: &Device, lens: &Mem<i32>, filled: bool) -> kvw_cache {
@@ -137,7 +160,19 @@ impl Host {
         c
     }
 
-    /// Whether the first `packed` slabs of `row` hold what `want` (f16 slabs) packs to.
+    /// Keys and values `[64, D]` of an f16 slab.
+    fn tokens(&self, slab: &[u8]) -> [Vec<f16>; 2] {
+        let from = self.layout(Format::F16);
+        let at = |v: bool, i: usize| {
+            let (token, channel) = (i / self.d, i % self.d);
+            let k = from.k_at(token, channel).0;
+            if v { from.v_codes() + from.v_at(token, channel).0 } else { k }
+        };
+        let half = |at: usize| f16::from_le_bytes([slab[at], slab[at + 1]]);
+        [false, true].map(|v| (0..TOKENS * self.d).map(|i| half(at(v, i))).collect())
+    }
+
+    /// Whether the first `packed` slabs of `row` hold the codec's bits of `want` (f16 slabs).
     pub fn packed_ok(
         &self,
         device: &Device,
@@ -146,11 +181,16 @@ impl Host {
         want: &[u8],
     ) -> Result<(), String> {
         let f16_bytes = self.layout(Format::F16).slab_bytes();
+        let square = self.d * self.d;
+        let weights = &self.weights()[row % self.heads * square..][..square];
+        let range = if self.range == 0.0 { 1.0 } else { self.range };
+        let rounding = Rounding { range, feedback: self.feedback.then_some(weights) };
         for i in 0..packed {
             let Some((format, index)) = self.entry(row, i).get() else { continue };
             let layout = self.layout(format);
             let mut slab = vec![0; layout.slab_bytes()];
-            pack(&want[i * f16_bytes..][..f16_bytes], &mut slab, &layout);
+            let [k, v] = self.tokens(&want[i * f16_bytes..][..f16_bytes]);
+            encode_rounded(&layout, &rounding, &k, &v, &mut slab);
             let pool = &device.pools.iter().find(|(f, _)| *f == format).unwrap().1;
             let got = &pool.download()[index * slab.len()..][..slab.len()];
             if got != slab {

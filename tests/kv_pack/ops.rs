@@ -44,6 +44,7 @@ pub fn fill_and_flush(run: &Run, host: &Host, lens: &[usize]) -> Result<(), Stri
     let mut p = params(ffi::KVW_PACK_FILL, host.cache(&device, &device_lens, true));
     (p.k, p.v, p.cu_tokens, p.first) = (dk.ptr().cast(), dv.ptr().cast(), cu.ptr(), first.ptr());
     (p.tokens, p.max_tokens) = (total as i32, *lens.iter().max().unwrap() as i32);
+    host.round(&mut p, &device);
     run.call(&op!(kvw_kv_pack), &p)?;
     p.op = ffi::KVW_PACK_FLUSH;
     p.max_tokens = host.slabs as i32;
@@ -110,6 +111,7 @@ pub fn stream(run: &Run, host: &Host, n: usize) -> Result<(), String> {
         let mut p = params(ffi::KVW_PACK_APPEND, host.cache(&device, &lens, false));
         (p.k, p.v, p.k_stride, p.v_stride) =
             (dk.ptr().cast(), dv.ptr().cast(), row as i64, row as i64);
+        host.round(&mut p, &device);
         run.call(&op!(kvw_kv_pack), &p)?;
         let (packed, before) = (packed_slabs(len, host.window), packed_slabs(len - 1, host.window));
         let looked_at = len % 67 == 1 || packed > before || len == n;
