@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(THREADS) hadamard(const __grid_constant__ kvw_
         sin[i] = s;
         cos[i] = c;
     }
-    __syncthreads();
+    if (!KVW_FAULT(302)) __syncthreads();
     for (int head = int(threadIdx.x) / 32; head < p.heads; head += THREADS / 32) {
         const __half* in = static_cast<const __half*>(p.x) + token * p.x_stride + head * D;
         __half* out = static_cast<__half*>(p.out) + token * p.out_stride + head * D;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(THREADS) hadamard(const __grid_constant__ kvw_
             float b = __fmul_rn(__half2float(in[partner]), sin[pair]);
             x[i] = __fadd_rn(__fmul_rn(__half2float(in[c]), cos[pair]), first ? -b : b);
         }
-        if (!KVW_FAULT(302)) __syncwarp();
+        __syncwarp(); // the head is read: out may be x
 #pragma unroll
         for (int i = 0; i < D / 32; i++) x[i] = across_lanes(x[i], lane);
         across_blocks<D / 32>(x);

@@ -13,6 +13,7 @@ use half::f16;
 use kvwarp::ffi::{self, kvw_kv_pack_params as Params};
 use kvwarp::kv_pack::{append, pack};
 use kvwarp::slab::{Format, Layout, TOKENS, k_value, v_value};
+use rounded::GROUPS;
 use std::ptr::{null, null_mut};
 
 #[test]
@@ -175,10 +176,10 @@ fn faults_are_caught() {
         move |run: &crate::exec::Run| ops::fill_and_flush(run, &Host { range: 0.9, ..host }, &[192])
     };
     let fed = |host: Host| rounded(Host { feedback: true, ..host });
-    assert_caught(211, "errors are used before they are there", fed(MIXED));
-    assert_caught(212, "the upper end of a group reaches twice as far", rounded(MIXED));
+    assert_caught(211, "errors are used before they are there", fed(GROUPS));
+    assert_caught(212, "the upper end of a group reaches twice as far", rounded(GROUPS));
     assert_caught(213, "a minimum off the grid is kept", rounded(TWO_LEVEL));
-    assert_caught(214, "an error is taken from what was wanted, not from the key", fed(MIXED));
+    assert_caught(214, "an error is taken from what was wanted, not from the key", fed(GROUPS));
     assert_caught(215, "errors of the same eight channels are left out", fed(TWO_LEVEL));
     assert_caught(
         207,

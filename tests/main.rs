@@ -13,6 +13,7 @@ mod exec;
 mod formats;
 #[path = "../benches/goals.rs"]
 mod goals;
+mod hadamard;
 mod kv_pack;
 mod kv_pack_cpu;
 mod layout;
@@ -25,6 +26,7 @@ mod prefill_attn;
 mod record;
 mod rms_norm;
 mod rope_select;
+mod rounding;
 mod sample;
 mod sass;
 mod simd;

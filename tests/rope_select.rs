@@ -4,6 +4,7 @@ use crate::cases::{Noise, assert_close, close, f64s, somewhere, widen};
 use crate::exec::{Run, assert_caught, executors, op};
 use half::f16;
 use kvwarp::ffi::{self, kvw_rope_select_params as Params};
+use kvwarp::hadamard;
 use kvwarp::rope_select::{Angles, Pairing, Scaling, cpu, inv_freq, oracle};
 
 const PAIRINGS: [Pairing; 2] = [Pairing::Interleaved, Pairing::Half];
@@ -105,45 +106,103 @@ fn c_checks_need_no_gpu() {
             ("heads", |p| p.heads = 0, ffi::KVW_ERR_SHAPE),
             ("head_dim odd", |p| p.head_dim = 63, ffi::KVW_ERR_SHAPE),
             ("head_dim beyond 256", |p| p.head_dim = 258, ffi::KVW_ERR_SHAPE),
+            ("hadamard", |p| p.hadamard = 2, ffi::KVW_ERR_SHAPE),
+            ("hadamard of 48", |p| (p.hadamard, p.head_dim) = (1, 48), ffi::KVW_ERR_SHAPE),
         ],
     );
     assert_eq!(op!(kvw_rope_select).bytes(&valid), 5 * (3 * 64 * 4 + 4) + 128);
     assert_eq!(op!(kvw_rope_select).workspace(&valid), 0);
 }
 
-/// `gap` elements between tokens; turned in place where it is 0.
-fn case(run: &Run, pairing: Pairing, heads: usize, d: usize, gap: usize) -> Result<(), String> {
-    let mut noise = Noise(d as u64);
-    let positions = [0, 1, 77, 4095, 131072, i32::MAX];
-    let (row, stride) = (heads * d, heads * d + gap);
-    let x = noise.halves(positions.len() * stride);
-    let freq = inv_freq(500000.0, d, Scaling::None);
-    let rows =
-        |x: Vec<f32>| -> Vec<f32> { x.chunks(stride).flat_map(|r| r[..row].to_vec()).collect() };
-    let mut want = f64s(&rows(widen(&x)));
-    oracle(&mut want, heads, d, &positions, &freq, pairing).unwrap();
-    let dx = run.upload("x", &x);
-    let (dp, df) = (run.upload("positions", &positions), run.upload("inv_freq", &freq));
-    let out = if gap == 0 { None } else { Some(run.alloc::<f16>("out", x.len())) };
-    let to = out.as_ref().unwrap_or(&dx);
-    let params = Params {
-        struct_size: size_of::<Params>() as u32,
-        pairing: pairing as i32,
-        x: dx.ptr().cast(),
-        out: to.ptr().cast(),
-        positions: dp.ptr(),
-        inv_freq: df.ptr(),
-        x_stride: stride as i64,
-        out_stride: stride as i64,
-        tokens: positions.len() as i32,
-        heads: heads as i32,
-        head_dim: d as i32,
-        hadamard: 0,
-    };
-    run.call(&op!(kvw_rope_select), &params)?;
-    // Rounding to f16: 2^-11 of the value; the products' own rounding where they cancel.
-    close("rope_select", &rows(widen(&to.download())), &want, 1e-5, 5e-4)
+/// Heads of some tokens; turned in place where `gap` is 0.
+#[derive(Clone, Copy)]
+struct Case {
+    pairing: Pairing,
+    heads: usize,
+    d: usize,
+    /// Elements between tokens.
+    gap: usize,
+    hadamard: bool,
 }
+
+impl Case {
+    /// What the kernel makes of `x`, whole rows with their gaps, and the rows alone of both.
+    fn turned(&self, run: &Run, x: &[f16], positions: &[i32]) -> Result<[Vec<f32>; 2], String> {
+        let (row, stride) = (self.heads * self.d, self.heads * self.d + self.gap);
+        let rows = |x: &[f16]| -> Vec<f32> {
+            x.chunks(stride).flat_map(|row_and_gap| widen(&row_and_gap[..row])).collect()
+        };
+        let freq = inv_freq(500000.0, self.d, Scaling::None);
+        let dx = run.upload("x", x);
+        let (dp, df) = (run.upload("positions", positions), run.upload("inv_freq", &freq));
+        let out = (self.gap > 0).then(|| run.alloc::<f16>("out", x.len()));
+        let to = out.as_ref().unwrap_or(&dx);
+        let params = Params {
+            struct_size: size_of::<Params>() as u32,
+            pairing: self.pairing as i32,
+            x: dx.ptr().cast(),
+            out: to.ptr().cast(),
+            positions: dp.ptr(),
+            inv_freq: df.ptr(),
+            x_stride: stride as i64,
+            out_stride: stride as i64,
+            tokens: positions.len() as i32,
+            heads: self.heads as i32,
+            head_dim: self.d as i32,
+            hadamard: self.hadamard.into(),
+        };
+        run.call(&op!(kvw_rope_select), &params)?;
+        Ok([rows(x), rows(&to.download())])
+    }
+
+    fn noise(&self, tokens: usize) -> Vec<f16> {
+        Noise(self.d as u64).halves(tokens * (self.heads * self.d + self.gap))
+    }
+}
+
+/// A head times the orthonormal Hadamard matrix of its size.
+fn times_hadamard(head: &mut [f64]) {
+    let (d, x) = (head.len(), head.to_vec());
+    let order = if d == 96 { 32 } else { d };
+    let sign = |i: usize, j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+    let entry = |i: usize, j: usize| {
+        let mixed = match (d, i / order == j / order) {
+            (96, true) => 1.0 / 3.0,
+            (96, false) => -2.0 / 3.0,
+            _ => 1.0,
+        };
+        mixed * sign(i % order, j % order) / (order as f64).sqrt()
+    };
+    for (i, y) in head.iter_mut().enumerate() {
+        *y = (0..d).map(|j| entry(i, j) * x[j]).sum();
+    }
+}
+
+fn matches(run: &Run, case: Case) -> Result<(), String> {
+    let positions = [0, 1, 77, 4095, 131072, i32::MAX];
+    let [x, got] = case.turned(run, &case.noise(positions.len()), &positions)?;
+    let mut want = f64s(&x);
+    let freq = inv_freq(500000.0, case.d, Scaling::None);
+    oracle(&mut want, case.heads, case.d, &positions, &freq, case.pairing).unwrap();
+    if case.hadamard {
+        want.chunks_exact_mut(case.d).for_each(times_hadamard);
+    }
+    // Rounding to f16: 2^-11 of the value; the products' own rounding where they cancel.
+    close("rope_select", &got, &want, 1e-5, 5e-4)
+}
+
+/// At position 0 heads do not turn: what is left of the kernel is [`hadamard::keys`], bit for bit.
+fn adds_in_order(run: &Run, case: Case) -> Result<(), String> {
+    let mut x = case.noise(3);
+    x[..case.d].fill(f16::MAX);
+    x[case.d] = f16::NAN;
+    let [mut want, got] = case.turned(run, &x, &[0; 3])?;
+    hadamard::keys(&mut want, case.d);
+    let stored = |x: &f32| f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f64();
+    close("hadamard", &got, &want.iter().map(stored).collect::<Vec<_>>(), 0.0, 0.0)
+}
+
+const CASE: Case = Case { pairing: Pairing::Half, heads: 9, d: 64, gap: 0, hadamard: false };
 
 #[test]
 fn executors_match_oracle() {
@@ -151,7 +210,22 @@ fn executors_match_oracle() {
         let run = exec.start();
         for pairing in PAIRINGS {
             for (heads, d, gap) in [(9, 64, 0), (2, 128, 8), (1, 256, 16), (3, 80, 1), (2, 6, 3)] {
-                case(&run, pairing, heads, d, gap).unwrap();
+                matches(&run, Case { pairing, heads, d, gap, ..CASE }).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn heads_are_turned_and_multiplied() {
+    for exec in executors(2) {
+        let run = exec.start();
+        for pairing in PAIRINGS {
+            for (heads, d, gap) in [(9, 64, 0), (10, 96, 0), (3, 96, 5), (2, 128, 0), (1, 256, 16)]
+            {
+                let case = Case { pairing, heads, d, gap, hadamard: true };
+                matches(&run, case).unwrap_or_else(|e| panic!("{exec:?} {pairing:?} {d}: {e}"));
+                adds_in_order(&run, case).unwrap_or_else(|e| panic!("{exec:?} {d}: {e}"));
             }
         }
     }
@@ -159,6 +233,10 @@ fn executors_match_oracle() {
 
 #[test]
 fn faults_are_caught() {
-    let body = |run: &Run| case(run, Pairing::Half, 9, 64, 0);
-    assert_caught(301, "no barrier between writing the sines and using them", body);
+    assert_caught(301, "no barrier between writing the sines and using them", |run| {
+        matches(run, CASE)
+    });
+    let hadamard = |d| move |run: &Run| matches(run, Case { d, hadamard: true, ..CASE });
+    assert_caught(302, "the same, where heads are multiplied", hadamard(96));
+    assert_caught(303, "three blocks are mixed by 1 - J", hadamard(96));
 }
