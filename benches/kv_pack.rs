@@ -1,10 +1,11 @@
-//! `cpu/kv_pack/<op>`: one f16 slab packed, and one token of one head written. GB/s over the bytes read.
+//! `cpu/kv_pack/<op>`: one f16 slab packed, also with feedback of K's errors, and one token of one head written. GB/s
+//! over the bytes read.
 
 use crate::paged_attn::noise;
 use criterion::{Criterion, Throughput};
 use half::f16;
-use kvwarp::kv_pack::{append, pack};
-use kvwarp::slab::{Format, Layout, TOKENS, encode};
+use kvwarp::kv_pack::{append, pack, pack_rounded};
+use kvwarp::slab::{Format, Layout, Rounding, TOKENS, encode};
 use std::hint::black_box;
 
 pub fn run(c: &mut Criterion) {
@@ -23,6 +24,11 @@ fn packing(c: &mut Criterion) {
         group.throughput(Throughput::BytesDecimal(slab.len() as u64));
         group.bench_function(format!("{format:?}/d{d}"), |b| {
             b.iter(|| pack(black_box(&slab), &mut to, &layout));
+        });
+        let weights: Vec<f16> = noise(d * d).into_iter().map(|x| f16::from_f32(0.05 * x)).collect();
+        let rounding = Rounding { range: 0.9, feedback: Some(&weights) };
+        group.bench_function(format!("{format:?}/d{d}/feedback"), |b| {
+            b.iter(|| pack_rounded(black_box(&slab), &mut to, &layout, &rounding));
         });
         group.finish();
     }

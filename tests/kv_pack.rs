@@ -173,7 +173,8 @@ fn faults_are_caught() {
     assert_caught(209, "e4m3 ties go up", |run| ops::fill_and_flush(run, &FP8, &[64]));
     assert_caught(210, "the scale of two-level metadata is rounded down", two_level);
     let rounded = |host: Host| {
-        move |run: &crate::exec::Run| ops::fill_and_flush(run, &Host { range: 0.9, ..host }, &[192])
+        let host = Host { range: 0.9, slabs: 4, ..host };
+        move |run: &crate::exec::Run| ops::fill_and_flush(run, &host, &[256])
     };
     let fed = |host: Host| rounded(Host { feedback: true, ..host });
     assert_caught(211, "errors are used before they are there", fed(GROUPS));

@@ -12,8 +12,15 @@ use kvwarp::kv_pack;
 use kvwarp::pages::ring_slabs;
 use kvwarp::slab::{Format, TOKENS};
 
-/// `op` on caches that hold `context` tokens a sequence; FILL and FLUSH write all of them.
-fn case(op: i32, name: &str, store: Store, context: usize, batch: usize) -> Case {
+/// `op` on caches that hold `context` tokens a sequence; FILL and FLUSH write all of them. With `feedback` K makes up
+/// for its errors and 2-bit codes span nine tenths of a range.
+fn rounded(
+    op: i32,
+    name: &str,
+    store: Store,
+    (context, batch): (usize, usize),
+    feedback: bool,
+) -> Case {
     let whole = op != KVW_PACK_APPEND;
     let prepare = move |card: &Card| -> Result<Ready> {
         let heads = LLAMA3;
@@ -29,6 +36,8 @@ fn case(op: i32, name: &str, store: Store, context: usize, batch: usize) -> Case
         let cu_tokens: Vec<i32> = (0..=batch).map(|s| (s * context) as i32).collect();
         let slabs = (context - store.window) / TOKENS;
         let most = if op == KVW_PACK_FILL { context } else { slabs };
+        let weights = noise.halves(if feedback { heads.kv * heads.d * heads.d } else { 0 }, 0.05);
+        let feedback = if feedback { card.upload(&weights)? as _ } else { std::ptr::null() };
         let args = kv_pack::Args {
             struct_size: size_of::<kv_pack::Args>() as u32,
             op,
@@ -39,6 +48,8 @@ fn case(op: i32, name: &str, store: Store, context: usize, batch: usize) -> Case
             inv_freq: card.upload(&inv_freq)? as _,
             cu_tokens: card.upload(&cu_tokens)? as _,
             first: card.zeros(4 * batch)? as _,
+            feedback,
+            range: if feedback.is_null() { 1.0 } else { 0.9 },
             k_stride: (heads.kv * heads.d) as i64,
             v_stride: (heads.kv * heads.d) as i64,
             tokens: tokens as i32,
@@ -61,6 +72,15 @@ fn case(op: i32, name: &str, store: Store, context: usize, batch: usize) -> Case
     Case::new("kv_pack", &format, &LLAMA3.name(), Box::new(prepare)).at(context, batch, 1)
 }
 
+fn case(op: i32, name: &str, store: Store, context: usize, batch: usize) -> Case {
+    rounded(op, name, store, (context, batch), false)
+}
+
+/// The same with feedback, as a variant.
+fn fed(op: i32, name: &str, store: Store, context: usize, batch: usize) -> Case {
+    rounded(op, name, store, (context, batch), true).variant("feedback".into())
+}
+
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     for batch in [1, 16, 64] {
@@ -76,6 +96,10 @@ pub fn cases() -> Vec<Case> {
             (KVW_PACK_FLUSH, "flush")
         };
         all.push(case(op, name, store, 8192, 1).alone());
+    }
+    for &store in STORES.iter().filter(|store| store.format == Format::Q2) {
+        all.extend([1, 64].map(|batch| fed(KVW_PACK_APPEND, "append", store, 4096, batch)));
+        all.push(fed(KVW_PACK_FLUSH, "flush", store, 8192, 1).alone());
     }
     all
 }
