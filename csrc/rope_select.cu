@@ -91,7 +91,7 @@ PRIM float across_lanes(float x, int lane) {
     return x;
 }
 
-// The same of 32 values or 32 channels each, and the factor.
+// The same between blocks of 32 channels, then the factor 1 / sqrt(32 N).
 template <int N> PRIM void across_blocks(float (&x)[N]) {
     constexpr float FACTOR = N == 2 ? 0.125f : N == 4 ? 0.08838834764831845f : 0.0625f;
 #pragma unroll
@@ -109,9 +109,10 @@ template <int N> PRIM void across_blocks(float (&x)[N]) {
 }
 
 template <> PRIM void across_blocks<3>(float (&x)[3]) {
-    float sum = __fadd_rn(__fadd_rn(x[0], x[1]), x[2]);
+    constexpr float FACTOR = 0.17677669529663687f; // 1 / sqrt(32)
+    float sum = __fadd_rn(__fadd_rn(x[0], x[1]), x[2]), share = KVW_FAULT(303) ? -1.f : -2.f / 3;
 #pragma unroll
-    for (int i = 0; i < 3; i++) x[i] = __fmul_rn(fmaf(sum, KVW_FAULT(303) ? -1.f : -2.f / 3, x[i]), 0.17677669529663687f);
+    for (int i = 0; i < 3; i++) x[i] = __fmul_rn(fmaf(sum, share, x[i]), FACTOR);
 }
 
 template <int D>

@@ -88,9 +88,9 @@ PRIM uint32_t e4m3_of(float x) {
 PRIM uint32_t component(const uint4& u, int i) { return i == 0 ? u.x : i == 1 ? u.y : i == 2 ? u.z : u.w; }
 
 // a / b correctly rounded, for b > 0 of at most 12 significant bits (any f16), y within 2 ulp of 1 / b, and a of
-// which nothing here overflows. A division that may meet any number ends in a call; this is three instructions. The first
-// quotient is within a few ulp, so its remainder is exact; as b is short, a / b stays 2^-37 of itself away
-// from a rounding boundary, and what is rounded last is off by 2^-45.
+// which nothing here overflows. A division that may meet any number ends in a call; this is three
+// instructions. The first quotient is within a few ulp, so its remainder is exact; as b is short, a / b stays
+// 2^-37 of itself away from a rounding boundary, and what is rounded last is off by 2^-45.
 PRIM float quotient(float a, float b, float y) {
     float q = __fmul_rn(a, y);
     return fmaf(fmaf(-q, b, a), y, q);

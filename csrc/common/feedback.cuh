@@ -28,7 +28,7 @@ template <int D> struct Feedback {
     // Codes of K, and its scales and minima in `packer.meta`. Ends with a barrier.
     PRIM void run() const {
         float2 y[BLOCK];
-        int own = packer.warp, done = 0; // a warp's next block, in which the errors of channels below `done` are
+        int own = packer.warp, done = 0; // next block of this warp, which has the errors of channels < done
         load(y, own);
 #pragma unroll 1
         for (int turn = 0; turn < BLOCKS; turn++) {
@@ -53,10 +53,10 @@ private:
 #pragma unroll
         for (int j = 0; j < BLOCK; j += 2) {
             int c = block * BLOCK + j;
-            float2 x[2];
-#pragma unroll
-            for (int n = 0; n < 2; n++)
-                x[n] = __half22float2(*reinterpret_cast<const __half2*>(packer.from + k_word<D>(2 * lane + n, c)));
+            const unsigned char *even = packer.from + k_word<D>(2 * lane, c),
+                                *odd = packer.from + k_word<D>(2 * lane + 1, c);
+            float2 x[2] = {__half22float2(*reinterpret_cast<const __half2*>(even)),
+                           __half22float2(*reinterpret_cast<const __half2*>(odd))};
             y[j] = make_float2(x[0].x, x[1].x), y[j + 1] = make_float2(x[0].y, x[1].y);
             errors[c * 32 + lane] = y[j], errors[(c + 1) * 32 + lane] = y[j + 1];
         }
@@ -101,7 +101,8 @@ private:
 
     // Codes, scale and minimum of what is wanted of channel c; the error that is left.
     PRIM float2 round_channel(int c, const float2& wanted) const {
-        Interval x = {fminf(fminf(wanted.x, wanted.y), INFINITY), fmaxf(fmaxf(wanted.x, wanted.y), -INFINITY)};
+        Interval x = {fminf(fminf(wanted.x, wanted.y), INFINITY),
+                      fmaxf(fmaxf(wanted.x, wanted.y), -INFINITY)};
         int lanes = packer.l.k_group / 2; // of a group
         for (int n = 1; n < lanes; n *= 2) {
             x.low = fminf(x.low, __shfl_xor_sync(~0u, x.low, n));

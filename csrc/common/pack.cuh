@@ -195,10 +195,9 @@ private:
 
     PRIM void put_extremes(const Extremes& x, int at, int minima) const {
         float2 low = __half22float2(half2_of(x.min)), high = __half22float2(half2_of(x.max));
-        Meta m = two_level ? Meta{x.max, x.min}
-                           : Meta::of(Scale::of({low.x, high.x}, rounding), Scale::of({low.y, high.y}, rounding));
-        meta[at] = m.scales;
-        meta[at + minima] = m.minima;
+        Meta m = Meta::of(Scale::of({low.x, high.x}, rounding), Scale::of({low.y, high.y}, rounding));
+        meta[at] = two_level ? x.max : m.scales;
+        meta[at + minima] = two_level ? x.min : m.minima;
     }
 
     // Unit u of a section of the f16 slab: pairs f = 2 u and 2 u + 1, each side 0 then side 1.
@@ -244,7 +243,8 @@ private:
             low.over_rows();
             high.over_rows();
             // Row 0 has side 0, row 1 side 1.
-            if (r < 2) put_extremes(low.or_else(high, r == 1), k_words() + v_meta(tile, group, r), v_words() / 2);
+            int at = k_words() + v_meta(tile, group, r);
+            if (r < 2) put_extremes(low.or_else(high, r == 1), at, v_words() / 2);
         }
     }
 
@@ -323,7 +323,8 @@ private:
             smallest = m.minima;
         }
         float* to = steps(which);
-        if (lane == 0) to[0] = grid.scale, to[1] = grid.step, to[2] = grid.first * grid.step + 0.f, to[3] = 0.f;
+        if (lane == 0)
+            to[0] = grid.scale, to[1] = grid.step, to[2] = grid.first * grid.step + 0.f, to[3] = 0.f;
     }
 
     // `words` of f16 pairs from `first` on as bytes, and their steps.
