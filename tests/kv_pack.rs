@@ -173,13 +173,14 @@ fn faults_are_caught() {
     assert_caught(209, "e4m3 ties go up", |run| ops::fill_and_flush(run, &FP8, &[64]));
     assert_caught(210, "the scale of two-level metadata is rounded down", two_level);
     let rounded = |host: Host| {
-        let host = Host { range: 0.9, slabs: 4, ..host };
+        let host = Host { range: 0.1, slabs: 4, ..host };
         move |run: &crate::exec::Run| ops::fill_and_flush(run, &host, &[256])
     };
     let fed = |host: Host| rounded(Host { feedback: true, ..host });
     assert_caught(211, "errors are used before they are there", fed(GROUPS));
     assert_caught(212, "the upper end of a group reaches twice as far", rounded(GROUPS));
     assert_caught(213, "a minimum off the grid is kept", rounded(TWO_LEVEL));
+    assert_caught(216, "the grid of minima ends with the smallest elements", rounded(TWO_LEVEL));
     assert_caught(214, "an error is taken from what was wanted, not from the key", fed(GROUPS));
     assert_caught(215, "errors of the same eight channels are left out", fed(TWO_LEVEL));
     assert_caught(

@@ -32,8 +32,8 @@ fn a_share_of_the_range_hand_worked() {
     let f16 = Layout::new(Format::Q2, D, 32).unwrap();
     assert_eq!(keys(&f16, &rounding, &k, 0), [1.0, 7.0, 1.0, 5.0, 5.0, 1.0]);
     assert_eq!(keys(&f16, &rounding, &k, 1), [-100.0; 6], "a constant is exact");
-    // Minima -100 and 0 are 200 steps of a half, 1 is two more. The span 8 needs steps of 2^-6, of which the
-    // scale 2 is 128.
+    // Minima of -100 to 0.2 * 8 are 203 steps of a half, 1 is 202. The span 8 needs steps of 2^-6, of which the scale
+    // 2 is 128.
     let bytes = Layout::with_meta(Format::Q2, D, 32, Meta::U8).unwrap();
     assert_eq!(keys(&bytes, &rounding, &k, 0), [1.0, 7.0, 1.0, 5.0, 5.0, 1.0]);
     // Four bits span all of it: 0 is exact.
@@ -47,12 +47,13 @@ fn a_share_of_the_range_hand_worked() {
 
 #[test]
 fn a_minimum_beyond_the_bytes_is_their_last() {
-    // All minima are 0, so bytes reach 255 steps of 2^-24; the scale then spans 7 in steps of 2^-6: 150 of them.
+    // Minima of 0 to 0.2 * 8 are 204 steps of 2^-7, but half of the range begins at 2: 255 of them. From there to 6
+    // three codes need 85.5 steps of 2^-6.
     let k = tokens(&[[0.0, 8.0, 2.0, 4.0, 5.5, 1.5]]);
     let layout = Layout::with_meta(Format::Q2, D, 32, Meta::U8).unwrap();
-    let got = keys(&layout, &Rounding { range: 0.75, feedback: None }, &k, 0);
-    let (min, scale) = (255.0 / 16777216.0, 150.0 / 64.0);
-    assert_eq!(got, [0.0, 3.0, 1.0, 2.0, 2.0, 1.0].map(|code: f32| code * scale + min));
+    let got = keys(&layout, &Rounding { range: 0.5, feedback: None }, &k, 0);
+    let (min, scale) = (255.0 / 128.0, 86.0 / 64.0);
+    assert_eq!(got, [0.0, 3.0, 0.0, 1.0, 3.0, 0.0].map(|code: f32| code * scale + min));
 }
 
 #[test]

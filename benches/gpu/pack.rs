@@ -36,8 +36,7 @@ fn rounded(
         let cu_tokens: Vec<i32> = (0..=batch).map(|s| (s * context) as i32).collect();
         let slabs = (context - store.window) / TOKENS;
         let most = if op == KVW_PACK_FILL { context } else { slabs };
-        let weights = noise.halves(if feedback { heads.kv * heads.d * heads.d } else { 0 }, 0.05);
-        let feedback = if feedback { card.upload(&weights)? as _ } else { std::ptr::null() };
+        let weights = card.upload(&noise.halves(heads.kv * heads.d * heads.d, 0.05))?;
         let args = kv_pack::Args {
             struct_size: size_of::<kv_pack::Args>() as u32,
             op,
@@ -48,8 +47,8 @@ fn rounded(
             inv_freq: card.upload(&inv_freq)? as _,
             cu_tokens: card.upload(&cu_tokens)? as _,
             first: card.zeros(4 * batch)? as _,
-            feedback,
-            range: if feedback.is_null() { 1.0 } else { 0.9 },
+            feedback: if feedback { weights as _ } else { std::ptr::null() },
+            range: if feedback { 0.9 } else { 1.0 },
             k_stride: (heads.kv * heads.d) as i64,
             v_stride: (heads.kv * heads.d) as i64,
             tokens: tokens as i32,

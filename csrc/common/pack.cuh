@@ -298,8 +298,8 @@ private:
         auto at = [&](int i) { return first + i / half * block + i % half; };
         float low = INFINITY, high = -INFINITY;
         for (int i = lane; i < words; i += 32) { // i / 2 is a pair, i % 2 its half
-            float x = extremes(meta[at(i / 2)], meta[at(i / 2) + half], i % 2).finite().low;
-            low = fminf(low, x), high = fmaxf(high, x);
+            Interval x = extremes(meta[at(i / 2)], meta[at(i / 2) + half], i % 2).finite();
+            low = fminf(low, x.low), high = fmaxf(high, rounding.highest_minimum(x));
         }
         for (int lanes = 1; lanes < 32; lanes *= 2) {
             low = fminf(low, __shfl_xor_sync(~0u, low, lanes));

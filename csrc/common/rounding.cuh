@@ -28,6 +28,12 @@ struct Rounding {
     PRIM Rounding(int bits, float range)
         : max_code((1 << bits) - 1), reach(bits == 2 && range < 1.f ? 0.5f * range : 0.f) {}
 
+    // Where a group's minimum may lie at most, for the grid of minima.
+    PRIM float highest_minimum(const Interval& x) const {
+        float headroom = reach == 0.f || KVW_FAULT(216) ? 0.f : 0.2f;
+        return fmaf(__fsub_rn(x.high, x.low), headroom, x.low);
+    }
+
     PRIM Interval span(const Interval& x) const {
         if (reach == 0.f || x.low > x.high) return x; // all NaN: inf to -inf
         float middle = __fmul_rn(0.5f, __fadd_rn(x.low, x.high));

@@ -15,7 +15,7 @@ fn slabs_are_the_codecs_of_every_rounding() {
             for (group, host) in
                 [(32, GROUPS), (64, GROUPS), (128, GROUPS), (32, TWO_LEVEL), (64, TWO_LEVEL)]
             {
-                for (range, feedback) in [(0.85, false), (1.0, true), (0.9, true)] {
+                for (range, feedback) in [(0.1, false), (1.0, true), (0.9, true)] {
                     let host = Host { d, group, heads: 2, slabs: 4, range, feedback, ..host };
                     fill_and_flush(&exec.start(), &host, &[256])
                         .unwrap_or_else(|e| panic!("{exec:?} {range} {feedback}: {e}"));
