@@ -18,7 +18,7 @@ pub fn keys(x: &mut [f32], d: usize) {
     for head in x.chunks_exact_mut(d) {
         match d {
             96 => {
-                head.chunks_exact_mut(BLOCK).for_each(|block| sums_and_differences(block));
+                head.chunks_exact_mut(BLOCK).for_each(sums_and_differences);
                 reflect(head);
                 scale(head, BLOCK);
             }

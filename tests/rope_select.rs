@@ -164,7 +164,7 @@ impl Case {
 fn times_hadamard(head: &mut [f64]) {
     let (d, x) = (head.len(), head.to_vec());
     let order = if d == 96 { 32 } else { d };
-    let sign = |i: usize, j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+    let sign = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
     let entry = |i: usize, j: usize| {
         let mixed = match (d, i / order == j / order) {
             (96, true) => 1.0 / 3.0,

@@ -128,10 +128,10 @@ impl Lines {
             for v in 0..vectors {
                 let codes = code(l, &wanted[v], meta, max_code(layout));
                 let error = &mut errors[c * vectors + v].0;
-                for t in 0..16 {
+                for (t, error) in error.iter_mut().enumerate() {
                     self.codes[(at((g, c)) + v) * 16 + t] = codes.0[t] as u8;
                     let e = raw[v].0[t] - (codes.0[t] as f32).mul_add(meta.0, meta.1);
-                    error[t] = if e.is_nan() { 0.0 } else { e };
+                    *error = if e.is_nan() { 0.0 } else { e };
                 }
             }
         }
