@@ -1,11 +1,9 @@
-//! The cache spec's grammar, and what a cache holds after every way of filling it.
+//! What a cache holds after every way of filling it.
 
 use half::f16;
-use kvwarp::slab::{self, Format, Layout, Meta, TOKENS};
+use kvwarp::slab::{self, Format, Layout, TOKENS};
 use kvwarp::threads::Team;
 use kvwarp_engine::cache::{Cache, CacheError, Shape, full_bytes};
-use kvwarp_engine::spec::{CacheSpec, PRESETS};
-use proptest::prelude::*;
 
 const SHAPE: Shape = Shape { layers: 2, kv_heads: 2, head_dim: 64, context: 1000 };
 const ROW: usize = SHAPE.kv_heads * SHAPE.head_dim;
@@ -227,78 +225,5 @@ fn bytes_come_from_the_allocator() {
     ] {
         let full = filled(spec, 1000, 1000, 1000).stats().used_bytes;
         assert_eq!(full, full_bytes(&spec.parse().unwrap(), SHAPE).unwrap(), "{spec}");
-    }
-}
-
-#[test]
-fn spec_errors_name_the_part_and_what_is_allowed() {
-    for (spec, parts) in [
-        (
-            "q3",
-            &["unknown preset `q3`", "f16, q8, fp8, q4, q2, q2-small, q2-kivi", "did you mean"][..],
-        ),
-        ("", &["unknown preset ``", "f16, q8, fp8, q4, q2, q2-small, q2-kivi"]),
-        ("q2,windw=1", &["unknown part `windw`", "did you mean `window`"]),
-        ("q2,window=-1", &["`window` is `-1`", "0 to 1048576 tokens"]),
-        ("q2,window=", &["`window` is ``", "0 to 1048576 tokens"]),
-        ("q2,group=48", &["`group` is `48`", "32, 64 or 128"]),
-        ("q2-kivi,kivi_exact=1", &["`kivi_exact` takes no value"]),
-        ("q2-kivi,window=40,kivi_exact", &["`window` is 40", "multiple of the group, 32"]),
-        ("q2-kivi,sinks=4,kivi_exact", &["`sinks` is 4", "only 0"]),
-        ("q2,window=1,window=2", &["`window` is given twice"]),
-        ("q2,meta=f8", &["`meta` is `f8`", "f16 or u8"]),
-        ("q8,meta=u8", &["`meta` is `u8`", "q4 and q2, not q8"]),
-        ("q2,meta=u8,group=128", &["`meta` is `u8`", "32 or 64"]),
-        ("q2-kivi,meta=u8,kivi_exact", &["`meta` is `u8`", "not for `kivi_exact`"]),
-        ("q2,kivi_exact", &["`kivi_exact`", "start from q2-kivi", "hadamard=off"]),
-        ("q2,range=120", &["`range` is `120`", "50 to 100"]),
-        ("q4,range=80", &["`range` has no effect on q4"]),
-        ("q2,hadamard", &["`hadamard` is ``", "on or off"]),
-        ("fp8,group=64", &["`group` has no effect on fp8"]),
-        ("f16,window=1", &["`window` has no effect on f16"]),
-    ] {
-        let error = spec.parse::<CacheSpec>().unwrap_err().to_string();
-        assert!(parts.iter().all(|part| error.contains(part)), "{spec}: {error}");
-        assert!(!error.contains('\n'));
-    }
-}
-
-fn specs() -> impl Strategy<Value = CacheSpec> {
-    let preset = prop::sample::select(PRESETS[1..].to_vec());
-    let group = prop::sample::select(vec![32usize, 64, 128]);
-    let switches = (any::<bool>(), any::<bool>(), any::<bool>());
-    let parts = (preset, 0usize..2000, 0usize..2000, group, switches, 50u8..=100);
-    parts.prop_map(|(preset, window, sinks, group, (kivi_exact, bytes, hadamard), range)| {
-        let with_bytes = bytes && preset.store != Format::Q8 && group < 128;
-        let meta = if with_bytes { Meta::U8 } else { Meta::F16 };
-        let range = if preset.store == Format::Q2 { range } else { 100 };
-        let zones = CacheSpec { window, sinks, ..preset };
-        match (preset.store, kivi_exact && !preset.hadamard) {
-            (Format::F16, _) => preset,
-            (Format::Fp8, _) => zones,
-            (_, true) => {
-                CacheSpec { window: (window / group + 1) * group, group, kivi_exact, ..preset }
-            }
-            _ => CacheSpec { group, meta, hadamard, range, ..zones },
-        }
-    })
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn specs_survive_being_written(spec in specs()) {
-        prop_assert_eq!(spec.to_string().parse(), Ok(spec));
-    }
-
-    #[test]
-    fn likely_texts_are_specs_or_errors(
-        text in "(f16|q8|fp8|q4|q2|q2-kivi)(,(window|sinks|group|meta|hadamard|range|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
-    ) {
-        match text.parse::<CacheSpec>() {
-            Ok(spec) => prop_assert_eq!(spec.to_string().parse(), Ok(spec)),
-            Err(error) => prop_assert!(error.to_string().starts_with("cache spec `")),
-        }
     }
 }

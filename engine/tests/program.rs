@@ -3,41 +3,11 @@
 mod support;
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
-
-fn kvwarp(arguments: &[&str]) -> Output {
-    command(arguments).output().unwrap()
-}
-
-/// The program, kept from obtaining a model.
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("kvwarp"));
-    command.args(arguments).env_remove("KVWARP_MODEL").env("PATH", "/nonexistent");
-    command.env("KVWARP_CACHE", "/nonexistent/cache").stdin(Stdio::null());
-    command
-}
-
-fn fixture(name: &str) -> String {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
-    folder.display().to_string()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-/// Runs a failing command: its exit code, and its one line on stderr.
-fn failure(arguments: &[&str]) -> (i32, String) {
-    let output = kvwarp(arguments);
-    let error = text(&output.stderr);
-    assert_eq!(text(&output.stdout), "", "{arguments:?}");
-    assert!(!error.contains("panicked") && !error.contains("backtrace"), "{error}");
-    assert!(error.starts_with("error: "), "{arguments:?}: {error}");
-    (output.status.code().unwrap(), error)
-}
+use support::program::{command, failure, fixture, kvwarp, text};
 
 #[test]
 fn help_names_every_command_and_flag() {
@@ -137,70 +107,6 @@ fn json_is_json() {
         assert!(output.status.success(), "{}", text(&output.stderr));
         let value: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert!(keys.iter().all(|key| value.get(key).is_some()), "{value}");
-    }
-}
-
-#[test]
-fn calibrations_go_on_and_are_of_one_model_and_text() {
-    let Some(model) = support::real_model() else { return };
-    let (model, folder) = (model.display().to_string(), tempfile::tempdir().unwrap());
-    let file = |name: &str| folder.path().join(name).display().to_string();
-    let (one, other, to) = (file("one.txt"), file("other.txt"), file("kv"));
-    std::fs::write(&one, "one two three ".repeat(40)).unwrap();
-    std::fs::write(&other, "something else").unwrap();
-    let calibrate = |tokens: &str| {
-        let output = kvwarp(&[
-            "calibrate",
-            "kv",
-            "-m",
-            &model,
-            "--text",
-            &one,
-            "-o",
-            &to,
-            "-c",
-            "16",
-            "-n",
-            tokens,
-        ]);
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        (text(&output.stderr), std::fs::read(&to).unwrap())
-    };
-    let (_, whole) = calibrate("48");
-    std::fs::remove_file(&to).unwrap();
-    assert!(calibrate("16").0.contains(": 16 tokens"));
-    let (log, again) = calibrate("48");
-    assert!(log.contains(": 48 tokens"), "{log}");
-    assert!(whole == again, "an interrupted calibration is not what a whole one is");
-    let generate = ["generate", "-m", &model, "-p", "one two", "-n", "4", "--cache", "q2"];
-    let output = kvwarp(&[&generate[..], &["--calibration", &to]].concat());
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(!text(&output.stderr).contains("kvwarp calibrate kv"));
-    assert!(text(&kvwarp(&generate).stderr).contains("kvwarp calibrate kv"));
-    let (wrong, nothing) = (file("wrong"), file("nothing"));
-    let name = br#""model":""#;
-    let at = whole.windows(name.len()).position(|bytes| bytes == name).unwrap() + name.len();
-    let mut bytes = whole;
-    bytes[at] = if bytes[at] == b'0' { b'1' } else { b'0' };
-    std::fs::write(&wrong, bytes).unwrap();
-    for (arguments, code, parts) in [
-        (
-            &["calibrate", "kv", "-m", &model, "--text", &other, "-o", &to][..],
-            2,
-            &["of another text", "-o"][..],
-        ),
-        (
-            &["generate", "-m", &model, "-p", "x", "--calibration", &wrong],
-            1,
-            &["`model` is", "kvwarp calibrate kv"],
-        ),
-        (&["generate", "-m", &model, "-p", "x", "--calibration", &nothing], 1, &["nothing"]),
-        (&["generate", "-m", &model, "-p", "x", "--calibration", &one], 1, &["one.txt"]),
-        (&["calibrate", "kv", "-m", &model, "--text", &one, "-c", "0"], 2, &["-c is 0"]),
-    ] {
-        let (exit, error) = failure(arguments);
-        assert_eq!(exit, code, "{error}");
-        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     }
 }
 

@@ -74,7 +74,7 @@ fn measure(
     let request = Request {
         prompt: prompt.to_owned(),
         max_tokens: ANSWER_TOKENS,
-        cache: cache.clone(),
+        cache,
         context: None,
         sampling: Sampling::GREEDY,
         seed: 0,

@@ -1,6 +1,8 @@
 //! What the tests of the file side share: a GGUF writer and the way to the real model.
 #![allow(dead_code)]
 
+pub mod program;
+
 use std::path::PathBuf;
 
 use kvwarp_engine::fetch;
