@@ -11,11 +11,9 @@
 mod bytes;
 mod head;
 mod kivi;
+mod plan;
 mod stats;
 
-use std::sync::Arc;
-
-use half::f16;
 use kvwarp::kv_pack::{self, Rows};
 use kvwarp::pages::{HeadView, Pools, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
@@ -23,7 +21,8 @@ use kvwarp::threads::Team;
 
 use crate::spec::CacheSpec;
 use bytes::AlignedBytes;
-use head::{Head, Rules};
+use head::Head;
+pub use plan::Plan;
 pub use stats::{CacheStats, full_bytes};
 
 /// The part of a model's shape that a cache depends on.
@@ -68,8 +67,7 @@ pub enum CacheError {
 pub struct Cache {
     shape: Shape,
     spec: CacheSpec,
-    /// Weights of K's rounding errors, `[layers, kv_heads, D, D]`.
-    feedback: Option<Arc<[f16]>>,
+    plan: Plan,
     pools: Pools,
     /// By layer, then kv head.
     heads: Vec<Head>,
@@ -88,17 +86,31 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Kernel`] for a head size or group that no slab has.
     pub fn new(spec: &CacheSpec, shape: Shape) -> Result<Self, CacheError> {
+        Self::planned(spec, shape, Plan::default())
+    }
+
+    /// The same with what a calibration found.
+    ///
+    /// # Errors
+    /// As [`Cache::new`].
+    pub fn planned(spec: &CacheSpec, shape: Shape, plan: Plan) -> Result<Self, CacheError> {
         let mut pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
         let heads = shape.layers * shape.kv_heads;
-        let rules = Rules::new(spec, None);
-        for (format, slabs) in rules.slabs(shape.context) {
-            pools.pool_mut(format).reserve(slabs * heads);
+        let mut slabs = [0; Format::ALL.len()];
+        for h in 0..heads {
+            let rules = plan.rules(spec, h, shape.head_dim);
+            for (format, n) in rules.slabs(shape.context) {
+                slabs[format as usize] += n;
+            }
+        }
+        for (format, slabs) in Format::ALL.into_iter().zip(slabs) {
+            pools.pool_mut(format).reserve(slabs);
         }
         let ring = ring_slabs(spec.window) * pools.layout(Format::F16).slab_bytes();
         let mut cache = Self {
             shape,
             spec: *spec,
-            feedback: None,
+            plan,
             pools,
             heads: vec![Head::default(); heads],
             rings: AlignedBytes::zeroed(heads * ring),
@@ -108,13 +120,6 @@ impl Cache {
         };
         cache.note_peak();
         Ok(cache)
-    }
-
-    /// The same, rounding K so that what errors add to scores is small: `feedback` `[layers, kv_heads, D, D]`
-    /// ([`kvwarp::slab::feedback`]).
-    pub fn with_feedback(mut self, feedback: Arc<[f16]>) -> Self {
-        self.feedback = Some(feedback);
-        self
     }
 
     /// How this cache keeps its tokens.
@@ -156,10 +161,10 @@ impl Cache {
     /// [`CacheError::Kernel`] when a pool is full.
     pub fn append(&mut self, layer: usize, k: &[f32], v: &[f32]) -> Result<(), CacheError> {
         let (d, ring_bytes) = (self.shape.head_dim, self.ring_bytes());
-        let (spec, feedback) = (self.spec, self.feedback.clone());
+        let (spec, plan) = (self.spec, self.plan.clone());
         let f16 = *self.pools.layout(Format::F16);
         for h in self.range(layer) {
-            let rules = Rules::new(&spec, of_head(&feedback, h, d));
+            let rules = plan.rules(&spec, h, d);
             let ring = self.rings.slice_mut(h * ring_bytes, ring_bytes);
             let head = &mut self.heads[h];
             let row = h % self.shape.kv_heads * d;
@@ -205,11 +210,11 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Kernel`] when a pool is full.
     pub fn compress(&mut self, layer: usize, team: &Team) -> Result<(), CacheError> {
-        let (spec, feedback) = (self.spec, self.feedback.clone());
+        let (spec, plan) = (self.spec, self.plan.clone());
         let (slab, ring_bytes, staged) =
             (self.slab_bytes(), self.ring_bytes(), self.staged_bytes());
         for (i, h) in self.range(layer).enumerate() {
-            let rules = Rules::new(&spec, of_head(&feedback, h, self.shape.head_dim));
+            let rules = plan.rules(&spec, h, self.shape.head_dim);
             let from = self.staging.slice_mut(i * staged, staged);
             let head = &mut self.heads[h];
             head.after_fill(&rules, from, &mut self.pools, team)?;
@@ -253,6 +258,21 @@ impl Cache {
         Ok(())
     }
 
+    /// Moves what head `h` of all layers has in f16 slabs, sinks left out, to `store`, and what it will have.
+    ///
+    /// # Errors
+    /// [`CacheError::Kernel`] when a pool is full.
+    pub fn repack(&mut self, h: usize, store: Format) -> Result<(), CacheError> {
+        let spec_stores = || vec![self.spec.store; self.heads.len()];
+        let mut stores =
+            self.plan.stores.as_ref().map_or_else(spec_stores, |stores| stores.to_vec());
+        stores[h] = store;
+        self.plan.stores = Some(stores.into());
+        let plan = self.plan.clone();
+        let rules = plan.rules(&self.spec, h, self.shape.head_dim);
+        Ok(self.heads[h].repack(&rules, &mut self.pools)?)
+    }
+
     fn range(&self, layer: usize) -> std::ops::Range<usize> {
         layer * self.shape.kv_heads..(layer + 1) * self.shape.kv_heads
     }
@@ -268,9 +288,4 @@ impl Cache {
     fn staged_bytes(&self) -> usize {
         self.staging.len() / self.shape.kv_heads
     }
-}
-
-/// Of head `h` of all layers, `[D, D]`.
-fn of_head(feedback: &Option<Arc<[f16]>>, h: usize, d: usize) -> Option<&[f16]> {
-    feedback.as_ref().map(|rows| &rows[h * d * d..(h + 1) * d * d])
 }

@@ -2,9 +2,15 @@
 //! a key costs what it adds to scores, so rounding follows it ([`kvwarp::slab::feedback`]).
 //!
 //! A moment depends on the positions of its queries, but scores only on distances: what is seen at the first positions is
-//! moved to others, by RoPE itself, and averaged. The file is safetensors: `moments` `[layers, kv_heads, D, D]`, sums in
-//! f32; metadata says which model and text they come from and how many tokens have been read, so that an interrupted
-//! calibration goes on.
+//! moved to others, by RoPE itself, and averaged.
+//!
+//! And what each head's history loses when it alone has 2 bits: a few lose more than all others together.
+//!
+//! The file is safetensors: `moments` `[layers, kv_heads, D, D]`, sums in f32, and `losses` `[layers, kv_heads]`, f32, NaN
+//! where not measured; metadata says which model and text they come from and how many tokens have been read, so that an
+//! interrupted calibration goes on.
+
+mod measure;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -14,13 +20,11 @@ use kvwarp::hadamard;
 use kvwarp::rope_select::{Angles, Pairing};
 use kvwarp::slab::feedback;
 use kvwarp::threads::Team;
+pub use measure::{SCORED, measure, read};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use sha2::{Digest, Sha256};
 
-use crate::model::{Model, Work};
 use crate::source::Source;
-use crate::spec::CacheSpec;
-use crate::watch::Watch;
 
 /// Version of the file's format.
 const VERSION: &str = "1";
@@ -67,6 +71,8 @@ pub struct Calibration {
     pub tokens: usize,
     /// `[layers, kv_heads, D, D]`
     sums: Vec<f32>,
+    /// What 2 bits of this head alone cost, in nats of divergence, `[layers, kv_heads]`; NaN where it is not known.
+    losses: Vec<f32>,
 }
 
 impl Calibration {
@@ -74,9 +80,11 @@ impl Calibration {
     pub fn new(source: &Source, text: &str) -> Self {
         let config = &source.config;
         let shape = [config.layers, config.kv_heads, config.head_dim];
-        let sums = vec![0.0; shape[0] * shape[1] * shape[2] * shape[2]];
+        let heads = shape[0] * shape[1];
+        let sums = vec![0.0; heads * shape[2] * shape[2]];
+        let losses = vec![f32::NAN; heads];
         let text = format!("{:x}", Sha256::digest(text));
-        Self { model: fingerprint(source), text, shape, tokens: 0, sums }
+        Self { model: fingerprint(source), text, shape, tokens: 0, sums, losses }
     }
 
     /// Reads `path`, which must be of this model.
@@ -102,18 +110,23 @@ impl Calibration {
         read.text = field("text");
         read.tokens = field("tokens").parse().map_err(|e| fail(format!("`tokens`: {e}")))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(e.to_string()))?;
-        let tensor = file.tensor("moments").map_err(|e| fail(e.to_string()))?;
         let [layers, heads, d] = read.shape;
-        if tensor.shape() != [layers, heads, d, d] || tensor.dtype() != Dtype::F32 {
-            return Err(CalibrationError::Mismatch {
-                path: path.into(),
-                field: "moments",
-                got: format!("{:?} {:?}", tensor.dtype(), tensor.shape()),
-                expected: format!("F32 {:?}", [layers, heads, d, d]),
-            });
+        for (name, shape, to) in [
+            ("moments", &[layers, heads, d, d][..], &mut read.sums),
+            ("losses", &[layers, heads], &mut read.losses),
+        ] {
+            let tensor = file.tensor(name).map_err(|e| fail(e.to_string()))?;
+            if tensor.shape() != shape || tensor.dtype() != Dtype::F32 {
+                return Err(CalibrationError::Mismatch {
+                    path: path.into(),
+                    field: name,
+                    got: format!("{:?} {:?}", tensor.dtype(), tensor.shape()),
+                    expected: format!("F32 {shape:?}"),
+                });
+            }
+            let numbers = to.iter_mut().zip(tensor.data().as_chunks().0);
+            numbers.for_each(|(x, bytes)| *x = f32::from_le_bytes(*bytes));
         }
-        let sums = read.sums.iter_mut().zip(tensor.data().as_chunks().0);
-        sums.for_each(|(sum, bytes)| *sum = f32::from_le_bytes(*bytes));
         Ok(read)
     }
 
@@ -124,8 +137,15 @@ impl Calibration {
     pub fn save(&self, path: &Path) -> Result<(), CalibrationError> {
         let fail = |why: String| CalibrationError::File { path: path.into(), why };
         let [layers, heads, d] = self.shape;
-        let bytes: Vec<u8> = self.sums.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let tensor = TensorView::new(Dtype::F32, vec![layers, heads, d, d], &bytes);
+        let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let (sums, losses) = (bytes(&self.sums), bytes(&self.losses));
+        let view = |shape: &[usize], bytes| {
+            TensorView::new(Dtype::F32, shape.to_vec(), bytes).map_err(|e| fail(e.to_string()))
+        };
+        let tensors = [
+            ("moments", view(&[layers, heads, d, d], &sums)?),
+            ("losses", view(&[layers, heads], &losses)?),
+        ];
         let metadata: HashMap<_, _> = [
             ("kvwarp.calibration", VERSION.to_owned()),
             ("model", self.model.clone()),
@@ -134,9 +154,8 @@ impl Calibration {
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into();
-        let tensor = tensor.map_err(|e| fail(e.to_string()))?;
         let partial = path.with_added_extension("partial");
-        safetensors::serialize_to_file([("moments", tensor)], Some(metadata), &partial)
+        safetensors::serialize_to_file(tensors, Some(metadata), &partial)
             .map_err(|e| fail(e.to_string()))?;
         std::fs::rename(&partial, path).map_err(|e| fail(e.to_string()))
     }
@@ -160,6 +179,14 @@ impl Calibration {
                 }
             }
         });
+    }
+
+    /// Heads of all layers, `layer * kv_heads + head`, those that lose most first; without those not measured.
+    pub fn losers(&self) -> Vec<usize> {
+        let mut heads: Vec<_> =
+            (0..self.losses.len()).filter(|&h| !self.losses[h].is_nan()).collect();
+        heads.sort_by(|&a, &b| self.losses[b].total_cmp(&self.losses[a]));
+        heads
     }
 
     /// Weights of rounding errors of keys that are turned by Hadamard matrices, `[layers, kv_heads, D, D]`, for positions
@@ -214,31 +241,4 @@ fn fingerprint(source: &Source) -> String {
         }
     }
     format!("{:x}", hash.finalize())
-}
-
-/// Adds `tokens`, read in pieces of `window`, each from its own beginning, writes `to` after every piece and returns how
-/// many tokens it then has.
-///
-/// # Errors
-/// [`crate::model::ModelError`], as when someone asked to stop; [`CalibrationError`].
-pub fn read(
-    model: &Model<'_>,
-    calibration: Calibration,
-    tokens: &[u32],
-    window: usize,
-    watch: &mut Watch<'_>,
-    to: &Path,
-) -> anyhow::Result<usize> {
-    let mut read = calibration.tokens;
-    let mut work = Work::collecting(calibration);
-    for piece in tokens.chunks(window) {
-        let mut cache = model.cache(&CacheSpec::default(), piece.len())?;
-        model.prefill(piece, &mut cache, &mut work, watch)?;
-        read += piece.len();
-        if let Some(calibration) = &mut work.calibration {
-            calibration.tokens = read;
-            calibration.save(to)?;
-        }
-    }
-    Ok(read)
 }

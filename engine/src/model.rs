@@ -17,10 +17,11 @@ use half::f16;
 use kvwarp::linear::{Activations, Cpu, matmul};
 use kvwarp::paged_attn::Mask;
 use kvwarp::rope_select::{Angles, Pairing};
+use kvwarp::slab::Format;
 use kvwarp::threads::Team;
 use kvwarp::{linear, rms_norm};
 
-use crate::cache::{Cache, Shape};
+use crate::cache::{Cache, Plan, Shape};
 use crate::calibration::Calibration;
 use crate::config::{self, Config};
 use crate::source::Source;
@@ -52,6 +53,8 @@ pub struct Model<'a> {
     activations: Activations,
     /// Weights of K's rounding errors ([`Calibration::feedback`]).
     feedback: Option<Arc<[f16]>>,
+    /// Heads of all layers, those that lose most first ([`Calibration::losers`]).
+    losers: Vec<usize>,
 }
 
 impl<'a> Model<'a> {
@@ -86,6 +89,7 @@ impl<'a> Model<'a> {
             team: Team::new(threads),
             activations,
             feedback: None,
+            losers: Vec::new(),
         })
     }
 
@@ -93,6 +97,7 @@ impl<'a> Model<'a> {
     pub fn with_calibration(mut self, calibration: &Calibration) -> Self {
         let rope = (&self.inv_freq[..], self.pairing);
         self.feedback = Some(calibration.feedback(rope, self.config.context, &self.team).into());
+        self.losers = calibration.losers();
         self
     }
 
@@ -121,15 +126,29 @@ impl<'a> Model<'a> {
     /// # Errors
     /// [`ModelError::Context`] over the model's limit; [`ModelError::Cache`] for a head size that no slab has.
     pub fn cache(&self, spec: &CacheSpec, context: usize) -> Result<Cache, ModelError> {
-        let Config { layers, kv_heads, head_dim, context: limit, .. } = *self.config;
+        let limit = self.config.context;
         if context > limit {
             return Err(ModelError::Context { asked: context, limit });
         }
-        let cache = Cache::new(spec, Shape { layers, kv_heads, head_dim, context })?;
-        Ok(match &self.feedback {
-            Some(feedback) if spec.hadamard => cache.with_feedback(feedback.clone()),
-            _ => cache,
-        })
+        Ok(Cache::planned(spec, self.shape(context), self.plan(spec))?)
+    }
+
+    /// Of a cache for `context` tokens.
+    pub fn shape(&self, context: usize) -> Shape {
+        let Config { layers, kv_heads, head_dim, .. } = *self.config;
+        Shape { layers, kv_heads, head_dim, context }
+    }
+
+    /// What the calibration, where there is one, adds to `spec`.
+    pub fn plan(&self, spec: &CacheSpec) -> Plan {
+        let heads = self.config.layers * self.config.kv_heads;
+        let kept = (heads * usize::from(spec.keep) + 50) / 100;
+        let mut stores = vec![spec.store; heads];
+        self.losers.iter().take(kept).for_each(|&h| stores[h] = Format::Q4);
+        Plan {
+            feedback: self.feedback.clone().filter(|_| spec.hadamard),
+            stores: (kept > 0).then(|| stores.into()),
+        }
     }
 
     /// Reads `tokens` after what `cache` holds; the logits of the last are then in `work`.

@@ -176,7 +176,7 @@ fn surprise(logits: &[f32], target: u32) -> f32 {
 }
 
 /// Kullback-Leibler divergence of `softmax(q)` from `softmax(p)`.
-fn divergence(p: &[f32], q: &[f32]) -> f64 {
+pub(crate) fn divergence(p: &[f32], q: &[f32]) -> f64 {
     let (of_p, of_q) = (log_sum(p), log_sum(q));
     let term = |(&p, &q): (&f32, &f32)| {
         let (p, q) = (f64::from(p) - of_p, f64::from(q) - of_q);

@@ -33,6 +33,8 @@ pub struct CacheSpec {
     pub hadamard: bool,
     /// Percent of a group's range that 2-bit codes span.
     pub range: u8,
+    /// Percent of the kv heads, those that lose most by the calibration, that stay at 4 bits.
+    pub keep: u8,
     /// Quantise K and V exactly when KIVI does, with its residual length as `window`.
     pub kivi_exact: bool,
 }
@@ -69,6 +71,7 @@ const fn kivi(preset: &'static str, store: Format, window: usize) -> CacheSpec {
         meta: Meta::F16,
         hadamard: false,
         range: 100,
+        keep: 0,
         kivi_exact: false,
     }
 }
@@ -81,6 +84,7 @@ const fn low_error(preset: &'static str, window: usize) -> CacheSpec {
         meta: Meta::U8,
         hadamard: true,
         range: 88,
+        keep: 2,
         ..kivi(preset, Format::Q2, window)
     }
 }
@@ -143,9 +147,9 @@ impl CacheSpec {
         if self.store == Format::Fp8 && !["window", "sinks"].contains(&name) {
             return Err(format!("`{name}` has no effect on fp8: it has no scales"));
         }
-        if self.store != Format::Q2 && name == "range" {
+        if self.store != Format::Q2 && ["range", "keep"].contains(&name) {
             return Err(format!(
-                "`range` has no effect on {}: it is for codes of 2 bits",
+                "`{name}` has no effect on {}: it is for codes of 2 bits",
                 self.preset
             ));
         }
@@ -172,7 +176,7 @@ impl CacheSpec {
     /// What the parts demand of each other.
     fn check(&self) -> Result<(), String> {
         let Self { window, group, sinks, hadamard, range, .. } = *self;
-        if self.kivi_exact && (hadamard || range < 100) {
+        if self.kivi_exact && (hadamard || range < 100 || self.keep > 0) {
             return Err(
                 "`kivi_exact` rounds as KIVI does; start from q2-kivi, or with hadamard=off".into(),
             );

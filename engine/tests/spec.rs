@@ -27,6 +27,8 @@ fn spec_errors_name_the_part_and_what_is_allowed() {
         ("q2,kivi_exact", &["`kivi_exact`", "start from q2-kivi", "hadamard=off"]),
         ("q2,range=120", &["`range` is `120`", "50 to 100"]),
         ("q4,range=80", &["`range` has no effect on q4"]),
+        ("q4,keep=5", &["`keep` has no effect on q4"]),
+        ("q2,keep=101", &["`keep` is `101`", "0 to 100"]),
         ("q2,hadamard", &["`hadamard` is ``", "on or off"]),
         ("fp8,group=64", &["`group` has no effect on fp8"]),
         ("f16,window=1", &["`window` has no effect on f16"]),
@@ -43,6 +45,7 @@ fn specs() -> impl Strategy<Value = CacheSpec> {
     let switches = (any::<bool>(), any::<bool>(), any::<bool>());
     let parts = (preset, 0usize..2000, 0usize..2000, group, switches, 50u8..=100);
     parts.prop_map(|(preset, window, sinks, group, (kivi_exact, bytes, hadamard), range)| {
+        let keep = if preset.store == Format::Q2 { range - 50 } else { 0 };
         let with_bytes = bytes && preset.store != Format::Q8 && group < 128;
         let meta = if with_bytes { Meta::U8 } else { Meta::F16 };
         let range = if preset.store == Format::Q2 { range } else { 100 };
@@ -53,7 +56,7 @@ fn specs() -> impl Strategy<Value = CacheSpec> {
             (_, true) => {
                 CacheSpec { window: (window / group + 1) * group, group, kivi_exact, ..preset }
             }
-            _ => CacheSpec { group, meta, hadamard, range, ..zones },
+            _ => CacheSpec { group, meta, hadamard, range, keep, ..zones },
         }
     })
 }
@@ -68,7 +71,7 @@ proptest! {
 
     #[test]
     fn likely_texts_are_specs_or_errors(
-        text in "(f16|q8|fp8|q4|q2|q2-kivi)(,(window|sinks|group|meta|hadamard|range|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
+        text in "(f16|q8|fp8|q4|q2|q2-kivi)(,(window|sinks|group|meta|hadamard|range|keep|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
     ) {
         match text.parse::<CacheSpec>() {
             Ok(spec) => prop_assert_eq!(spec.to_string().parse(), Ok(spec)),

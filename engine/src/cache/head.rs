@@ -135,6 +135,21 @@ impl Head {
         Ok(())
     }
 
+    /// Packs f16 slabs of the table, sinks left out, as the rules have it.
+    pub fn repack(&mut self, rules: &Rules<'_>, pools: &mut Pools) -> Result<(), Error> {
+        let layout = *pools.layout(rules.store);
+        for entry in self.table.iter_mut().skip(rules.sink_slabs) {
+            let Some((Format::F16, from)) = entry.get() else { continue };
+            let bytes = pools.pool(Format::F16).slab(from).to_vec();
+            let slot = take(pools, rules.store)?;
+            let to = pools.pool_mut(rules.store).slab_mut(slot as usize);
+            kv_pack::pack_rounded(&bytes, to, &layout, &rules.rounding);
+            pools.pool_mut(Format::F16).give(from as u32);
+            *entry = Entry::new(rules.store, slot);
+        }
+        Ok(())
+    }
+
     /// Counts the next slab as packed; returns the bytes that it gets in its pool.
     fn open_next<'a>(
         &mut self,

@@ -5,9 +5,12 @@ use std::path::PathBuf;
 use super::args::{ModelArgs, tokens};
 use super::output::{self, Progress};
 use super::{Outcome, Usage, open};
-use crate::calibration::{Calibration, beside, read};
+use crate::calibration::{Calibration, SCORED, beside, measure, read};
 use crate::model::{Model, ModelError};
 use crate::watch::Watch;
+
+/// Tokens on which is measured what each head loses: each head reads a fifth of them again.
+const SAMPLE: usize = 1280;
 
 /// Arguments of `kvwarp calibrate`.
 #[derive(clap::Args)]
@@ -73,10 +76,17 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let model = Model::new(&source, args.model.threads(), args.model.activations())?;
     let stop = open::stop_on_ctrl_c()?;
     let left = ids.get(calibration.tokens..).unwrap_or_default();
-    let mut progress = Progress::new("calibrating", left.len() * source.config.layers);
+    let sample = &ids[..ids.len().min(SAMPLE).min(limit)];
+    let heads = source.config.layers * source.config.kv_heads;
+    let rows = left.len() + sample.len() + (heads + 1) * sample.len() / SCORED;
+    let mut progress = Progress::new("calibrating", rows * source.config.layers);
     let mut step = |rows| progress.step(rows);
+    let mut watch = Watch::new(stop, &mut step);
     let done =
-        read(&model, calibration, left, args.ctx_size, &mut Watch::new(stop, &mut step), &to);
+        read(&model, calibration, left, args.ctx_size, &mut watch, &to).and_then(|mut read| {
+            let model = model.with_calibration(&read);
+            measure(&model, &mut read, sample, &mut watch, &to).map(|()| read)
+        });
     progress.clear();
     match done {
         Err(error) => match error.downcast_ref() {
@@ -84,7 +94,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
             _ => Err(error),
         },
         Ok(done) => {
-            output::log(&format!("{}: {done} tokens", to.display()));
+            output::log(&format!("{}: {} tokens, {heads} heads", to.display(), done.tokens));
             Ok(Outcome::Done)
         }
     }

@@ -19,7 +19,7 @@ pub(super) struct Part {
     pub write: fn(&CacheSpec) -> String,
 }
 
-pub(super) const PARTS: [Part; 7] = [
+pub(super) const PARTS: [Part; 8] = [
     Part {
         name: "window",
         accepts: "0 to 1048576 tokens",
@@ -74,6 +74,16 @@ pub(super) const PARTS: [Part; 7] = [
             percent.is_some_and(|n| set(&mut spec.range, n))
         },
         write: |spec| spec.range.to_string(),
+    },
+    Part {
+        name: "keep",
+        accepts: "0 to 100 percent",
+        help: "kv heads that stay at 4 bits, those that lose most by the calibration (default 0; q2 2)",
+        read: |spec, value| {
+            let percent = value.parse().ok().filter(|n| *n <= 100);
+            percent.is_some_and(|n| set(&mut spec.keep, n))
+        },
+        write: |spec| spec.keep.to_string(),
     },
     Part {
         name: "kivi_exact",

@@ -1,0 +1,27 @@
+//! What a calibration adds to a spec.
+
+use std::sync::Arc;
+
+use half::f16;
+use kvwarp::slab::Format;
+
+use super::head::Rules;
+use crate::spec::CacheSpec;
+
+/// Heads are counted over all layers, `layer * kv_heads + head`.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// Weights of K's rounding errors, `[heads, D, D]` ([`kvwarp::slab::feedback`]).
+    pub feedback: Option<Arc<[f16]>>,
+    /// Store of each head's history, `[heads]`; the spec's where there is none.
+    pub stores: Option<Arc<[Format]>>,
+}
+
+impl Plan {
+    /// Rules of head `h`, of `d` channels.
+    pub(super) fn rules<'a>(&'a self, spec: &CacheSpec, h: usize, d: usize) -> Rules<'a> {
+        let feedback = self.feedback.as_ref().map(|rows| &rows[h * d * d..(h + 1) * d * d]);
+        let store = self.stores.as_ref().map_or(spec.store, |stores| stores[h]);
+        Rules { store, ..Rules::new(spec, feedback) }
+    }
+}
