@@ -142,7 +142,7 @@ impl<'a> Model<'a> {
     /// What the calibration, where there is one, adds to `spec`.
     pub fn plan(&self, spec: &CacheSpec) -> Plan {
         let heads = self.config.layers * self.config.kv_heads;
-        let kept = (heads * usize::from(spec.keep) + 50) / 100;
+        let kept = spec.kept(heads);
         let mut stores = vec![spec.store; heads];
         self.losers.iter().take(kept).for_each(|&h| stores[h] = Format::Q4);
         Plan {

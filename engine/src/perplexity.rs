@@ -67,26 +67,20 @@ impl<'a> Reader<'a> {
         Ok(Self { model, cache: model.cache(spec, context)?, work: Work::default() })
     }
 
-    /// Gives `take` the logits after the prefix.
-    fn prefix(
+    /// Gives `take` the logits after a prefix, or after each token of a piece.
+    fn read(
         &mut self,
-        prefix: &[u32],
+        (prefix, part): (bool, &[u32]),
         watch: &mut Watch<'_>,
         take: &mut dyn FnMut(&[f32]),
     ) -> Result<(), ModelError> {
-        self.model.prefill(prefix, &mut self.cache, &mut self.work, watch)?;
-        take(self.work.logits());
+        let Self { model, cache, work } = self;
+        if !prefix {
+            return model.score(part, cache, work, watch, take);
+        }
+        model.prefill(part, cache, work, watch)?;
+        take(work.logits());
         Ok(())
-    }
-
-    /// Gives `take` the logits after each token.
-    fn piece(
-        &mut self,
-        piece: &[u32],
-        watch: &mut Watch<'_>,
-        take: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), ModelError> {
-        self.model.score(piece, &mut self.cache, &mut self.work, watch, take)
     }
 }
 
@@ -114,11 +108,8 @@ pub fn score(
     let mut reader = Reader::new(model, &reading.cache, tokens.len())?;
     let (mut nll, mut targets) = (Vec::with_capacity(tokens.len()), targets.iter());
     let mut take = |logits: &[f32]| nll.extend(targets.next().map(|&t| surprise(logits, t)));
-    for (prefix, part) in parts {
-        match prefix {
-            true => reader.prefix(part, watch, &mut take)?,
-            false => reader.piece(part, watch, &mut take)?,
-        }
+    for part in parts {
+        reader.read(part, watch, &mut take)?;
     }
     Ok(Scores { nll, cache: reader.cache.stats() })
 }
@@ -138,13 +129,10 @@ pub fn compare(
     let (mut exact, mut reader) = (reader(&CacheSpec::default())?, reader(&reading.cache)?);
     let (mut nll, mut targets) = (Vec::with_capacity(tokens.len()), targets.iter());
     let (mut f16, mut kl, mut agree) = (0.0, 0.0, 0);
-    for (prefix, part) in parts {
+    for part in parts {
         let mut rows: Vec<f32> = Vec::new();
         let mut keep = |logits: &[f32]| rows.extend_from_slice(logits);
-        match prefix {
-            true => exact.prefix(part, watch, &mut keep)?,
-            false => exact.piece(part, watch, &mut keep)?,
-        }
+        exact.read(part, watch, &mut keep)?;
         let mut rows = rows.chunks_exact(model.config().vocab);
         let mut take = |logits: &[f32]| {
             let (Some(exact), Some(&target)) = (rows.next(), targets.next()) else { return };
@@ -153,10 +141,7 @@ pub fn compare(
             kl += divergence(exact, logits);
             agree += usize::from(top(exact) == top(logits));
         };
-        match prefix {
-            true => reader.prefix(part, watch, &mut take)?,
-            false => reader.piece(part, watch, &mut take)?,
-        }
+        reader.read(part, watch, &mut take)?;
     }
     let n = nll.len() as f64;
     let distance = Distance { f16: f16 / n, kl: kl / n, agreement: agree as f64 / n };

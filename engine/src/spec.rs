@@ -101,6 +101,11 @@ pub const PRESETS: [CacheSpec; 7] = [
 ];
 
 impl CacheSpec {
+    /// How many of `heads` kv heads stay at 4 bits where a calibration says which.
+    pub fn kept(&self, heads: usize) -> usize {
+        (heads * usize::from(self.keep) + 50) / 100
+    }
+
     /// The preset of this name.
     pub fn preset(name: &str) -> Option<Self> {
         PRESETS.into_iter().find(|preset| preset.preset == name)

@@ -91,7 +91,7 @@ fn bits(source: &Source, spec: &CacheSpec, context: usize) -> f64 {
     let pools = Pools::with_meta(d, spec.group, spec.meta).unwrap();
     let slab = |format| pools.layout(format).slab_bytes() as f64;
     let heads = source.config.layers * source.config.kv_heads;
-    let kept = ((heads * usize::from(spec.keep) + 50) / 100) as f64 / heads as f64;
+    let kept = spec.kept(heads) as f64 / heads as f64;
     let read = |len: usize| {
         let packed = packed_slabs(len, spec.window);
         let sinks = packed.min(spec.sinks.div_ceil(TOKENS));

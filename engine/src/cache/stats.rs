@@ -53,7 +53,7 @@ impl Cache {
     }
 }
 
-/// Bytes of a cache of `spec` that holds `shape.context` tokens.
+/// Bytes of a cache of `spec` that holds `shape.context` tokens, without a calibration: no head is kept at 4 bits.
 ///
 /// # Errors
 /// [`CacheError::Kernel`] for a head size that no slab has.

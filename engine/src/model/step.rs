@@ -37,6 +37,14 @@ impl Model<'_> {
         work.resize(self.config, rows);
         let Work { h, q, k, v, mix, gate, up, add, calibration, .. } = work;
         let (d, turned) = (self.config.head_dim, cache.spec().hadamard);
+        let turn_keys = |_, x: &mut [f32]| {
+            hadamard::keys(x, d);
+            Ok(())
+        };
+        let turn_values = |_, x: &mut [f32]| {
+            hadamard::values(x);
+            Ok(())
+        };
 
         let team = &self.team;
         each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), &layer.attn_norm, eps, h))?;
@@ -47,9 +55,9 @@ impl Model<'_> {
             calibration.add(index, q, rows, team);
         }
         if turned {
-            hadamard::keys(q, d);
-            hadamard::keys(k, d);
-            hadamard::values(v);
+            each_row(team, q, rows, turn_keys)?;
+            each_row(team, k, rows, turn_keys)?;
+            each_row(team, v, rows, turn_values)?;
         }
         if staged {
             cache.fill(index, k, v, rows);
@@ -60,7 +68,7 @@ impl Model<'_> {
             paged_attn::cpu(team, q, &cache.views(index), 0.0, self.mask, mix, &mut work.decode)?;
         }
         if turned {
-            hadamard::values(mix);
+            each_row(team, mix, rows, turn_values)?;
         }
         matmul(&cpu, &layer.o.weights, mix, rows, add)?;
         residual(x, add);
