@@ -15,6 +15,7 @@ mod exp;
 #[rustfmt::skip]
 pub mod ffi;
 pub mod hadamard;
+pub mod kernels;
 pub mod kv_pack;
 mod lanes;
 #[cfg(kvw_cuda)]

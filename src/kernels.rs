@@ -1,0 +1,115 @@
+//! The ops of the C ABI as a table of functions: those of this build, or those of another library that exports them,
+//! so that an engine is written once whoever runs its kernels.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::fmt::Debug;
+
+use crate::error::{Error, Result};
+use crate::ffi::{self, kvw_status, kvw_stream};
+
+/// One op: what enqueues it, and what puts its status into words.
+pub struct Op<P> {
+    pub(crate) name: &'static str,
+    pub(crate) function: unsafe extern "C" fn(*const P, kvw_stream) -> kvw_status,
+    pub(crate) text: unsafe extern "C" fn(kvw_status) -> *const c_char,
+}
+
+impl<P: Debug> Op<P> {
+    /// Enqueue it on `stream`; returns before it has run. `struct_size` of `args` must be set. With feature `nvtx` a
+    /// range of its name is open meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for refused arguments, [`Error::Cuda`] for a failed launch.
+    ///
+    /// # Safety
+    /// Every pointer of `args` is null where that is allowed, or an address of as many elements as the op's header
+    /// says, in memory that the op's library reads, which live until the op has run; nothing else writes them meanwhile.
+    pub unsafe fn run(&self, args: &P, stream: kvw_stream) -> Result<()> {
+        #[cfg(feature = "nvtx")]
+        let _range = nvtx::LocalRange::new(&std::ffi::CString::new(self.name).unwrap_or_default());
+        // SAFETY: the caller's promise; the op reads `args` before it returns, its text is static and NUL-terminated.
+        let (status, what) = unsafe {
+            let status = (self.function)(args, stream);
+            (status, CStr::from_ptr((self.text)(status)).to_string_lossy().into_owned())
+        };
+        let op = self.name;
+        match status {
+            0 => Ok(()),
+            ..0 => Err(Error::Invalid { op, status, why: what, params: format!("{args:?}") }),
+            code => Err(Error::Cuda { op, code, what }),
+        }
+    }
+}
+
+macro_rules! kernels {
+    ($($op:ident: $symbol:ident, $params:ident;)*) => {
+        /// Every op.
+        pub struct Kernels {
+            $(
+                #[doc = concat!("`", stringify!($symbol), "`")]
+                pub $op: Op<ffi::$params>,
+            )*
+            paged_attn_workspace: unsafe extern "C" fn(*const ffi::kvw_paged_attn_params) -> usize,
+        }
+
+        impl Kernels {
+            /// Those of this build; [`Error::NotBuilt`] where it has none.
+            pub fn linked() -> Result<Self> {
+                #[cfg(kvw_cuda)]
+                return Ok(Self {
+                    $($op: Op { name: stringify!($op), function: ffi::$symbol, text: ffi::kvw_status_str },)*
+                    paged_attn_workspace: ffi::kvw_paged_attn_workspace,
+                });
+                #[cfg(not(kvw_cuda))]
+                Err(Error::NotBuilt)
+            }
+
+            /// Those of a library, by the address that `symbol` gives for a name.
+            ///
+            /// # Safety
+            /// Each address is that of the function which kvwarp.h declares by the name, and stays so.
+            pub unsafe fn loaded(symbol: impl Fn(&str) -> *const c_void) -> Self {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    Self {
+                        $($op: Op {
+                            name: stringify!($op),
+                            function: std::mem::transmute::<
+                                *const c_void,
+                                unsafe extern "C" fn(*const ffi::$params, kvw_stream) -> kvw_status,
+                            >(symbol(stringify!($symbol))),
+                            text: std::mem::transmute::<
+                                *const c_void,
+                                unsafe extern "C" fn(kvw_status) -> *const c_char,
+                            >(symbol("kvw_status_str")),
+                        },)*
+                        paged_attn_workspace: std::mem::transmute::<
+                            *const c_void,
+                            unsafe extern "C" fn(*const ffi::kvw_paged_attn_params) -> usize,
+                        >(symbol("kvw_paged_attn_workspace")),
+                    }
+                }
+            }
+        }
+    };
+}
+
+kernels! {
+    embed: kvw_embed, kvw_embed_params;
+    kv_pack: kvw_kv_pack, kvw_kv_pack_params;
+    linear: kvw_linear, kvw_linear_params;
+    paged_attn: kvw_paged_attn, kvw_paged_attn_params;
+    prefill_attn: kvw_prefill_attn, kvw_prefill_attn_params;
+    rms_norm: kvw_rms_norm, kvw_rms_norm_params;
+    rope_select: kvw_rope_select, kvw_rope_select_params;
+    sample: kvw_sample, kvw_sample_params;
+    swiglu: kvw_swiglu, kvw_swiglu_params;
+}
+
+impl Kernels {
+    /// Scratch bytes of `paged_attn`; 0 for arguments that it refuses.
+    pub fn paged_attn_workspace(&self, args: &ffi::kvw_paged_attn_params) -> usize {
+        // SAFETY: the function reads the struct's numbers and follows no pointer.
+        unsafe { (self.paged_attn_workspace)(args) }
+    }
+}
