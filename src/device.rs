@@ -2,6 +2,11 @@
 //!
 //! A program built with CUDA starts and works on a machine without a driver; [`Device::cuda`] then says so.
 
+#[cfg(feature = "cuda")]
+mod blas;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+
 use crate::{Error, Result};
 
 /// True when this build holds the CUDA kernels: `build.rs` found nvcc.
@@ -73,64 +78,40 @@ pub(crate) fn meaning(code: i32) -> String {
     }
 }
 
-/// Device memory and streams.
-#[cfg(feature = "cuda")]
-pub mod cuda {
-    use crate::{Error, Result, ffi};
-    use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError};
-    use std::sync::Arc;
+/// A copy of `rows` pieces within a device.
+#[derive(Debug, Clone, Copy)]
+pub struct Pieces {
+    /// Address of the first byte written.
+    pub to: u64,
+    /// Address of the first byte read.
+    pub from: u64,
+    /// Bytes from a piece to the next where they are written, at least `width`.
+    pub to_pitch: usize,
+    /// Bytes from a piece to the next where they are read, at least `width`.
+    pub from_pitch: usize,
+    /// Bytes of a piece.
+    pub width: usize,
+    /// Pieces; 0 copies nothing.
+    pub rows: usize,
+}
 
-    /// A GPU's primary context and one stream.
-    pub struct Cuda {
-        context: Arc<CudaContext>,
-        stream: Arc<CudaStream>,
-    }
-
-    /// Bytes on a GPU, freed in stream order when dropped.
-    pub struct Buffer(CudaSlice<u8>);
-
-    fn failed(e: DriverError) -> Error {
-        Error::Cuda { op: "device", code: e.0 as i32, what: e.to_string() }
-    }
-
-    impl Cuda {
-        pub(super) fn new(ordinal: usize) -> Result<Self> {
-            let context = CudaContext::new(ordinal).map_err(failed)?;
-            let stream = context.new_stream().map_err(failed)?;
-            Ok(Self { context, stream })
-        }
-
-        /// Name as the driver gives it, such as `NVIDIA H200`.
-        pub fn name(&self) -> Result<String> {
-            self.context.name().map_err(failed)
-        }
-
-        /// The stream that ops of this device are enqueued on; makes the context current on this thread.
-        pub fn stream(&self) -> Result<ffi::kvw_stream> {
-            self.context.bind_to_thread().map_err(failed)?;
-            Ok(self.stream.cu_stream().cast())
-        }
-
-        /// A buffer with a copy of `host`.
-        pub fn upload(&self, host: &[u8]) -> Result<Buffer> {
-            self.stream.clone_htod(host).map(Buffer).map_err(failed)
-        }
-
-        /// Wait for the stream, then copy a buffer back.
-        pub fn download(&self, buffer: &Buffer) -> Result<Vec<u8>> {
-            let host = self.stream.clone_dtoh(&buffer.0).map_err(failed)?;
-            self.synchronize()?;
-            Ok(host)
-        }
-
-        /// Device address of a buffer, at least 256-byte aligned.
-        pub fn address(&self, buffer: &Buffer) -> u64 {
-            buffer.0.device_ptr(&self.stream).0
-        }
-
-        /// Wait until everything enqueued has run; errors of kernels surface here.
-        pub fn synchronize(&self) -> Result<()> {
-            self.stream.synchronize().map_err(failed)
-        }
-    }
+/// `y[t, r] = sum_c x[t, c] weight[r, c]`, sums in f32. Everything is dense, row by row.
+#[derive(Debug, Clone, Copy)]
+pub struct Gemm {
+    /// Address of `[tokens, cols]` f16.
+    pub x: u64,
+    /// Address of `[rows, cols]` f16.
+    pub weight: u64,
+    /// Address of `[tokens, rows]` of `y_dtype`.
+    pub y: u64,
+    /// `KVW_F16` or `KVW_F32`.
+    pub y_dtype: i32,
+    /// Adds to what `y` holds; with an f16 `y` before the sum is rounded.
+    pub accumulate: bool,
+    /// Rows of `x`.
+    pub tokens: usize,
+    /// Rows of the weight.
+    pub rows: usize,
+    /// Columns of both.
+    pub cols: usize,
 }

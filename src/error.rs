@@ -1,7 +1,7 @@
 //! One error type: our argument errors, and CUDA's own code passed through.
 
 /// What this crate's functions return.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why an op did not run. Nothing was launched or written unless it is [`Error::Cuda`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

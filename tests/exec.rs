@@ -129,7 +129,7 @@ pub fn executors(seeds: u64) -> Vec<Exec> {
 pub enum Mem<T: Copy> {
     Simt(Buf<T>),
     #[cfg(kvw_cuda)]
-    Cuda(kvwarp::device::cuda::Buffer, std::marker::PhantomData<T>),
+    Cuda(kvwarp::device::cuda::Memory, std::marker::PhantomData<T>),
 }
 
 impl<T: Pod> Mem<T> {
@@ -137,7 +137,7 @@ impl<T: Pod> Mem<T> {
         match self {
             Mem::Simt(buf) => buf.ptr(),
             #[cfg(kvw_cuda)]
-            Mem::Cuda(buffer, _) => gpu::expect().address(buffer) as *mut T,
+            Mem::Cuda(buffer, _) => buffer.at() as *mut T,
         }
     }
 
