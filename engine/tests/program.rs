@@ -46,6 +46,14 @@ fn wrong_arguments_exit_with_2() {
             &["generate", "-m", &model, "-p", "x", "-ctk", "q2", "-ctv", "q4"],
             &["-ctk q2", "-ctv q4", "same store"],
         ),
+        (
+            &["generate", "-m", &model, "-p", "x", "--cache", "q2-kivi", "-ctk", "q2"],
+            &["--cache q2-kivi", "`q2`", "contradict"],
+        ),
+        (
+            &["perplexity", "-m", &model, "--cache", "q2", "-ctv", "q2,window=0"],
+            &["--cache q2", "`q2,window=0`", "contradict"],
+        ),
         (&["bench", "-m", &model, "-ctk", "q2,f16", "-ctv", "q2,q4"], &["-ctk f16", "-ctv q4"]),
         (&["generate", "-m", &model], &["--prompt"]),
         (&["generate", "-m", &model, "-p", "x", "--top-p", "1.5"], &["top_p", "1.5"]),

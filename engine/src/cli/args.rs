@@ -91,9 +91,13 @@ impl CacheArgs {
         }
         let store = stores.into_iter().flatten().next();
         match (&self.cache, store) {
-            (Some(cache), Some(store)) if cache.store != store.store => Err(Usage(format!(
-                "`--cache {cache}` and `{store}` as the type of K or V contradict each other"
-            ))),
+            (Some(cache), Some(store))
+                if cache != store && CacheSpec::preset(cache.preset) != Some(*store) =>
+            {
+                Err(Usage(format!(
+                    "`--cache {cache}` and `{store}` as the type of K or V contradict each other"
+                )))
+            }
             (Some(spec), _) | (None, Some(spec)) => Ok(*spec),
             (None, None) => Ok(CacheSpec::default()),
         }
