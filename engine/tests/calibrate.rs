@@ -10,6 +10,14 @@ fn tensors(file: &[u8]) -> &[u8] {
     &file[8 + header..]
 }
 
+/// `file` with the first `from` as `to`, of the same length.
+fn edited(file: &[u8], from: &str, to: &str) -> Vec<u8> {
+    let at = file.windows(from.len()).position(|bytes| bytes == from.as_bytes()).expect(from);
+    let mut bytes = file.to_vec();
+    bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
+    bytes
+}
+
 #[test]
 fn calibrations_go_on_and_are_of_one_model_and_text() {
     let Some(model) = support::real_model() else { return };
@@ -40,7 +48,8 @@ fn calibrations_go_on_and_are_of_one_model_and_text() {
     std::fs::remove_file(&to).unwrap();
     assert!(calibrate("16").0.contains(": 16 tokens, 90 heads"));
     let (log, again) = calibrate("48");
-    assert!(log.contains(": 48 tokens, 90 heads"), "{log}");
+    let (_, seconds) = log.rsplit_once(": 48 tokens, 90 heads, ").expect(&log);
+    assert!(seconds.trim_end().strip_suffix(" s").unwrap().parse::<f64>().unwrap() > 0.0, "{log}");
     assert!(
         tensors(&whole) == tensors(&again),
         "an interrupted calibration is not what a whole one is"
@@ -50,6 +59,37 @@ fn calibrations_go_on_and_are_of_one_model_and_text() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(!text(&output.stderr).contains("kvwarp calibrate kv"));
     assert!(text(&kvwarp(&generate).stderr).contains("kvwarp calibrate kv"));
+    // What a field that differs says.
+    for (from, to, part) in [
+        (
+            r#"kvwarp.calibration":"1""#,
+            r#"kvwarp.calibration":"2""#,
+            "`kvwarp.calibration` is 2, expected 1",
+        ),
+        (
+            r#""kvwarp.calibration""#,
+            r#""kvwarp.calibratiom""#,
+            "`kvwarp.calibration` is missing, expected 1",
+        ),
+        (r#""model":""#, r#""modem":""#, "`model` is missing, expected "),
+        (r#""tokens":"48""#, r#""tokens":"4.""#, "`tokens`: "),
+        (
+            r#""F32","shape":[30,3],"#,
+            r#""I32","shape":[30,3],"#,
+            "`losses` is I32 [30, 3], expected F32 [30, 3]",
+        ),
+        (
+            r#""shape":[30,3,64,64]"#,
+            r#""shape":[90,1,64,64]"#,
+            "`moments` is F32 [90, 1, 64, 64], expected F32",
+        ),
+    ] {
+        let wrong = edited(&whole, from, to);
+        std::fs::write(file("wrong"), wrong).unwrap();
+        let (exit, error) =
+            failure(&["generate", "-m", &model, "-p", "x", "--calibration", &file("wrong")]);
+        assert!(exit == 1 && error.contains("wrong: ") && error.contains(part), "{part}: {error}");
+    }
     let (wrong, nothing) = (file("wrong"), file("nothing"));
     let name = br#""model":""#;
     let at = whole.windows(name.len()).position(|bytes| bytes == name).unwrap() + name.len();

@@ -1,6 +1,7 @@
 //! `kvwarp calibrate`.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use super::args::{ModelArgs, tokens};
 use super::output::{self, Progress};
@@ -48,7 +49,7 @@ struct KvArgs {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
-    let What::Kv(args) = &args.what;
+    let (What::Kv(args), start) = (&args.what, Instant::now());
     let source = open::source(&args.model)?;
     let limit = source.config.context;
     if args.ctx_size == 0 || args.ctx_size > limit {
@@ -94,7 +95,8 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
             _ => Err(error),
         },
         Ok(done) => {
-            output::log(&format!("{}: {} tokens, {heads} heads", to.display(), done.tokens));
+            let (to, tokens, seconds) = (to.display(), done.tokens, start.elapsed().as_secs_f64());
+            output::log(&format!("{to}: {tokens} tokens, {heads} heads, {seconds:.1} s"));
             Ok(Outcome::Done)
         }
     }
