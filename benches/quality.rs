@@ -46,9 +46,12 @@ fn points(
 
 /// Writes `quality.svg` beside the record `path`.
 pub fn draw(path: &Path) -> Result<(), String> {
-    // The recipe as calibrated, and what needs no calibration.
+    // Caches that are measured in every way, not only to show what a part gives; as calibrated, where a recipe can be.
     let best = |cell: &dyn Fn(&str) -> String| {
-        cell("calibrated") == "true" || !["q2", "q4", "f16"].contains(&cell("spec").as_str())
+        let whole = !cell("greedy_tokens").is_empty();
+        whole
+            && (cell("calibrated") == "true"
+                || !["q2", "q4", "f16"].contains(&cell("spec").as_str()))
     };
     let ours = points(path, ("spec", "bits_8k"), best)?;
     let peers = points(&path.with_file_name("quality-peers.csv"), ("cache", "bits"), |_| true)?;

@@ -1,13 +1,17 @@
-//! What fewer bits cost a real model: distance from the f16 cache on texts, and pass keys that are found again.
+//! What fewer bits cost a real model: distance from the f16 cache on texts, pass keys that are found again, and texts that
+//! go on as with f16.
 //!
-//! The recipe of q2 was chosen on other texts; it is calibrated here on this crate's sources and documents.
+//! The recipe of q2 was chosen on other texts; it is calibrated here on documents and sources of this repository, as they
+//! once were: rows of a record are of one calibration.
 //! `cargo test --release -p kvwarp-engine --test quality -- --ignored` measures every preset and writes
 //! `benches/record/quality.csv`.
 
+mod keys;
+mod record;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -15,17 +19,20 @@ use kvwarp::linear::Activations;
 use kvwarp::pages::{Pools, packed_slabs};
 use kvwarp::slab::{Format, TOKENS};
 use kvwarp_engine::calibration::{Calibration, measure, read};
-use kvwarp_engine::model::{Model, Work};
+use kvwarp_engine::model::Model;
 use kvwarp_engine::perplexity::{Distance, Reading, compare};
 use kvwarp_engine::source::Source;
 use kvwarp_engine::spec::CacheSpec;
-use kvwarp_engine::tokenizer::Tokenizer;
 use kvwarp_engine::watch::Watch;
 use serde::Deserialize;
+
+use keys::{found, greedy};
+use record::{Of, Record, row};
 
 /// Tokens read exactly and then quantised, and tokens scored after them.
 const PREFIX: usize = 2048;
 const SCORED: usize = 512;
+const WINDOW: usize = PREFIX + SCORED;
 /// Tokens that a calibration reads, reads together, and measures heads on.
 const CALIBRATION: (usize, usize, usize) = (8192, 2048, 1280);
 
@@ -34,9 +41,24 @@ struct Text {
     tokens: Vec<u32>,
 }
 
-fn texts() -> BTreeMap<String, Text> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/texts.json");
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+fn golden(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    std::fs::read_to_string(path).unwrap()
+}
+
+/// Tokens of two texts, of three windows each.
+fn texts() -> BTreeMap<String, Vec<u32>> {
+    let texts: BTreeMap<String, Text> = serde_json::from_str(&golden("texts.json")).unwrap();
+    texts.into_iter().map(|(name, text)| (name, text.tokens)).collect()
+}
+
+/// Two more, of one window each: a novel and a program.
+fn more_texts(source: &Source) -> [(String, Vec<u32>); 2] {
+    let tokenizer = source.tokenizer().unwrap();
+    ["eighty_days.txt", "gun.c"].map(|file| {
+        let name = file.split('.').next().unwrap().to_owned();
+        (name, tokenizer.encode(&golden(file), false).unwrap())
+    })
 }
 
 fn model(source: &Source) -> Model<'_> {
@@ -47,16 +69,8 @@ fn watched<T>(body: impl FnOnce(&mut Watch<'_>) -> T) -> T {
     body(&mut Watch::new(&AtomicBool::new(false), &mut |_| {}))
 }
 
-/// Prose and code that have nothing to do with the texts measured.
-fn other_text() -> String {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let files =
-        ["README.md", "csrc/README.md", "src/slab/mod.rs", "engine/src/model.rs", "src/threads.rs"];
-    files.map(|file| std::fs::read_to_string(root.join(file)).unwrap()).concat()
-}
-
 fn calibrated(source: &Source) -> Model<'_> {
-    let (text, folder) = (other_text(), tempfile::tempdir().unwrap());
+    let (text, folder) = (golden("calibration.txt"), tempfile::tempdir().unwrap());
     let mut tokens = source.tokenizer().unwrap().encode(&text, false).unwrap();
     tokens.truncate(CALIBRATION.0);
     let (to, empty) = (folder.path().join("kv"), Calibration::new(source, &text));
@@ -70,16 +84,23 @@ fn calibrated(source: &Source) -> Model<'_> {
     model(source).with_calibration(&read_back)
 }
 
-/// Log-perplexity and distance from f16 of `windows` windows of a text.
-fn distance(model: &Model<'_>, spec: &CacheSpec, text: &Text, windows: usize) -> (f64, Distance) {
-    let reading = Reading { cache: *spec, prefix: PREFIX, piece: SCORED };
+/// Nats over f16 and distance from it, the mean of up to `windows` windows of a text, each of `context` tokens.
+fn distance(
+    model: &Model<'_>,
+    spec: &CacheSpec,
+    text: &[u32],
+    (windows, context): (usize, usize),
+) -> (f64, Distance) {
+    let reading = Reading { cache: *spec, prefix: context - SCORED, piece: SCORED };
+    let windows: Vec<_> = text.chunks_exact(context).take(windows).collect();
+    let n = windows.len() as f64;
     let mut sums = (0.0, Distance { f16: 0.0, kl: 0.0, agreement: 0.0 });
-    for tokens in text.tokens.chunks_exact(PREFIX + SCORED).take(windows) {
+    for tokens in windows {
         let (scores, far) = watched(|watch| compare(model, tokens, &reading, watch)).unwrap();
-        sums.0 += scores.mean() / windows as f64;
-        sums.1.f16 += far.f16 / windows as f64;
-        sums.1.kl += far.kl / windows as f64;
-        sums.1.agreement += far.agreement / windows as f64;
+        sums.0 += (scores.mean() - far.f16) / n;
+        sums.1.f16 += far.f16 / n;
+        sums.1.kl += far.kl / n;
+        sums.1.agreement += far.agreement / n;
     }
     sums
 }
@@ -117,8 +138,7 @@ fn two_bits_cost_little() {
         let spec: CacheSpec = spec.parse().unwrap();
         assert!(bits(&source, &spec, 8192) <= most_bits, "{spec}: {}", bits(&source, &spec, 8192));
         for (name, text) in texts() {
-            let (mean, far) = distance(&model, &spec, &text, 1);
-            let more = mean - far.f16;
+            let (more, far) = distance(&model, &spec, &text, (1, WINDOW));
             eprintln!("{name} {spec}: {more:+.4} nats, KL {:.4}, {:.3}", far.kl, far.agreement);
             assert!(more <= nats, "{name}, {spec}: {more} nats more than f16");
             assert!(far.agreement >= agreement, "{name}, {spec}: {}", far.agreement);
@@ -126,70 +146,13 @@ fn two_bits_cost_little() {
     }
 }
 
-/// A pass key of `digits` digits in a text of about `tokens` tokens, and the question for it.
-fn pass_key(tokenizer: &Tokenizer, tokens: usize, digits: usize, seed: u64) -> (Vec<u32>, String) {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = |below: u64| {
-        state =
-            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % below
-    };
-    let key: String = (0..digits).map(|_| char::from(b'0' + next(10) as u8)).collect();
-    let filler = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ";
-    let each = tokenizer.encode(filler, false).unwrap().len();
-    let fillers = tokens.saturating_sub(2 * digits + 60) / each;
-    let before = fillers * (1 + next(8) as usize) / 10;
-    let text = format!(
-        "There is a pass key hidden in this text. Remember it.\n{}The pass key is {key}. Remember it. {key} is the pass key.\n{}What is the pass key? The pass key is ",
-        filler.repeat(before),
-        filler.repeat(fillers - before),
-    );
-    (tokenizer.encode(text.trim_end(), false).unwrap(), key)
-}
-
-/// Whether the model says the key.
-fn finds(
-    model: &Model<'_>,
-    tokenizer: &Tokenizer,
-    spec: &CacheSpec,
-    prompt: &[u32],
-    key: &str,
-) -> bool {
-    let steps = key.len() + 2;
-    let mut cache = model.cache(spec, prompt.len() + steps).unwrap();
-    let mut work = Work::default();
-    watched(|watch| model.prefill(prompt, &mut cache, &mut work, watch)).unwrap();
-    let mut said = Vec::new();
-    for _ in 0..steps {
-        let best = work.logits().iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
-        said.push(best as u32);
-        model.decode(best as u32, &mut cache, &mut work).unwrap();
-    }
-    tokenizer.decode(&said, false).trim_start().starts_with(key)
-}
-
-/// Keys found of `seeds`.
-fn found(
-    model: &Model<'_>,
-    tokenizer: &Tokenizer,
-    spec: &str,
-    (tokens, digits): (usize, usize),
-    seeds: u64,
-) -> u64 {
-    let spec: CacheSpec = spec.parse().unwrap();
-    let found = (0..seeds).filter(|&seed| {
-        let (prompt, key) = pass_key(tokenizer, tokens, digits, seed + 1);
-        finds(model, tokenizer, &spec, &prompt, &key)
-    });
-    found.count() as u64
-}
-
 #[test]
 fn pass_keys_are_found() {
     let Some(path) = support::real_model() else { return };
     let source = Source::open(&path).unwrap();
     let (model, tokenizer) = (calibrated(&source), source.tokenizer().unwrap());
-    let of = |spec, digits| found(&model, &tokenizer, spec, (1024, digits), 4);
+    let of =
+        |spec: &str, digits| found(&model, &tokenizer, &spec.parse().unwrap(), (1024, digits), 4);
     for (spec, digits, least) in [("f16", 64, 4), ("q4", 64, 4), ("q2", 64, 3), ("q2", 5, 4)] {
         let found = of(spec, digits);
         eprintln!("{digits} digits in 1,024 tokens, {spec}: {found} of 4");
@@ -197,67 +160,120 @@ fn pass_keys_are_found() {
     }
 }
 
-/// Presets, what their parts give, and KIVI's groups; whether pass keys are looked for, too.
-const TABLE: [(&str, bool); 18] = [
-    ("f16", true),
-    ("q8", false),
-    ("fp8", false),
-    ("q4", true),
-    ("q4,hadamard=off", false),
-    ("q2", true),
-    ("q2-small", true),
-    ("q2,keep=0", true),
-    ("q2,keep=5", true),
-    ("q2,window=128", false),
-    ("q2,group=32,window=128,keep=5", true),
-    ("q2,sinks=0", false),
-    ("q2,range=100", false),
-    ("q2,hadamard=off", false),
-    ("q2-kivi", true),
-    ("q2-kivi,sinks=64", false),
-    ("q2-kivi,group=64", false),
-    ("q2-kivi,meta=u8", false),
+/// Caches of the record; with a calibration; and whether pass keys are looked for and texts continued, too.
+const TABLE: [(&str, bool, bool); 21] = [
+    ("f16", false, true),
+    ("q2,group=32,window=128,keep=5", true, true),
+    ("q2", true, true),
+    ("q2-small", true, true),
+    ("q4", true, true),
+    ("q2,keep=0", true, true),
+    ("q2,keep=5", true, true),
+    ("q8", false, true),
+    ("fp8", false, true),
+    // Without a calibration, and without Hadamard matrices.
+    ("q4", false, true),
+    ("q2", false, true),
+    ("q4,hadamard=off", false, false),
+    ("q2,hadamard=off,keep=0", false, false),
+    // From KIVI's recipe to q2, one part after the other.
+    ("q2-kivi", false, true),
+    ("q2-kivi,sinks=64", false, false),
+    ("q2-kivi,sinks=64,hadamard=on", false, false),
+    ("q2-kivi,sinks=64,hadamard=on,range=88", false, false),
+    ("q2,window=128,keep=0", false, false),
+    ("q2,window=128,keep=0", true, false),
+    ("q2,window=128", true, false),
+    ("q2-kivi,group=64", false, false),
 ];
 /// Tokens of a text with a pass key, its digits, and how many are tried.
 const KEYS: [(usize, usize, u64); 4] =
     [(1024, 5, 10), (1024, 64, 10), (2048, 64, 10), (4096, 64, 5)];
+/// Tokens by which texts are continued.
+const GREEDY: usize = 64;
+/// Caches and tokens of the longest windows, the model's context.
+const LONG: ([(&str, bool); 2], usize) = ([("q2", true), ("q2-kivi", false)], 8192);
+
+/// Tokens before the first that f16 does not say, and share of equal ones, on average over `starts` and what f16 says.
+fn agreement(model: &Model<'_>, spec: &CacheSpec, starts: &[(&[u32], Vec<u32>)]) -> (f64, f64) {
+    let mut sums = (0, 0);
+    for (start, exact) in starts {
+        let said = greedy(model, spec, start, GREEDY);
+        let equal = || said.iter().zip(exact).map(|(a, b)| a == b);
+        sums.0 += equal().take_while(|equal| *equal).count();
+        sums.1 += equal().filter(|equal| *equal).count();
+    }
+    let n = starts.len() as f64;
+    (sums.0 as f64 / n, sums.1 as f64 / n / GREEDY as f64)
+}
+
+type Texts = [(String, Vec<u32>)];
+
+/// Every text of the caches that are measured in every way.
+fn whole(texts: &Texts) -> impl Iterator<Item = (&'static str, bool, &str)> {
+    let rows = TABLE.into_iter().filter(|(_, _, whole)| *whole);
+    rows.flat_map(|(spec, with, _)| texts.iter().map(move |(name, _)| (spec, with, &name[..])))
+}
+
+/// `models` are one without and one with a calibration.
+fn distances(models: &[Model<'_>; 2], source: &Source, texts: &Texts, record: &mut Record) {
+    let of = |spec: &CacheSpec, with, text: &[u32], windows| {
+        let (more, far) = distance(&models[usize::from(with)], spec, text, windows);
+        [more, far.kl, far.agreement].map(|x| format!("{x:.4}"))
+    };
+    for (spec, with, _) in TABLE {
+        let parsed: CacheSpec = spec.parse().unwrap();
+        // Without a calibration no head is known to lose more than others.
+        let counted = CacheSpec { keep: if with { parsed.keep } else { 0 }, ..parsed };
+        for (name, text) in texts {
+            let row = row(spec, with, WINDOW, name);
+            record.fill((&row, "bits_2k", Of::Cache), || {
+                [2048, 8192, 32768].map(|at| format!("{:.3}", bits(source, &counted, at)))
+            });
+            record.fill((&row, "nats", Of::Text), || of(&parsed, with, text, (2, WINDOW)));
+        }
+    }
+    for (spec, with) in LONG.0 {
+        let (name, text) = &texts[0];
+        let row = row(spec, with, LONG.1, name);
+        record
+            .fill((&row, "nats", Of::Text), || of(&spec.parse().unwrap(), with, text, (1, LONG.1)));
+    }
+}
+
+fn continuations(models: &[Model<'_>; 2], texts: &Texts, record: &mut Record) {
+    // Short prompts never leave the window.
+    let starts: Vec<_> = texts
+        .iter()
+        .flat_map(|(_, text)| text.chunks_exact(WINDOW).take(2))
+        .map(|text| &text[..PREFIX])
+        .map(|start| (start, greedy(&models[0], &CacheSpec::default(), start, GREEDY)))
+        .collect();
+    for (spec, with, name) in whole(texts) {
+        record.fill((&row(spec, with, WINDOW, name), "greedy_tokens", Of::Cache), || {
+            let model = &models[usize::from(with)];
+            let (tokens, share) = agreement(model, &spec.parse().unwrap(), &starts);
+            [format!("{tokens:.1}"), format!("{share:.4}")]
+        });
+    }
+}
 
 #[test]
 #[ignore = "measures for half an hour; writes a record"]
 fn table() {
     let source = Source::open(&support::real_model().expect("the model")).unwrap();
-    let (plain, calibrated) = (model(&source), calibrated(&source));
-    let tokenizer = source.tokenizer().unwrap();
-    let mut csv = String::from(
-        "spec,calibrated,bits_2k,bits_8k,bits_32k,text,nats,kl,agreement,keys_5_1k,keys_64_1k,keys_64_2k,keys_64_4k\n",
-    );
-    for ((spec, keyed), with) in TABLE.into_iter().flat_map(|row| [(row, true), (row, false)]) {
-        let parsed: CacheSpec = spec.parse().unwrap();
-        if with != parsed.hadamard && (with || !["q2", "q4"].contains(&spec)) {
-            continue;
-        }
-        let model = if with { &calibrated } else { &plain };
-        let keys = KEYS.map(|(tokens, digits, seeds)| match keyed {
-            true => format!("{}/{seeds}", found(model, &tokenizer, spec, (tokens, digits), seeds)),
-            false => String::new(),
-        });
-        // Without a calibration no head is known to lose more than others.
-        let counted = CacheSpec { keep: if with { parsed.keep } else { 0 }, ..parsed };
-        let bits = [2048, 8192, 32768].map(|context| bits(&source, &counted, context));
-        for (name, text) in texts() {
-            let (mean, far) = distance(model, &parsed, &text, 2);
-            let [a, b, c] = bits;
-            let row = format!(
-                "\"{spec}\",{with},{a:.3},{b:.3},{c:.3},{name},{:.4},{:.4},{:.4},{}",
-                mean - far.f16,
-                far.kl,
-                far.agreement,
-                keys.join(","),
-            );
-            eprintln!("{row}");
-            writeln!(csv, "{row}").unwrap();
-        }
-    }
+    let (models, tokenizer) = ([model(&source), calibrated(&source)], source.tokenizer().unwrap());
+    let texts: Vec<_> = texts().into_iter().chain(more_texts(&source)).collect();
     let to = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/record/quality.csv");
-    std::fs::write(to, csv).unwrap();
+    let mut record = Record::open(to);
+    distances(&models, &source, &texts, &mut record);
+    continuations(&models, &texts, &mut record);
+    for (spec, with, name) in whole(&texts) {
+        record.fill((&row(spec, with, WINDOW, name), "keys_5_1k", Of::Cache), || {
+            KEYS.map(|(tokens, digits, n)| {
+                let (model, spec) = (&models[usize::from(with)], spec.parse().unwrap());
+                format!("{}/{n}", found(model, &tokenizer, &spec, (tokens, digits), n))
+            })
+        });
+    }
 }
