@@ -1,4 +1,7 @@
-//! A model on disk: one GGUF file, or a folder with safetensors and `config.json`.
+//! A model on disk: one GGUF file, or a folder with safetensors and `config.json`; or one of a known shape with random
+//! weights.
+
+mod synthetic;
 
 use std::path::{Path, PathBuf};
 
@@ -8,11 +11,13 @@ use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
+pub use synthetic::names as synthetic_names;
 
 /// Where the vocabulary and the chat template come from.
 enum Origin {
     Gguf(Box<Gguf>),
     Folder,
+    Synthetic,
 }
 
 /// An opened model: its shape is read and every tensor it needs is known to be there.
@@ -35,6 +40,15 @@ impl Source {
         let opened = if meta.is_dir() { Self::folder(path)? } else { Self::gguf(path)? };
         opened.weights.check(&opened.config).map_err(|e| e.at(path))?;
         Ok(opened)
+    }
+
+    /// A model of the shape that `name` stands for ([`synthetic_names`]), with random weights and no vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the names that exist; [`Error::Io`] when there is no memory.
+    pub fn synthetic(name: &str) -> Result<Self> {
+        let (config, weights) = synthetic::model(name)?;
+        Ok(Self { config, weights, path: PathBuf::from(name), origin: Origin::Synthetic })
     }
 
     fn gguf(path: &Path) -> Result<Self> {
@@ -80,6 +94,9 @@ impl Source {
         let tokenizer = match &self.origin {
             Origin::Gguf(header) => Tokenizer::from_gguf(header).map_err(|e| e.at(&self.path))?,
             Origin::Folder => Tokenizer::from_folder(&self.path)?,
+            Origin::Synthetic => {
+                return Err(Error::Tokenizer("random weights have no vocabulary".into()));
+            }
         };
         let (tokens, rows) = (tokenizer.vocab_size(), self.config.vocab);
         if tokens > rows {
@@ -97,6 +114,7 @@ impl Source {
         let template = match &self.origin {
             Origin::Gguf(header) => ChatTemplate::from_gguf(header, tokenizer),
             Origin::Folder => ChatTemplate::from_folder(&self.path, tokenizer),
+            Origin::Synthetic => Ok(None),
         };
         template.map_err(|e| e.at(&self.path))
     }

@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use half::{bf16, f16};
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgmlType, Gguf};
@@ -95,6 +95,41 @@ impl Weights {
             weights.add_shard(&path, listed).map_err(|e| e.at(&path))?;
         }
         Ok(weights)
+    }
+
+    /// f16 tensors of `config` without a file: norms are 1, matrices lie one after another in `bytes` bytes that
+    /// `fill` writes, from the start again where they end.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when there is no memory; [`Error::Weights`] when a matrix is larger than that.
+    pub(crate) fn filled(
+        config: &crate::config::Config,
+        bytes: usize,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<Self> {
+        let ones = 2 * config.width;
+        let mut map =
+            MmapMut::map_anon(ones + bytes).map_err(|e| Error::io(Path::new("memory"), e))?;
+        map[..ones].as_chunks_mut().0.fill(f16::ONE.to_le_bytes());
+        fill(&mut map[ones..]);
+        let (mut at, mut tensors) = (0, BTreeMap::new());
+        for Expected { name, rows, cols } in expected(config) {
+            let need = rows * cols * 2;
+            let range = if rows == 1 {
+                0..need
+            } else if need > bytes {
+                return Err(Error::Weights(format!(
+                    "tensor `{name}` is larger than {bytes} bytes"
+                )));
+            } else {
+                at = if at + need > bytes { 0 } else { at };
+                at += need;
+                ones + at - need..ones + at
+            };
+            tensors.insert(name, Entry { file: 0, kind: GgmlType::F16, rows, cols, range });
+        }
+        let map = map.make_read_only().map_err(|e| Error::io(Path::new("memory"), e))?;
+        Ok(Self { files: vec![map], tensors, folder: false })
     }
 
     fn add_shard(&mut self, path: &Path, listed: &BTreeSet<String>) -> Result<()> {

