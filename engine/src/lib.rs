@@ -13,6 +13,7 @@ pub mod generate;
 pub mod gguf;
 pub mod model;
 pub mod perplexity;
+pub mod runner;
 pub mod safetensors;
 pub mod sampler;
 pub mod source;
