@@ -1,6 +1,11 @@
 //! Page table entries, host pools of slabs, and what one kv head of one sequence looks like to a kernel.
 
+mod pool;
+mod slots;
+
 use crate::slab::{Format, Layout, Meta};
+pub use pool::Pool;
+pub use slots::Slots;
 
 /// Page table entry, as `csrc/slab.h` has it: format tag in the top four bits, index in that format's pool below.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, bytemuck::Pod, bytemuck::Zeroable)]
@@ -19,88 +24,6 @@ impl Entry {
     /// Format and index; `None` for a hole or an unknown tag.
     pub fn get(self) -> Option<(Format, usize)> {
         Format::from_tag(self.0 >> 28).map(|f| (f, (self.0 & 0x0FFF_FFFF) as usize))
-    }
-}
-
-/// Alignment of slabs in host memory: one cache line, and what a wide vector load wants.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-/// Slabs of one size in host memory: grows on demand, reuses freed slabs, newest first.
-#[derive(Default)]
-pub struct Pool {
-    lines: Vec<Line>,
-    slab_lines: usize,
-    slab_bytes: usize,
-    free: Vec<u32>,
-}
-
-impl Clone for Pool {
-    /// Keeps the room that was reserved.
-    fn clone(&self) -> Self {
-        let mut lines = Vec::with_capacity(self.lines.capacity());
-        lines.extend_from_slice(&self.lines);
-        Self { lines, free: self.free.clone(), ..*self }
-    }
-}
-
-impl Pool {
-    /// An empty pool of slabs of `layout.slab_bytes()` bytes.
-    pub fn new(layout: &Layout) -> Self {
-        let slab_bytes = layout.slab_bytes();
-        Self {
-            lines: Vec::new(),
-            slab_lines: slab_bytes.div_ceil(64),
-            slab_bytes,
-            free: Vec::new(),
-        }
-    }
-
-    /// Bytes from a slab to the next: whole cache lines.
-    pub fn slab_stride(&self) -> usize {
-        self.slab_lines * 64
-    }
-
-    /// Make room for `slabs` more without another allocation.
-    pub fn reserve(&mut self, slabs: usize) {
-        self.lines.reserve_exact(slabs.saturating_sub(self.free.len()) * self.slab_lines);
-    }
-
-    /// A slab, its bytes zero or stale; `None` when 2^28 are in use.
-    pub fn take(&mut self) -> Option<u32> {
-        self.free.pop().or_else(|| {
-            let next = u32::try_from(self.lines.len() / self.slab_lines).ok()?;
-            self.lines.resize(self.lines.len() + self.slab_lines, Line([0; 64]));
-            (next < 1 << 28).then_some(next)
-        })
-    }
-
-    /// Give a slab back.
-    pub fn give(&mut self, index: u32) {
-        self.free.push(index);
-    }
-
-    /// Bytes of one slab.
-    pub fn slab(&self, index: usize) -> &[u8] {
-        let lines = &self.lines[index * self.slab_lines..][..self.slab_lines];
-        &bytemuck::cast_slice(lines)[..self.slab_bytes]
-    }
-
-    /// Bytes of one slab, to write.
-    pub fn slab_mut(&mut self, index: usize) -> &mut [u8] {
-        let lines = &mut self.lines[index * self.slab_lines..][..self.slab_lines];
-        &mut bytemuck::cast_slice_mut(lines)[..self.slab_bytes]
-    }
-
-    /// Bytes taken from the allocator.
-    pub fn capacity_bytes(&self) -> usize {
-        self.lines.capacity() * 64
-    }
-
-    /// Bytes of slabs in use.
-    pub fn used_bytes(&self) -> usize {
-        (self.lines.len() - self.free.len() * self.slab_lines) * 64
     }
 }
 

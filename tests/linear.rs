@@ -100,7 +100,7 @@ fn all_shapes(activations: Activations) {
                 let meant = if float { f64s(&x) } else { oracle::quantized_activations(&x, cols) };
                 let want = oracle::matmul(&weights, &meant, n);
                 for level in Level::available() {
-                    let got = run(&Cpu { team: &team, level, activations }, &weights, &x, n);
+                    let got = run(&Cpu { level, activations, ..Cpu::new(&team) }, &weights, &x, n);
                     let error = worst(&got, &want, &weights, &meant);
                     assert!(error < 1e-6, "{kind:?} {rows}x{cols} n {n} {level:?}: {error:e}");
                 }
@@ -185,7 +185,7 @@ fn oracle_hand_worked() {
         let want = 127.0 * first - 2.0 * middle + 5.0 * last;
         for activations in [Activations::F32, Activations::Q8] {
             for level in Level::available() {
-                let cpu = Cpu { team: &team, level, activations };
+                let cpu = Cpu { level, activations, ..Cpu::new(&team) };
                 assert_eq!(
                     run(&cpu, &weights, &x, 1),
                     [want],

@@ -7,6 +7,7 @@ use kvwarp::sample::draw;
 
 use crate::cache::{Cache, CacheStats};
 use crate::model::{Model, ModelError, Work};
+use crate::runner::Row;
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 
@@ -35,6 +36,7 @@ pub struct Bench<'m> {
     model: &'m Model<'m>,
     depth: usize,
     filled: Cache,
+    row: Row,
     work: Work,
     drawn: i32,
 }
@@ -66,11 +68,12 @@ impl<'m> Bench<'m> {
         room: usize,
         watch: &mut Watch<'_>,
     ) -> Result<Self, ModelError> {
-        let filled = model.cache(spec, depth + room)?;
-        let mut bench = Self { model, depth, filled, work: Work::default(), drawn: 0 };
+        let mut filled = model.cache(spec, depth + room)?;
+        let row = filled.open();
+        let mut bench = Self { model, depth, filled, row, work: Work::default(), drawn: 0 };
         if depth > 0 {
             let tokens = bench.random(depth);
-            model.prefill(&tokens, &mut bench.filled, &mut bench.work, watch)?;
+            model.prefill(&tokens, (&mut bench.filled, row), &mut bench.work, watch)?;
         }
         Ok(bench)
     }
@@ -95,7 +98,7 @@ impl<'m> Bench<'m> {
             Test::Decode(n) => (Test::Decode(n.min(1)), n),
         };
         self.once(warm_up, watch)?;
-        let mut samples = Samples { tokens, times: Vec::new(), cache: self.filled.stats() };
+        let mut samples = Samples { tokens, times: Vec::new(), cache: self.filled.stats(self.row) };
         for _ in 0..repetitions {
             let (time, cache) = self.once(test, watch)?;
             samples.times.push(time);
@@ -115,14 +118,14 @@ impl<'m> Bench<'m> {
         };
         let start = Instant::now();
         if let Test::Prefill(_) = test {
-            self.model.prefill(&tokens, &mut cache, &mut self.work, watch)?;
+            self.model.prefill(&tokens, (&mut cache, self.row), &mut self.work, watch)?;
         } else {
             for token in tokens {
-                self.model.decode(token, &mut cache, &mut self.work)?;
+                self.model.step(&[(self.row, &[token])], &mut cache, &mut self.work)?;
                 watch.step(0)?;
             }
         }
-        Ok((start.elapsed(), cache.stats()))
+        Ok((start.elapsed(), cache.stats(self.row)))
     }
 
     /// `n` tokens of a fixed random stream.

@@ -1,21 +1,19 @@
 //! Text in, text out: the whole engine on one screen.
 //!
 //! ```text
-//! Request -> Tokenizer -> prefill -> Sampler -> token -> Tokenizer -> text
-//!                            |          ^         |
-//!                            | writes   +- decode +
-//!                            v             | reads, appends
-//!                          Cache: slabs, slots, positions
+//! Request -> Tokenizer -> Runner::read -> Runner::step -> token -> Tokenizer -> text
+//!                             |            ^  |            |
+//!                             | writes     +--|------------+
+//!                             v               v reads, appends
+//!                             Cache: slabs, slots, positions
 //! ```
 
 use std::time::{Duration, Instant};
 
-use kvwarp::sample::Sampling;
-
-use crate::cache::{Cache, CacheStats};
-use crate::model::{Model, ModelError, Work};
-use crate::sampler::Sampler;
-use crate::spec::CacheSpec;
+use crate::cache::{CacheError, CacheStats};
+use crate::config::Config;
+use crate::model::ModelError;
+use crate::runner::{BLOCK, Choice, RunError, Runner, Turn};
 use crate::tokenizer::Tokenizer;
 use crate::watch::Watch;
 
@@ -26,14 +24,10 @@ pub struct Request {
     pub prompt: String,
     /// Most tokens to generate.
     pub max_tokens: usize,
-    /// How to keep keys and values.
-    pub cache: CacheSpec,
     /// Most tokens that the cache may hold; `None` = the prompt and `max_tokens`, within the model's limit.
     pub context: Option<usize>,
-    /// How to choose a token.
-    pub sampling: Sampling,
-    /// Fixes every random choice.
-    pub seed: u64,
+    /// How to choose tokens.
+    pub choice: Choice,
 }
 
 /// Why generation ended.
@@ -56,7 +50,7 @@ pub struct Stats {
     pub prompt_tokens: usize,
     /// Tokens generated.
     pub tokens: Vec<u32>,
-    /// Time to read the prompt.
+    /// Time to read the prompt and to choose the first token.
     pub prefill: Duration,
     /// Time from the first token to the newest: `tokens - 1` decode steps, sampling included.
     pub decode: Duration,
@@ -67,7 +61,7 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Prompt tokens a second; 0 when the prompt was not read to its end.
+    /// Prompt tokens a second.
     pub fn prefill_speed(&self) -> f64 {
         speed(self.prompt_tokens, self.prefill)
     }
@@ -86,96 +80,85 @@ fn speed(n: usize, time: Duration) -> f64 {
 /// ends the text.
 ///
 /// # Errors
-/// [`ModelError`] when the prompt cannot be encoded or does not fit, or a kernel refuses.
+/// [`RunError`] when the prompt cannot be encoded or does not fit, or the runner refuses.
 pub fn generate(
-    model: &Model<'_>,
+    runner: &mut dyn Runner,
     tokenizer: &Tokenizer,
     request: &Request,
     watch: &mut Watch<'_>,
     emit: &mut dyn FnMut(&str),
-) -> Result<Stats, ModelError> {
-    let prompt = tokenizer.prompt(&request.prompt)?;
-    let mut cache = model.cache(&request.cache, request.context_for(&prompt, model))?;
-    let mut work = Work::default();
-    let mut sampler = Sampler::new(request.sampling, request.seed);
-    let mut text = tokenizer.stream(false);
-    let mut clock = Clock::start();
-
-    match model.prefill(&prompt, &mut cache, &mut work, watch) {
-        Err(ModelError::Interrupted(_)) => return Ok(clock.stats(End::Interrupted, &cache)),
-        read => read?,
+) -> Result<Stats, RunError> {
+    let mut tokens = tokenizer.prompt(&request.prompt).map_err(ModelError::from)?;
+    let (prompt, context) = (tokens.len(), runner.context());
+    if prompt > context {
+        return Err(CacheError::Full { need: prompt, context }.into());
     }
-    clock.prefilled(prompt.len());
+    let row = runner.open()?;
+    let (mut text, mut clock, mut chosen) = (tokenizer.stream(false), Clock::start(), Vec::new());
+    // The last token's logits choose the first answer, so it is a step.
+    for block in tokens[..prompt.saturating_sub(1)].chunks(BLOCK) {
+        match runner.read(row, block, watch) {
+            Err(e) if e.is_interrupted() => break,
+            read => read?,
+        }
+    }
     let end = loop {
-        if clock.tokens.len() == request.max_tokens {
+        let (made, newest) = (tokens.len() - prompt, tokens.len().saturating_sub(1));
+        if watch.stopped() {
+            break End::Interrupted;
+        }
+        if made == request.max_tokens {
             break End::Length;
         }
-        if let Some(&newest) = clock.tokens.last() {
-            if watch.stopped() {
-                break End::Interrupted;
-            }
-            if cache.is_full() {
-                break End::Context;
-            }
-            model.decode(newest, &mut cache, &mut work)?;
+        if runner.len(row) == context {
+            break End::Context;
         }
-        let token = sampler.pick(work.logits())?;
+        let (choice, draw) = (&request.choice, made as i32);
+        let turn = Turn { row, tokens: &tokens[newest..], choice, draw, recent: &tokens };
+        runner.step(&[turn], &mut chosen)?;
+        clock.stepped();
+        let token = chosen[0][0];
         if tokenizer.is_end(token) {
             break End::Stop;
         }
-        clock.generated(token);
+        tokens.push(token);
         text.push(token).iter().for_each(|piece| emit(piece));
     };
     emit(&text.finish());
-    Ok(clock.stats(end, &cache))
+    let cache = runner.stats(row);
+    runner.close(row);
+    Ok(clock.stats(prompt, tokens.split_off(prompt), end, cache))
 }
 
 impl Request {
-    fn context_for(&self, prompt: &[u32], model: &Model<'_>) -> usize {
-        let needed = (prompt.len() + self.max_tokens).min(model.config().context);
-        self.context.unwrap_or(needed.max(prompt.len()))
+    /// Tokens that the cache must be able to hold for a prompt of `prompt` tokens.
+    pub fn context_for(&self, prompt: usize, config: &Config) -> usize {
+        let needed = (prompt + self.max_tokens).min(config.context);
+        self.context.unwrap_or(needed.max(prompt))
     }
 }
 
-/// Takes the times.
+/// Takes the times of steps.
 struct Clock {
     start: Instant,
-    prompt_tokens: usize,
-    prefill: Duration,
-    tokens: Vec<u32>,
-    /// When the first and the newest token were known.
-    first: Duration,
+    /// When the first and the newest step ended.
+    first: Option<Duration>,
     newest: Duration,
 }
 
 impl Clock {
     fn start() -> Self {
-        let zero = Duration::ZERO;
-        let start = Instant::now();
-        Self {
-            start,
-            prompt_tokens: 0,
-            prefill: zero,
-            tokens: Vec::new(),
-            first: zero,
-            newest: zero,
-        }
+        Self { start: Instant::now(), first: None, newest: Duration::ZERO }
     }
 
-    fn prefilled(&mut self, tokens: usize) {
-        (self.prompt_tokens, self.prefill) = (tokens, self.start.elapsed());
-    }
-
-    fn generated(&mut self, token: u32) {
+    fn stepped(&mut self) {
         self.newest = self.start.elapsed();
-        if self.tokens.is_empty() {
-            self.first = self.newest;
-        }
-        self.tokens.push(token);
+        self.first.get_or_insert(self.newest);
     }
 
-    fn stats(self, end: End, cache: &Cache) -> Stats {
-        let Self { prompt_tokens, prefill, tokens, first, newest, .. } = self;
-        Stats { prompt_tokens, tokens, prefill, decode: newest - first, end, cache: cache.stats() }
+    fn stats(self, prompt_tokens: usize, tokens: Vec<u32>, end: End, cache: CacheStats) -> Stats {
+        let prefill = self.first.unwrap_or_else(|| self.start.elapsed());
+        let decode = self.newest.saturating_sub(prefill);
+        Stats { prompt_tokens, tokens, prefill, decode, end, cache }
     }
 }

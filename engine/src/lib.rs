@@ -15,7 +15,6 @@ pub mod model;
 pub mod perplexity;
 pub mod runner;
 pub mod safetensors;
-pub mod sampler;
 pub mod source;
 pub mod spec;
 pub mod tokenizer;

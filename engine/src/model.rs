@@ -2,7 +2,8 @@
 //!
 //! A prefill is layer-major: the whole prompt goes through one layer, a few hundred rows at a time, and then that
 //! layer's cache is compressed, so memory holds the prompt's residual stream, one piece's activations and one layer of
-//! uncompressed K and V. A decode step is the same layer with one row.
+//! uncompressed K and V. A decode step is the same layer with a few rows, each of its own sequence or the newest of one:
+//! weights are read once for all, and what a row gets does not depend on the others.
 
 mod error;
 mod layers;
@@ -10,7 +11,6 @@ mod rows;
 mod step;
 mod work;
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
@@ -24,12 +24,13 @@ use kvwarp::{linear, rms_norm};
 use crate::cache::{Cache, Plan, Shape};
 use crate::calibration::Calibration;
 use crate::config::{self, Config};
+use crate::runner::Row;
 use crate::source::Source;
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 pub use error::ModelError;
 use layers::Layer;
-use step::Piece;
+use step::{Of, Piece};
 pub use work::Work;
 
 /// Rows of a prompt that pass through a layer together: enough to use each weight many times while it is in cache,
@@ -111,6 +112,11 @@ impl<'a> Model<'a> {
         self.config
     }
 
+    /// The threads that share every product.
+    pub fn team(&self) -> &Team {
+        &self.team
+    }
+
     /// Threads at work.
     pub fn threads(&self) -> usize {
         self.team.workers()
@@ -151,36 +157,36 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// Reads `tokens` after what `cache` holds; the logits of the last are then in `work`.
+    /// Reads `tokens` after what `row` holds; the logits of the last are then in `work`.
     ///
     /// # Errors
-    /// [`ModelError`]; after one the cache must not be used.
+    /// [`ModelError`]; after one `row` must be closed.
     pub fn prefill(
         &self,
         tokens: &[u32],
-        cache: &mut Cache,
+        (cache, row): (&mut Cache, Row),
         work: &mut Work,
         watch: &mut Watch<'_>,
     ) -> Result<(), ModelError> {
-        let x = self.read(tokens, cache, work, watch)?;
-        self.logits(&x[x.len() - self.config.width..], work)
+        let x = self.read(tokens, (cache, row), work, watch)?;
+        self.logits(&x[x.len() - self.config.width..], false, work)
     }
 
-    /// Reads `tokens` after what `cache` holds, and gives each one's logits `[vocab]` to `take`, in order.
+    /// Reads `tokens` after what `row` holds, and gives each one's logits `[vocab]` to `take`, in order.
     ///
     /// # Errors
-    /// [`ModelError`]; after one the cache must not be used.
+    /// As [`Model::prefill`].
     pub fn score(
         &self,
         tokens: &[u32],
-        cache: &mut Cache,
+        (cache, row): (&mut Cache, Row),
         work: &mut Work,
         watch: &mut Watch<'_>,
         take: &mut dyn FnMut(&[f32]),
     ) -> Result<(), ModelError> {
-        let x = self.read(tokens, cache, work, watch)?;
+        let x = self.read(tokens, (cache, row), work, watch)?;
         for x in x.chunks(LOGIT_ROWS * self.config.width) {
-            self.logits(x, work)?;
+            self.logits(x, false, work)?;
             work.logits.chunks_exact(self.config.vocab).for_each(&mut *take);
             watch.step(0)?;
         }
@@ -188,44 +194,62 @@ impl<'a> Model<'a> {
     }
 
     /// All layers over `tokens`, layer by layer; returns the residual stream `[tokens, width]`.
-    fn read(
+    ///
+    /// # Errors
+    /// As [`Model::prefill`].
+    pub fn read(
         &self,
         tokens: &[u32],
-        cache: &mut Cache,
+        (cache, row): (&mut Cache, Row),
         work: &mut Work,
         watch: &mut Watch<'_>,
     ) -> Result<Vec<f32>, ModelError> {
         let (n, width) = (tokens.len(), self.config.width);
         let mut x = self.embed(tokens)?;
-        let first = cache.advance(n)?;
+        let first = cache.advance(row, n)?;
         let angles = self.angles(first..first + n);
         for (index, layer) in self.layers.iter().enumerate() {
-            cache.stage(index, n);
+            cache.stage(row, index, n);
             for (i, x) in x.chunks_mut(ROWS * width).enumerate() {
                 let rows = x.len() / width;
-                let piece = Piece { x, angles: &angles, first: i * ROWS, rows, staged: true };
+                let piece =
+                    Piece { x, angles: &angles, first: i * ROWS, rows, of: Of::Prompt(row) };
                 self.layer(index, layer, piece, cache, work)?;
                 watch.step(rows)?;
             }
-            cache.compress(index, &self.team)?;
+            cache.compress(row, index, &self.team)?;
         }
         cache.unstage();
         Ok(x)
     }
 
-    /// Reads one token after what `cache` holds; its logits are then in `work`.
+    /// Reads the few tokens of each of `turns` after what its row holds, those of a row in order; the logits of all of
+    /// them are then in `work`, `[tokens of all turns, vocab]`. No token but the first of a turn may push a slab out of
+    /// the window.
     ///
     /// # Errors
-    /// [`ModelError`]; after one the cache must not be used.
-    pub fn decode(&self, token: u32, cache: &mut Cache, work: &mut Work) -> Result<(), ModelError> {
-        let mut x = self.embed(&[token])?;
-        let position = cache.advance(1)?;
-        let angles = self.angles(position..position + 1);
+    /// [`ModelError`]; after one the rows of all turns must be closed.
+    pub fn step(
+        &self,
+        turns: &[(Row, &[u32])],
+        cache: &mut Cache,
+        work: &mut Work,
+    ) -> Result<(), ModelError> {
+        let tokens: Vec<u32> = turns.iter().flat_map(|(_, tokens)| *tokens).copied().collect();
+        let mut x = self.embed(&tokens)?;
+        let (mut positions, mut counts) = (Vec::with_capacity(tokens.len()), Vec::new());
+        for &(row, tokens) in turns {
+            let first = cache.advance(row, tokens.len())?;
+            positions.extend(first..first + tokens.len());
+            counts.push((row, tokens.len()));
+        }
+        let (angles, rows) = (self.angles(positions), tokens.len());
         for (index, layer) in self.layers.iter().enumerate() {
-            let piece = Piece { x: &mut x, angles: &angles, first: 0, rows: 1, staged: false };
+            let of = Of::Turns(&counts);
+            let piece = Piece { x: &mut x, angles: &angles, first: 0, rows, of };
             self.layer(index, layer, piece, cache, work)?;
         }
-        self.logits(&x, work)
+        self.logits(&x, true, work)
     }
 
     /// Rows of the embedding, `[tokens, width]`.
@@ -245,22 +269,23 @@ impl<'a> Model<'a> {
     }
 
     /// Logits `[rows, vocab]` of the residual stream `x` `[rows, width]`, into `work.logits`.
-    fn logits(&self, x: &[f32], work: &mut Work) -> Result<(), ModelError> {
+    fn logits(&self, x: &[f32], alone: bool, work: &mut Work) -> Result<(), ModelError> {
         let Config { width, vocab, rms_eps, .. } = *self.config;
         let rows = x.len() / width;
         work.h.resize(x.len(), 0.0);
         work.logits.resize(rows * vocab, 0.0);
         rms_norm::cpu(x, &self.output_norm, rms_eps, &mut work.h)?;
-        Ok(matmul(&self.cpu(), &self.output, &work.h, rows, &mut work.logits)?)
+        Ok(matmul(&self.cpu(alone), &self.output, &work.h, rows, &mut work.logits)?)
     }
 
-    fn angles(&self, positions: Range<usize>) -> Angles {
+    fn angles(&self, positions: impl IntoIterator<Item = usize>) -> Angles {
         // The context is at most 2^24 positions.
-        let positions: Vec<i32> = positions.map(|p| p as i32).collect();
+        let positions: Vec<i32> = positions.into_iter().map(|p| p as i32).collect();
         Angles::new(&positions, &self.inv_freq)
     }
 
-    fn cpu(&self) -> Cpu<'_> {
-        Cpu { activations: self.activations, ..Cpu::new(&self.team) }
+    /// How to multiply; `alone`: a row's product does not depend on how many there are.
+    fn cpu(&self, alone: bool) -> Cpu<'_> {
+        Cpu { activations: self.activations, alone, ..Cpu::new(&self.team) }
     }
 }

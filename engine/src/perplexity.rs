@@ -7,6 +7,7 @@
 
 use crate::cache::{Cache, CacheStats};
 use crate::model::{Model, ModelError, Work};
+use crate::runner::Row;
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 
@@ -59,12 +60,15 @@ pub struct Distance {
 struct Reader<'a> {
     model: &'a Model<'a>,
     cache: Cache,
+    row: Row,
     work: Work,
 }
 
 impl<'a> Reader<'a> {
     fn new(model: &'a Model<'a>, spec: &CacheSpec, context: usize) -> Result<Self, ModelError> {
-        Ok(Self { model, cache: model.cache(spec, context)?, work: Work::default() })
+        let mut cache = model.cache(spec, context)?;
+        let row = cache.open();
+        Ok(Self { model, cache, row, work: Work::default() })
     }
 
     /// Gives `take` the logits after a prefix, or after each token of a piece.
@@ -74,13 +78,17 @@ impl<'a> Reader<'a> {
         watch: &mut Watch<'_>,
         take: &mut dyn FnMut(&[f32]),
     ) -> Result<(), ModelError> {
-        let Self { model, cache, work } = self;
+        let Self { model, cache, row, work } = self;
         if !prefix {
-            return model.score(part, cache, work, watch, take);
+            return model.score(part, (cache, *row), work, watch, take);
         }
-        model.prefill(part, cache, work, watch)?;
+        model.prefill(part, (cache, *row), work, watch)?;
         take(work.logits());
         Ok(())
+    }
+
+    fn stats(&self) -> CacheStats {
+        self.cache.stats(self.row)
     }
 }
 
@@ -111,7 +119,7 @@ pub fn score(
     for part in parts {
         reader.read(part, watch, &mut take)?;
     }
-    Ok(Scores { nll, cache: reader.cache.stats() })
+    Ok(Scores { nll, cache: reader.stats() })
 }
 
 /// [`score`], and the same text with an f16 cache beside it, piece by piece.
@@ -145,7 +153,7 @@ pub fn compare(
     }
     let n = nll.len() as f64;
     let distance = Distance { f16: f16 / n, kl: kl / n, agreement: agree as f64 / n };
-    Ok((Scores { nll, cache: reader.cache.stats() }, distance))
+    Ok((Scores { nll, cache: reader.stats() }, distance))
 }
 
 /// `ln sum exp`.

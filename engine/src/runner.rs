@@ -2,16 +2,21 @@
 //!
 //! A [`Runner`] holds up to [`Runner::rows`] sequences, each a list of tokens whose K and V it keeps as its
 //! [`CacheSpec`] says, in pools of slabs that all sequences share. It decides nothing: who joins, who leaves and who waits
-//! is up to its caller.
+//! is up to
+//! its caller, be it one with a single sequence ([`crate::generate`]).
 //!
 //! What a sequence holds is a function of its tokens, of how they were cut into [`Runner::read`]s, of the spec and of the
 //! calibration; what a step gives for one sequence does not depend on the others in it, to the last bit.
+
+mod cpu;
 
 use kvwarp::pages::Entry;
 use kvwarp::sample::Sampling;
 use kvwarp::slab::Format;
 
-use crate::cache::CacheStats;
+pub use cpu::CpuRunner;
+
+use crate::cache::{CacheError, CacheStats};
 use crate::config::Config;
 use crate::model::ModelError;
 use crate::spec::CacheSpec;
@@ -104,6 +109,12 @@ pub enum RunError {
     Kernel(#[from] kvwarp::Error),
 }
 
+impl From<CacheError> for RunError {
+    fn from(error: CacheError) -> Self {
+        Self::Model(error.into())
+    }
+}
+
 impl From<Interrupted> for RunError {
     fn from(interrupted: Interrupted) -> Self {
         Self::Model(interrupted.into())
@@ -115,6 +126,16 @@ impl RunError {
     pub fn is_interrupted(&self) -> bool {
         matches!(self, Self::Model(ModelError::Interrupted(_)))
     }
+}
+
+/// Whether `free` slabs are as many as `need`.
+///
+/// # Errors
+/// [`RunError::Exhausted`] with the first format of which there are too few.
+pub fn check(need: &Slabs, free: &Slabs) -> Result<(), RunError> {
+    let short = Format::ALL.into_iter().zip(need.iter().zip(free)).find(|(_, (n, f))| n > f);
+    let Some((format, (&need, &free))) = short else { return Ok(()) };
+    Err(RunError::Exhausted { format, need, free })
 }
 
 /// A model on a device, with the sequences that it holds.

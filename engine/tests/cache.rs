@@ -4,6 +4,7 @@ use half::f16;
 use kvwarp::slab::{self, Format, Layout, TOKENS};
 use kvwarp::threads::Team;
 use kvwarp_engine::cache::{Cache, CacheError, Shape, full_bytes};
+use kvwarp_engine::runner::Row;
 
 const SHAPE: Shape = Shape { layers: 2, kv_heads: 2, head_dim: 64, context: 1000 };
 const ROW: usize = SHAPE.kv_heads * SHAPE.head_dim;
@@ -17,8 +18,13 @@ fn rows(n: usize, seed: u64) -> Vec<f32> {
     (0..n * ROW).map(value).collect()
 }
 
+/// The only sequence of a cache.
+const ROW_0: Row = Row(0);
+
 fn cache(spec: &str) -> Cache {
-    Cache::new(&spec.parse().unwrap(), SHAPE).unwrap()
+    let mut cache = Cache::new(&spec.parse().unwrap(), SHAPE).unwrap();
+    assert_eq!(cache.open(), ROW_0);
+    cache
 }
 
 /// Reads `n` tokens, those before `split` by prefills of `piece` tokens and the others one by one.
@@ -28,18 +34,18 @@ fn filled(spec: &str, n: usize, split: usize, piece: usize) -> Cache {
     let tokens = |from: usize, to: usize| from * ROW..to * ROW;
     for start in (0..split).step_by(piece) {
         let end = (start + piece).min(split);
-        cache.advance(end - start).unwrap();
+        cache.advance(ROW_0, end - start).unwrap();
         for layer in 0..SHAPE.layers {
-            cache.stage(layer, end - start);
-            cache.fill(layer, &k[tokens(start, end)], &v[tokens(start, end)], end - start);
-            cache.compress(layer, &team).unwrap();
+            cache.stage(ROW_0, layer, end - start);
+            cache.fill(ROW_0, layer, &k[tokens(start, end)], &v[tokens(start, end)], end - start);
+            cache.compress(ROW_0, layer, &team).unwrap();
         }
         cache.unstage();
     }
     for i in split..n {
-        cache.advance(1).unwrap();
+        cache.advance(ROW_0, 1).unwrap();
         for layer in 0..SHAPE.layers {
-            cache.append(layer, &k[tokens(i, i + 1)], &v[tokens(i, i + 1)]).unwrap();
+            cache.append(ROW_0, layer, &k[tokens(i, i + 1)], &v[tokens(i, i + 1)]).unwrap();
         }
     }
     cache
@@ -49,7 +55,7 @@ fn filled(spec: &str, n: usize, split: usize, piece: usize) -> Cache {
 fn seen(cache: &Cache) -> Vec<(Vec<Format>, Vec<f32>, Vec<f32>)> {
     let mut heads = Vec::new();
     for layer in 0..SHAPE.layers {
-        for view in cache.views(layer) {
+        for view in cache.views(ROW_0, layer) {
             let (mut formats, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
             for slab in (0..view.slabs()).map(|i| view.slab(i).unwrap()) {
                 let (mut slab_k, mut slab_v) = (vec![0.0; TOKENS * 64], vec![0.0; TOKENS * 64]);
@@ -179,16 +185,16 @@ fn kivi_exact_has_kivis_boundaries() {
 #[test]
 fn rollback_forgets_what_is_still_in_the_ring() {
     let mut cache = filled("q2-kivi,window=64", 200, 200, 200);
-    assert_eq!(cache.position(), 200);
-    assert!(matches!(cache.rollback(73), Err(CacheError::Packed { n: 73, spare: 72 })));
-    cache.rollback(70).unwrap();
-    assert_eq!((cache.position(), cache.stats().tokens), (130, 130));
+    assert_eq!(cache.position(ROW_0), 200);
+    assert!(matches!(cache.rollback(ROW_0, 73), Err(CacheError::Packed { n: 73, spare: 72 })));
+    cache.rollback(ROW_0, 70).unwrap();
+    assert_eq!((cache.position(ROW_0), cache.stats(ROW_0).tokens), (130, 130));
     let whole = filled("q2-kivi,window=64", 200, 200, 200);
     let (k, v) = (rows(200, 1), rows(200, 2));
     for i in 130..200 {
-        cache.advance(1).unwrap();
+        cache.advance(ROW_0, 1).unwrap();
         for layer in 0..SHAPE.layers {
-            cache.append(layer, &k[i * ROW..][..ROW], &v[i * ROW..][..ROW]).unwrap();
+            cache.append(ROW_0, layer, &k[i * ROW..][..ROW], &v[i * ROW..][..ROW]).unwrap();
         }
     }
     assert!(seen(&cache) == seen(&whole));
@@ -197,17 +203,17 @@ fn rollback_forgets_what_is_still_in_the_ring() {
 #[test]
 fn a_full_cache_refuses() {
     let mut cache = cache("f16");
-    cache.advance(999).unwrap();
-    let error = cache.advance(2).unwrap_err().to_string();
+    cache.advance(ROW_0, 999).unwrap();
+    let error = cache.advance(ROW_0, 2).unwrap_err().to_string();
     assert!(error.contains("1001 tokens") && error.contains("1000"), "{error}");
-    assert_eq!(cache.position(), 999);
+    assert_eq!(cache.position(ROW_0), 999);
 }
 
 #[test]
 fn bytes_come_from_the_allocator() {
     let heads = SHAPE.layers * SHAPE.kv_heads;
     let layout = |format| Layout::new(format, 64, 32).unwrap().slab_bytes();
-    let stats = filled("q2-kivi,window=64", 512, 512, 512).stats();
+    let stats = filled("q2-kivi,window=64", 512, 512, 512).stats(ROW_0);
     // (512 - 64) / 64 slabs of q2 and their entries, (64 + 126) / 64 ring slabs.
     let expected = heads * (7 * (layout(Format::Q2) + 4) + 2 * layout(Format::F16));
     assert_eq!(stats.used_bytes, expected);
@@ -223,7 +229,7 @@ fn bytes_come_from_the_allocator() {
         "q2-kivi,window=37",
         "q2-kivi,window=32,kivi_exact",
     ] {
-        let full = filled(spec, 1000, 1000, 1000).stats().used_bytes;
+        let full = filled(spec, 1000, 1000, 1000).stats(ROW_0).used_bytes;
         assert_eq!(full, full_bytes(&spec.parse().unwrap(), SHAPE).unwrap(), "{spec}");
     }
 }

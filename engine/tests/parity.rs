@@ -11,10 +11,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvwarp::linear::Activations;
+use kvwarp::sample::Sampling;
 use kvwarp_engine::model::{Model, Work};
 use kvwarp_engine::perplexity::{Reading, score};
+use kvwarp_engine::runner::{Choice, CpuRunner, Runner, Turn};
 use kvwarp_engine::source::Source;
-use kvwarp_engine::spec::CacheSpec;
 use kvwarp_engine::watch::Watch;
 use serde::Deserialize;
 
@@ -114,27 +115,25 @@ fn logits(model: &Model<'_>, tokens: &[u32]) -> Vec<Vec<f32>> {
     let mut step = |_| {};
     let mut watch = Watch::new(&stop, &mut step);
     let take = &mut |row: &[f32]| rows.push(row.to_vec());
-    model.score(tokens, &mut cache, &mut Work::default(), &mut watch, take).unwrap();
+    let row = cache.open();
+    model.score(tokens, (&mut cache, row), &mut Work::default(), &mut watch, take).unwrap();
     rows
 }
 
-/// The `n` tokens that follow `prompt`, each the most probable.
+/// The `n` tokens that follow `prompt`, each the most probable: as [`kvwarp_engine::generate`] gets them.
 fn greedy(model: &Model<'_>, spec: &str, prompt: &[u32], n: usize) -> Vec<u32> {
-    let spec: CacheSpec = spec.parse().unwrap();
-    let mut cache = model.cache(&spec, prompt.len() + n).unwrap();
-    let (stop, mut work, mut step) = (AtomicBool::new(false), Work::default(), |_| {});
-    model.prefill(prompt, &mut cache, &mut work, &mut Watch::new(&stop, &mut step)).unwrap();
-    let mut tokens = Vec::new();
-    while tokens.len() < n {
-        tokens.push(best(work.logits()));
-        model.decode(*tokens.last().unwrap(), &mut cache, &mut work).unwrap();
+    let mut runner = CpuRunner::new(model, &spec.parse().unwrap(), 1, prompt.len() + n).unwrap();
+    let (stop, mut step, row) = (AtomicBool::new(false), |_| {}, runner.open().unwrap());
+    let (mut tokens, mut chosen) = (prompt.to_vec(), Vec::new());
+    runner.read(row, &prompt[..prompt.len() - 1], &mut Watch::new(&stop, &mut step)).unwrap();
+    let choice = Choice { sampling: Sampling::GREEDY, seed: 0 };
+    for _ in 0..n {
+        let newest = &tokens[tokens.len() - 1..];
+        let turn = Turn { row, tokens: newest, choice: &choice, draw: 0, recent: &tokens };
+        runner.step(&[turn], &mut chosen).unwrap();
+        tokens.push(chosen[0][0]);
     }
-    tokens
-}
-
-fn best(logits: &[f32]) -> u32 {
-    let larger = |a: usize, b: usize| if logits[b] > logits[a] { b } else { a };
-    (0..logits.len()).reduce(larger).unwrap() as u32
+    tokens.split_off(prompt.len())
 }
 
 fn agreeing(a: &[u32], b: &[u32]) -> usize {

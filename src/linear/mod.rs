@@ -47,13 +47,15 @@ pub struct Cpu<'a> {
     pub level: Level,
     /// Form of the activations.
     pub activations: Activations,
+    /// A token's product has the same bits whatever else is in `x`; slower for many tokens.
+    pub alone: bool,
 }
 
 impl<'a> Cpu<'a> {
     /// The fast defaults: 8-bit activations and the best instructions.
     #[must_use]
     pub fn new(team: &'a Team) -> Self {
-        Self { team, level: Level::detect(), activations: Activations::Q8 }
+        Self { team, level: Level::detect(), activations: Activations::Q8, alone: false }
     }
 }
 
@@ -157,7 +159,7 @@ fn multiply(cpu: &Cpu<'_>, jobs: &[Job<'_>], x: &[f32], n: usize, buffers: &mut 
     if n == 0 {
         return;
     }
-    if n <= FEW {
+    if n <= FEW || cpu.alone {
         if any_integer {
             q8::rows(cpu.level, x, cols, &mut buffers.rows);
         }

@@ -42,7 +42,7 @@ fn not_a_number_stays_in_its_token() {
             x[bad * 256 + 77] = poison;
             for level in Level::available() {
                 for activations in [Activations::F32, Activations::Q8] {
-                    let got = run(&Cpu { team: &team, level, activations }, &weights, &x, n);
+                    let got = run(&Cpu { level, activations, ..Cpu::new(&team) }, &weights, &x, n);
                     for (token, y) in got.chunks_exact(7).enumerate() {
                         let finite = y.iter().all(|y| y.is_finite());
                         let none = y.iter().all(|y| !y.is_finite());

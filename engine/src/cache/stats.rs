@@ -1,55 +1,65 @@
 //! What a cache costs, counted where the memory is taken.
 
 use super::head::Rules;
-use super::{Cache, CacheError, Shape};
+use super::{Cache, CacheError, Sequence, Shape};
+use crate::runner::Row;
 use crate::spec::CacheSpec;
 use kvwarp::pages::{Entry, Pools, ring_slabs};
 use kvwarp::slab::Format;
 
-/// Memory of a cache, in bytes from the allocator unless said otherwise.
+/// Memory of a sequence, in bytes from the allocator unless said otherwise.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CacheStats {
     /// Tokens held; the most of any head.
     pub tokens: usize,
-    /// Slabs in use, rings and page tables.
+    /// Slabs that it refers to, rings and page tables.
     pub used_bytes: usize,
     /// Most of `used_bytes` and staging so far.
     pub peak_bytes: usize,
-    /// Everything taken from the allocator, used or not.
+    /// Everything that the cache took from the allocator, used or not, for this sequence or others.
     pub capacity_bytes: usize,
     /// Bits of `used_bytes` for each element of K and V held; 0 when nothing is.
     pub effective_bits: f64,
 }
 
 impl Cache {
-    /// What it costs now.
-    pub fn stats(&self) -> CacheStats {
-        let held: usize = self.heads.iter().map(|head| head.len).sum();
+    /// What a sequence costs now; slabs that it shares count in full.
+    pub fn stats(&self, row: Row) -> CacheStats {
+        let sequence = self.sequence(row);
+        let held: usize = sequence.heads.iter().map(|head| head.len).sum();
         let elements = 2 * held * self.shape.head_dim;
-        let used_bytes = self.used_bytes();
+        let used_bytes = self.used_bytes(sequence);
         CacheStats {
-            tokens: self.heads.iter().map(|head| head.len).max().unwrap_or(0),
+            tokens: sequence.heads.iter().map(|head| head.len).max().unwrap_or(0),
             used_bytes,
-            peak_bytes: self.peak.max(used_bytes),
+            peak_bytes: sequence.peak.max(used_bytes),
             capacity_bytes: self.capacity_bytes(),
             effective_bits: if held == 0 { 0.0 } else { (used_bytes * 8) as f64 / elements as f64 },
         }
     }
 
-    pub(super) fn note_peak(&mut self) {
-        self.peak = self.peak.max(self.used_bytes() + self.staging.len());
+    pub(super) fn note_peak(&mut self, row: Row) {
+        let bytes = self.used_bytes(self.sequence(row)) + self.staging.len();
+        let sequence = self.sequence_mut(row);
+        sequence.peak = sequence.peak.max(bytes);
     }
 
-    fn used_bytes(&self) -> usize {
-        let pools: usize = Format::ALL.iter().map(|&f| self.pools.pool(f).used_bytes()).sum();
-        let tables: usize = self.heads.iter().map(|head| size_of_val(&head.table[..])).sum();
-        pools + self.rings.len() + tables
+    fn used_bytes(&self, sequence: &Sequence) -> usize {
+        let entries = || sequence.heads.iter().flat_map(|head| &head.table);
+        let slab = |entry: &Entry| {
+            entry.get().map_or(0, |(format, _)| self.pools.pool(format).slab_stride())
+        };
+        entries().map(|entry| slab(entry) + size_of::<Entry>()).sum::<usize>()
+            + sequence.rings.len()
     }
 
     fn capacity_bytes(&self) -> usize {
         let pools: usize = Format::ALL.iter().map(|&f| self.pools.pool(f).capacity_bytes()).sum();
-        let tables = self.heads.iter().map(|head| head.table.capacity() * size_of::<Entry>());
-        pools + self.rings.capacity() + self.staging.capacity() + tables.sum::<usize>()
+        let sequences = self.sequences.iter().flatten().map(|sequence| {
+            let tables = sequence.heads.iter().map(|head| head.table.capacity());
+            sequence.rings.capacity() + tables.sum::<usize>() * size_of::<Entry>()
+        });
+        pools + self.staging.capacity() + sequences.sum::<usize>()
     }
 }
 

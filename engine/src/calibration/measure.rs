@@ -30,8 +30,9 @@ pub fn read(
     let mut calibration = calibration;
     for piece in tokens.chunks(window) {
         let mut cache = model.cache(&CacheSpec::default(), piece.len())?;
+        let row = cache.open();
         let mut work = Work::collecting(calibration.clone());
-        model.prefill(piece, &mut cache, &mut work, watch)?;
+        model.prefill(piece, (&mut cache, row), &mut work, watch)?;
         calibration = work.calibration.unwrap_or(calibration);
         calibration.tokens += piece.len();
         calibration.losses.fill(f32::NAN); // those were with other weights
@@ -56,11 +57,12 @@ pub fn measure(
     let stores = vec![Format::F16; calibration.losses.len()].into();
     let plan = Plan { stores: Some(stores), ..model.plan(&spec) };
     let mut exact = Cache::planned(&spec, model.shape(tokens.len()), plan)?;
+    let row = exact.open();
     let (before, scored) = tokens.split_at(tokens.len() - tokens.len() / SCORED);
     let (mut work, mut rows) = (Work::default(), Vec::new());
-    model.prefill(before, &mut exact, &mut work, watch)?;
+    model.prefill(before, (&mut exact, row), &mut work, watch)?;
     let mut keep = |logits: &[f32]| rows.extend_from_slice(logits);
-    model.score(scored, &mut exact.clone(), &mut work, watch, &mut keep)?;
+    model.score(scored, (&mut exact.clone(), row), &mut work, watch, &mut keep)?;
     for h in 0..calibration.losses.len() {
         if !calibration.losses[h].is_nan() {
             continue;
@@ -69,7 +71,7 @@ pub fn measure(
         cache.repack(h, Format::Q2)?;
         let mut rows = rows.chunks_exact(model.config().vocab);
         let mut add = |logits: &[f32]| sum += rows.next().map_or(0.0, |p| divergence(p, logits));
-        model.score(scored, &mut cache, &mut work, watch, &mut add)?;
+        model.score(scored, (&mut cache, row), &mut work, watch, &mut add)?;
         calibration.losses[h] = (sum / scored.len().max(1) as f64) as f32;
         calibration.save(to)?;
     }

@@ -8,6 +8,7 @@ use crate::data;
 use crate::generate::{End, Request, Stats};
 use crate::model::Model;
 use crate::perplexity::{Reading, Scores, score};
+use crate::runner::Choice;
 use crate::source::Source;
 use crate::tokenizer::Tokenizer;
 use crate::watch::Watch;
@@ -74,12 +75,10 @@ fn measure(
     let request = Request {
         prompt: prompt.to_owned(),
         max_tokens: ANSWER_TOKENS,
-        cache,
         context: None,
-        sampling: Sampling::GREEDY,
-        seed: 0,
+        choice: Choice { sampling: Sampling::GREEDY, seed: 0 },
     };
-    let stats = generate::streamed(model, tokenizer, &request, &mut output::put)?;
+    let stats = generate::streamed(model, &cache, tokenizer, &request, &mut output::put)?;
     output::put("\n")?;
     generate::summary(&stats).iter().for_each(|line| output::log(line));
     let stop = open::stop_on_ctrl_c()?;

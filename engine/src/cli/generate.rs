@@ -12,6 +12,7 @@ use super::{Outcome, Usage, open};
 use crate::chat::Message;
 use crate::generate::{End, Request, Stats, generate};
 use crate::model::Model;
+use crate::runner::{Choice, CpuRunner};
 use crate::source::Source;
 use crate::spec::CacheSpec;
 use crate::tokenizer::Tokenizer;
@@ -58,20 +59,18 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let request = Request {
         prompt: args.chatted(prompt, &source, &tokenizer)?,
         max_tokens: args.n_predict,
-        cache,
         context: args.ctx_size.map(|n| if n == 0 { source.config.context } else { n }),
-        sampling,
-        seed: args.sampling.seed(),
+        choice: Choice { sampling, seed: args.sampling.seed() },
     };
     let model = open::model(&args.model, &source)?;
-    open::note_uncalibrated(&model, &request.cache);
+    open::note_uncalibrated(&model, &cache);
     let mut text = String::new();
-    let stats = streamed(&model, &tokenizer, &request, &mut |piece| {
+    let stats = streamed(&model, &cache, &tokenizer, &request, &mut |piece| {
         text.push_str(piece);
         if args.json { Ok(()) } else { output::put(piece) }
     })?;
     if args.json {
-        output::put_json(&report(&request, &text, &stats))?;
+        output::put_json(&report(&cache, &request, &text, &stats))?;
     } else {
         output::put("\n")?;
         summary(&stats).iter().for_each(|line| output::log(line));
@@ -121,21 +120,30 @@ pub fn read(path: &PathBuf) -> anyhow::Result<String> {
 /// Generates with a progress bar over the prompt and Ctrl-C as a way to end.
 pub fn streamed(
     model: &Model<'_>,
+    spec: &CacheSpec,
     tokenizer: &Tokenizer,
     request: &Request,
     put: &mut dyn FnMut(&str) -> std::io::Result<()>,
 ) -> anyhow::Result<Stats> {
     let stop = open::stop_on_ctrl_c()?;
-    let rows = tokenizer.prompt(&request.prompt)?.len() * model.config().layers;
+    let prompt = tokenizer.prompt(&request.prompt)?.len();
+    let context = request.context_for(prompt, model.config());
+    let mut runner = CpuRunner::new(model, spec, 1, context)?;
+    let rows = prompt.saturating_sub(1) * model.config().layers;
     let mut progress = Progress::new("reading", rows);
     let mut step = |rows| progress.step(rows);
     let mut written = Ok(());
-    let stats =
-        generate(model, tokenizer, request, &mut Watch::new(stop, &mut step), &mut |piece| {
+    let stats = generate(
+        &mut runner,
+        tokenizer,
+        request,
+        &mut Watch::new(stop, &mut step),
+        &mut |piece| {
             if written.is_ok() {
                 written = put(piece);
             }
-        })?;
+        },
+    )?;
     progress.clear();
     written?;
     Ok(stats)
@@ -169,7 +177,7 @@ pub fn summary(stats: &Stats) -> [String; 2] {
     ]
 }
 
-fn report(request: &Request, text: &str, stats: &Stats) -> serde_json::Value {
+fn report(spec: &CacheSpec, request: &Request, text: &str, stats: &Stats) -> serde_json::Value {
     let cache = &stats.cache;
     json!({
         "text": text,
@@ -180,8 +188,8 @@ fn report(request: &Request, text: &str, stats: &Stats) -> serde_json::Value {
             End::Context => "context",
             End::Interrupted => "interrupted",
         },
-        "seed": request.seed,
-        "cache": request.cache.to_string(),
+        "seed": request.choice.seed,
+        "cache": spec.to_string(),
         "prompt_tokens": stats.prompt_tokens,
         "prefill_seconds": stats.prefill.as_secs_f64(),
         "prefill_tokens_a_second": stats.prefill_speed(),

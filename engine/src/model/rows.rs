@@ -23,10 +23,10 @@ pub fn each_row(
     rows: usize,
     body: impl Fn(usize, &mut [f32]) -> kvwarp::Result<()> + Sync,
 ) -> kvwarp::Result<()> {
-    if rows == 1 {
-        return body(0, data);
-    }
     let (len, failed) = (data.len() / rows, Mutex::new(Ok(())));
+    if rows <= GRAIN {
+        return data.chunks_exact_mut(len).enumerate().try_for_each(|(i, row)| body(i, row));
+    }
     team.each_chunk(data, GRAIN * len, |piece, data| {
         let mut rows = data.chunks_exact_mut(len).enumerate();
         let done = rows.try_for_each(|(i, row)| body(piece * GRAIN + i, row));

@@ -1,6 +1,7 @@
 //! One layer of a forward pass.
 
 use kvwarp::linear::matmul;
+use kvwarp::pages::HeadView;
 use kvwarp::rope_select::Angles;
 use kvwarp::{hadamard, paged_attn, prefill_attn, rms_norm, swiglu};
 
@@ -8,9 +9,19 @@ use super::layers::Layer;
 use super::rows::{each_row, project, residual, row};
 use super::work::Work;
 use super::{Model, ModelError};
-use crate::cache::Cache;
+use crate::cache::{Cache, CacheError};
+use crate::runner::Row;
 
-/// Some rows of a prompt on their way through a layer.
+/// Whose rows pass through a layer.
+#[derive(Clone, Copy)]
+pub(super) enum Of<'a> {
+    /// Some of a prompt's; the layer is staged.
+    Prompt(Row),
+    /// So many tokens of each sequence, in order.
+    Turns(&'a [(Row, usize)]),
+}
+
+/// Some rows on their way through a layer.
 pub(super) struct Piece<'a> {
     /// Residual stream, `[rows, width]`.
     pub x: &'a mut [f32],
@@ -18,8 +29,7 @@ pub(super) struct Piece<'a> {
     /// First row in `angles`.
     pub first: usize,
     pub rows: usize,
-    /// The layer's ring is staged for many tokens.
-    pub staged: bool,
+    pub of: Of<'a>,
 }
 
 impl Model<'_> {
@@ -32,8 +42,8 @@ impl Model<'_> {
         cache: &mut Cache,
         work: &mut Work,
     ) -> Result<(), ModelError> {
-        let Piece { x, angles, first, rows, staged } = piece;
-        let (cpu, eps) = (self.cpu(), self.config.rms_eps);
+        let Piece { x, angles, first, rows, of } = piece;
+        let (cpu, eps) = (self.cpu(matches!(of, Of::Turns(_))), self.config.rms_eps);
         work.resize(self.config, rows);
         let Work { h, q, k, v, mix, gate, up, add, calibration, .. } = work;
         let (d, turned) = (self.config.head_dim, cache.spec().hadamard);
@@ -59,13 +69,17 @@ impl Model<'_> {
             each_row(team, k, rows, turn_keys)?;
             each_row(team, v, rows, turn_values)?;
         }
-        if staged {
-            cache.fill(index, k, v, rows);
-            let views = cache.staged_views(index);
-            prefill_attn::cpu(team, q, rows, &views, 0.0, self.mask, mix, None, &mut work.prefill)?;
-        } else {
-            cache.append(index, k, v)?;
-            paged_attn::cpu(team, q, &cache.views(index), 0.0, self.mask, mix, &mut work.decode)?;
+        match of {
+            Of::Prompt(row) => {
+                cache.fill(row, index, k, v, rows);
+                let (views, scratch) = (cache.staged_views(row, index), &mut work.prefill);
+                prefill_attn::cpu(team, q, rows, &views, 0.0, self.mask, mix, None, scratch)?;
+            }
+            Of::Turns(turns) => {
+                append(cache, index, turns, k, v)?;
+                let views = views(cache, index, turns);
+                paged_attn::cpu(team, q, &views, 0.0, self.mask, mix, &mut work.decode)?;
+            }
         }
         if turned {
             each_row(team, mix, rows, turn_values)?;
@@ -80,4 +94,32 @@ impl Model<'_> {
         residual(x, add);
         Ok(())
     }
+}
+
+/// Writes the rows of `k` and `v`, each `[kv_heads, head_dim]`, to their sequences.
+fn append(
+    cache: &mut Cache,
+    layer: usize,
+    turns: &[(Row, usize)],
+    k: &[f32],
+    v: &[f32],
+) -> Result<(), CacheError> {
+    let rows = turns.iter().map(|turn| turn.1).sum();
+    let owners = turns.iter().flat_map(|&(row, n)| std::iter::repeat_n(row, n));
+    for (i, owner) in owners.enumerate() {
+        cache.append(owner, layer, row(k, i, rows), row(v, i, rows))?;
+    }
+    Ok(())
+}
+
+/// What each row sees, a view a kv head: the tokens of its sequence up to its own.
+fn views<'a>(cache: &'a Cache, layer: usize, turns: &[(Row, usize)]) -> Vec<HeadView<'a>> {
+    let mut all = Vec::new();
+    for &(row, n) in turns {
+        let views = cache.views(row, layer);
+        for later in (0..n).rev() {
+            all.extend(views.iter().map(|view| HeadView { len: view.len - later, ..*view }));
+        }
+    }
+    all
 }

@@ -38,7 +38,7 @@ impl Work {
         Self { calibration: Some(calibration), ..Self::default() }
     }
 
-    /// Logits of the newest token read, `[vocab]`.
+    /// Logits of the newest token read, `[vocab]`, or of each token of a step, `[tokens, vocab]`.
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }

@@ -1,0 +1,130 @@
+//! Slabs counted, and sequences that share them.
+
+use kvwarp::pages::{Entry, Pools, packed_slabs, ring_slabs};
+use kvwarp::slab::{Format, TOKENS};
+
+use super::head::{ring_slot, take};
+use super::{Cache, CacheError, Sequence, give, open_mut};
+use crate::runner::{Frozen, Row, Slabs};
+
+impl Cache {
+    /// Slabs that may still be taken.
+    pub fn free(&self) -> Slabs {
+        Format::ALL.map(|format| self.pools.pool(format).slots().available())
+    }
+
+    /// Sets how many slabs may be in use.
+    pub fn limit(&mut self, slabs: &Slabs) {
+        for (format, &slabs) in Format::ALL.into_iter().zip(slabs) {
+            self.pools.pool_mut(format).slots_mut().set_limit(slabs);
+        }
+    }
+
+    /// Takes memory for `slabs` more at once.
+    pub fn reserve(&mut self, slabs: &Slabs) {
+        for (format, &slabs) in Format::ALL.into_iter().zip(slabs) {
+            self.pools.pool_mut(format).reserve(slabs);
+        }
+    }
+
+    /// Slabs that a sequence of `len` tokens takes for `n` more.
+    pub fn need(&self, len: usize, n: usize) -> Slabs {
+        let mut need = [0; Format::ALL.len()];
+        for h in 0..self.shape.layers * self.shape.kv_heads {
+            let rules = self.plan.rules(&self.spec, h, self.shape.head_dim);
+            let (before, after) = (rules.slabs(len), rules.slabs(len + n));
+            for ((format, after), (_, before)) in after.into_iter().zip(before) {
+                need[format as usize] += after - before;
+            }
+        }
+        need
+    }
+
+    /// Whether a sequence of `len` tokens takes `n` more without packing any.
+    pub fn is_loose(&self, len: usize, n: usize) -> bool {
+        !self.spec.kivi_exact
+            && packed_slabs(len, self.spec.window) == packed_slabs(len + n, self.spec.window)
+    }
+
+    /// F16 slabs of the rings of a sequence.
+    pub fn rings(&self) -> usize {
+        self.shape.layers * self.shape.kv_heads * ring_slabs(self.spec.window)
+    }
+
+    /// Bytes from a slab of `format` to the next.
+    pub fn slab_stride(&self, format: Format) -> usize {
+        self.pools.pool(format).slab_stride()
+    }
+
+    /// F16 slabs that [`Cache::freeze`] takes for `row`: those of its rings that hold tokens.
+    pub fn need_frozen(&self, row: Row) -> usize {
+        self.sequence(row).heads.iter().map(|head| head.len.div_ceil(TOKENS) - head.packed).sum()
+    }
+
+    /// What `row` holds, shared: packed slabs by reference, the ring's slabs copied. Not for `kivi_exact`, whose slabs
+    /// are packed in part.
+    ///
+    /// # Errors
+    /// [`CacheError::Kernel`] when there are fewer than [`Cache::need_frozen`] f16 slabs; nothing changes then.
+    pub fn freeze(&mut self, row: Row) -> Result<Frozen, CacheError> {
+        let (need, free) = (self.need_frozen(row), self.free()[Format::F16 as usize]);
+        if need > free {
+            return Err(kvwarp::Error::TooBig { op: "cache", size: need }.into());
+        }
+        let (slab, ring_bytes) = (self.slab_bytes(), self.ring_bytes());
+        let Self { pools, sequences, .. } = self;
+        let Sequence { heads, rings, position, .. } = open_mut(sequences, row);
+        let mut entries = Vec::new();
+        for (h, head) in heads.iter().enumerate() {
+            for &entry in &head.table[..head.packed] {
+                share(pools, entry);
+                entries.push(entry);
+            }
+            let ring = rings.slice(h * ring_bytes, ring_bytes);
+            for index in head.packed..head.len.div_ceil(TOKENS) {
+                let slot = take(pools, Format::F16)?;
+                let at = ring_slot(pools, ring_bytes, index);
+                let to = pools.pool_mut(Format::F16).slab_mut(slot as usize);
+                to.copy_from_slice(&ring[at..at + slab]);
+                entries.push(Entry::new(Format::F16, slot));
+            }
+        }
+        Ok(Frozen { len: *position, entries })
+    }
+
+    /// A new sequence that continues from what was frozen.
+    pub fn thaw(&mut self, frozen: &Frozen) -> Row {
+        let row = self.open();
+        let (slab, ring_bytes) = (self.slab_bytes(), self.ring_bytes());
+        let Self { pools, sequences, spec, plan, shape, .. } = self;
+        let sequence = open_mut(sequences, row);
+        sequence.position = frozen.len;
+        let slabs = frozen.len.div_ceil(TOKENS).max(1);
+        for (h, entries) in frozen.entries.chunks_exact(slabs).enumerate() {
+            let head = &mut sequence.heads[h];
+            let packed = plan.rules(spec, h, shape.head_dim).slabs(frozen.len);
+            (head.len, head.packed) = (frozen.len, packed.iter().map(|(_, n)| n).sum());
+            entries[..head.packed].iter().for_each(|&entry| share(pools, entry));
+            head.table = entries[..head.packed].to_vec();
+            let ring = sequence.rings.slice_mut(h * ring_bytes, ring_bytes);
+            for (index, entry) in entries.iter().enumerate().skip(head.packed) {
+                let Some((format, slot)) = entry.get() else { continue };
+                let at = ring_slot(pools, ring_bytes, index);
+                ring[at..at + slab].copy_from_slice(pools.pool(format).slab(slot));
+            }
+        }
+        self.note_peak(row);
+        row
+    }
+
+    /// Gives back what a frozen sequence keeps.
+    pub fn melt(&mut self, frozen: Frozen) {
+        frozen.entries.into_iter().for_each(|entry| give(&mut self.pools, entry));
+    }
+}
+
+fn share(pools: &mut Pools, entry: Entry) {
+    if let Some((format, slot)) = entry.get() {
+        pools.pool_mut(format).slots_mut().share(slot as u32);
+    }
+}

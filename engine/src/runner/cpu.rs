@@ -1,0 +1,182 @@
+//! Many sequences over one set of pools in host memory.
+
+use kvwarp::sample;
+use kvwarp::slab::Format;
+
+use super::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check};
+use crate::cache::{Cache, CacheStats};
+use crate::config::Config;
+use crate::model::{Model, ModelError, Work};
+use crate::spec::CacheSpec;
+use crate::watch::Watch;
+
+/// A model that runs on this machine's processor.
+pub struct CpuRunner<'m> {
+    model: &'m Model<'m>,
+    cache: Cache,
+    work: Work,
+    rows: usize,
+    open: usize,
+}
+
+impl<'m> CpuRunner<'m> {
+    /// At most `rows` sequences of at most `context` tokens; the pools grow as they must.
+    ///
+    /// # Errors
+    /// [`ModelError`], as of [`Model::cache`].
+    pub fn new(
+        model: &'m Model<'m>,
+        spec: &CacheSpec,
+        rows: usize,
+        context: usize,
+    ) -> Result<Self, ModelError> {
+        let cache = model.cache(spec, context)?;
+        Ok(Self { model, cache, work: Work::default(), rows, open: 0 })
+    }
+
+    /// The same with pools of so many slabs, taken from the allocator at once.
+    #[must_use]
+    pub fn with_pools(mut self, slabs: &Slabs) -> Self {
+        self.cache.limit(slabs);
+        self.cache.reserve(slabs);
+        self
+    }
+
+    /// Slabs of each format that `bytes` hold, the rings of all rows taken off, in the proportion in which sequences of
+    /// `len` tokens need them to run and to be frozen.
+    pub fn slabs_in(&self, bytes: usize, len: usize) -> Slabs {
+        let mut mix = self.cache.need(0, len.max(1));
+        mix[Format::F16 as usize] += self.cache.rings();
+        let bytes = bytes
+            .saturating_sub(self.rows * self.cache.rings() * self.cache.slab_stride(Format::F16));
+        let each = |format: Format| mix[format as usize] * self.cache.slab_stride(format);
+        let all: usize = Format::ALL.into_iter().map(each).sum();
+        let shares = bytes as f64 / all as f64;
+        mix.map(|slabs| (slabs as f64 * shares) as usize)
+    }
+
+    /// The next token of each row of a turn, from the logits of the last step.
+    fn choose(&self, turns: &[Turn<'_>], out: &mut Vec<Vec<u32>>) -> Result<(), RunError> {
+        let vocab = self.model.config().vocab;
+        let draws = turns.iter().flat_map(|turn| (0..turn.tokens.len()).map(move |i| (turn, i)));
+        let draws: Vec<_> = draws.collect();
+        let mut chosen: Vec<_> = draws.iter().map(|_| Ok(0)).collect();
+        let logits = self.work.logits();
+        self.model.team().each_chunk(&mut chosen, 1, |row, to| {
+            let (turn, i) = draws[row];
+            let draw = sample::draw(turn.choice.seed, turn.draw.wrapping_add(i as i32));
+            to[0] = sample::cpu(&logits[row * vocab..][..vocab], &turn.choice.sampling, draw);
+        });
+        let mut chosen = chosen.into_iter();
+        out.clear();
+        for turn in turns {
+            out.push(chosen.by_ref().take(turn.tokens.len()).collect::<Result<_, _>>()?);
+        }
+        Ok(())
+    }
+
+    fn check_row(&self) -> Result<(), RunError> {
+        if self.open == self.rows {
+            return Err(RunError::Rows { rows: self.rows });
+        }
+        Ok(())
+    }
+}
+
+impl Runner for CpuRunner<'_> {
+    fn config(&self) -> &Config {
+        self.model.config()
+    }
+
+    fn spec(&self) -> &CacheSpec {
+        self.cache.spec()
+    }
+
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn context(&self) -> usize {
+        self.cache.context()
+    }
+
+    fn open(&mut self) -> Result<Row, RunError> {
+        self.check_row()?;
+        self.open += 1;
+        Ok(self.cache.open())
+    }
+
+    fn close(&mut self, row: Row) {
+        self.open -= 1;
+        self.cache.close(row);
+    }
+
+    fn len(&self, row: Row) -> usize {
+        self.cache.position(row)
+    }
+
+    fn free(&self) -> Slabs {
+        self.cache.free()
+    }
+
+    fn need(&self, len: usize, n: usize) -> Slabs {
+        self.cache.need(len, n)
+    }
+
+    fn read(&mut self, row: Row, tokens: &[u32], watch: &mut Watch<'_>) -> Result<(), RunError> {
+        check(&self.need(self.len(row), tokens.len()), &self.free())?;
+        let read = self.model.read(tokens, (&mut self.cache, row), &mut self.work, watch);
+        self.cache.unstage();
+        Ok(read.map(drop)?)
+    }
+
+    fn step(&mut self, turns: &[Turn<'_>], out: &mut Vec<Vec<u32>>) -> Result<(), RunError> {
+        let mut need = Slabs::default();
+        for turn in turns {
+            let (tokens, most) = (turn.tokens.len(), 1 + self.drafts(turn.row));
+            if tokens == 0 || tokens > most {
+                return Err(RunError::Turn { tokens, most });
+            }
+            let more = self.need(self.len(turn.row), tokens);
+            need.iter_mut().zip(more).for_each(|(need, more)| *need += more);
+        }
+        check(&need, &self.free())?;
+        let tokens: Vec<_> = turns.iter().map(|turn| (turn.row, turn.tokens)).collect();
+        self.model.step(&tokens, &mut self.cache, &mut self.work)?;
+        self.choose(turns, out)
+    }
+
+    fn rollback(&mut self, row: Row, n: usize) -> Result<(), RunError> {
+        Ok(self.cache.rollback(row, n)?)
+    }
+
+    fn drafts(&self, row: Row) -> usize {
+        let len = self.len(row);
+        let room = self.context().saturating_sub(len + 1).min(TURN - 1);
+        (1..=room).take_while(|&n| self.cache.is_loose(len + 1, n)).count()
+    }
+
+    fn freeze(&mut self, row: Row) -> Result<Frozen, RunError> {
+        if self.spec().kivi_exact {
+            return Err(RunError::Shared { spec: *self.spec() });
+        }
+        let mut need = Slabs::default();
+        need[Format::F16 as usize] = self.cache.need_frozen(row);
+        check(&need, &self.free())?;
+        Ok(self.cache.freeze(row)?)
+    }
+
+    fn thaw(&mut self, frozen: &Frozen) -> Result<Row, RunError> {
+        self.check_row()?;
+        self.open += 1;
+        Ok(self.cache.thaw(frozen))
+    }
+
+    fn melt(&mut self, frozen: Frozen) {
+        self.cache.melt(frozen);
+    }
+
+    fn stats(&self, row: Row) -> CacheStats {
+        self.cache.stats(row)
+    }
+}

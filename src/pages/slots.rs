@@ -1,0 +1,90 @@
+//! Who owns which slab of a pool: the bookkeeping, wherever the slabs themselves lie.
+
+/// Slots of a pool: a free list, a count of owners for each, and a limit.
+///
+/// A slab may be written only while it has one owner; one that is shared is read only.
+#[derive(Debug, Clone)]
+pub struct Slots {
+    /// Owners of each slot handed out so far; 0 = free.
+    owners: Vec<u32>,
+    free: Vec<u32>,
+    limit: usize,
+}
+
+impl Default for Slots {
+    /// As many as page table entries can name.
+    fn default() -> Self {
+        Self::new(Self::MOST)
+    }
+}
+
+impl Slots {
+    /// Most slots: an index has 28 bits in a page table entry.
+    pub const MOST: usize = 1 << 28;
+
+    /// At most `limit` slots, all free.
+    pub fn new(limit: usize) -> Self {
+        Self { owners: Vec::new(), free: Vec::new(), limit: limit.min(Self::MOST) }
+    }
+
+    /// A slot with one owner, the one freed last where there is one; `None` at the limit.
+    pub fn take(&mut self) -> Option<u32> {
+        if self.available() == 0 {
+            return None;
+        }
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.owners.push(0);
+            self.owners.len() as u32 - 1
+        });
+        self.owners[slot as usize] = 1;
+        Some(slot)
+    }
+
+    /// One more owner of a slot that is in use.
+    pub fn share(&mut self, slot: u32) {
+        debug_assert!(self.owners(slot) > 0, "slot {slot} is free");
+        self.owners[slot as usize] += 1;
+    }
+
+    /// One owner less; whether it was the last, so that the slot is free now.
+    pub fn give(&mut self, slot: u32) -> bool {
+        debug_assert!(self.owners(slot) > 0, "slot {slot} is free");
+        let owners = &mut self.owners[slot as usize];
+        *owners -= 1;
+        let last = *owners == 0;
+        if last {
+            self.free.push(slot);
+        }
+        last
+    }
+
+    /// Owners of a slot; 0 when it is free.
+    pub fn owners(&self, slot: u32) -> u32 {
+        self.owners.get(slot as usize).copied().unwrap_or(0)
+    }
+
+    /// Slots in use.
+    pub fn used(&self) -> usize {
+        self.owners.len() - self.free.len()
+    }
+
+    /// Slots that may still be taken.
+    pub fn available(&self) -> usize {
+        self.limit.saturating_sub(self.used())
+    }
+
+    /// Slots that have ever been in use: every index is below this.
+    pub fn touched(&self) -> usize {
+        self.owners.len()
+    }
+
+    /// Slots that may be in use at once.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Sets the limit; slots in use beyond it stay so.
+    pub fn set_limit(&mut self, limit: usize) {
+        self.limit = limit.min(Self::MOST);
+    }
+}
