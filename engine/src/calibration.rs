@@ -227,8 +227,8 @@ pub fn beside(model: &Path) -> PathBuf {
     model.with_added_extension("kv.safetensors")
 }
 
-/// A hash of the model's shape and of the beginning of each layer's query weights.
-fn fingerprint(source: &Source) -> String {
+/// A hash of the model's shape and of the beginning of each layer's query weights, in hexadecimal.
+pub fn fingerprint(source: &Source) -> String {
     let config = &source.config;
     let mut hash = Sha256::new();
     for n in [config.layers, config.width, config.heads, config.kv_heads, config.head_dim] {

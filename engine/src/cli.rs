@@ -2,6 +2,7 @@
 //! wrong, 2 for what was asked for wrongly, 130 after Ctrl-C.
 
 mod args;
+mod batch;
 mod bench;
 mod calibrate;
 mod demo;
@@ -37,6 +38,8 @@ struct Cli {
 enum Command {
     /// Continue a text or answer a question
     Generate(generate::Args),
+    /// Answer a file of prompts, many at once
+    Batch(batch::Args),
     /// Show what a model file holds and what its cache costs
     Info(info::Args),
     /// Measure tokens a second, with llama-bench's flags and row names
@@ -85,6 +88,7 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
     match cli.command {
         None => demo::run(&cli.demo),
         Some(Command::Generate(args)) => generate::run(&args),
+        Some(Command::Batch(args)) => batch::run(&args),
         Some(Command::Info(args)) => info::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Perplexity(args)) => perplexity::run(&args),

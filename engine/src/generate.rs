@@ -43,6 +43,18 @@ pub enum End {
     Interrupted,
 }
 
+impl End {
+    /// As JSON has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Context => "context",
+            Self::Interrupted => "interrupted",
+        }
+    }
+}
+
 /// What a generation did.
 #[derive(Debug, Clone)]
 pub struct Stats {

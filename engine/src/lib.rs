@@ -1,5 +1,6 @@
 //! A small Llama, Mistral and Qwen2 engine on the kvwarp kernels.
 
+pub mod batch;
 pub mod bench;
 pub mod cache;
 pub mod calibration;

@@ -88,3 +88,62 @@ impl Slots {
         self.limit = limit.min(Self::MOST);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Slots;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Against a list of owners: counts balance, a slot taken has nobody else, and the limit holds.
+        #[test]
+        fn slots_are_owned_as_often_as_taken_and_shared(
+            limit in 0..20usize,
+            steps in prop::collection::vec((0..3u8, any::<prop::sample::Index>()), 0..200),
+        ) {
+            let (mut slots, mut owners) = (Slots::new(limit), Vec::<u32>::new());
+            for (step, which) in steps {
+                match step {
+                    0 => match slots.take() {
+                        Some(slot) => {
+                            prop_assert!(!owners.contains(&slot));
+                            owners.push(slot);
+                        }
+                        None => prop_assert_eq!(slots.used(), limit),
+                    },
+                    _ if owners.is_empty() => {}
+                    1 => {
+                        let slot = owners[which.index(owners.len())];
+                        slots.share(slot);
+                        owners.push(slot);
+                    }
+                    _ => {
+                        let slot = owners.swap_remove(which.index(owners.len()));
+                        prop_assert_eq!(slots.give(slot), !owners.contains(&slot));
+                    }
+                }
+                let mut in_use = owners.clone();
+                in_use.sort_unstable();
+                in_use.dedup();
+                prop_assert_eq!((slots.used(), slots.available()), (in_use.len(), limit - in_use.len()));
+                for slot in 0..slots.touched() as u32 {
+                    let count = owners.iter().filter(|&&owner| owner == slot).count();
+                    prop_assert_eq!(slots.owners(slot) as usize, count);
+                }
+                prop_assert!(slots.touched() <= limit);
+            }
+        }
+    }
+
+    #[test]
+    fn the_slot_freed_last_is_taken_first() {
+        let mut slots = Slots::new(3);
+        let taken = [(); 3].map(|()| slots.take());
+        assert_eq!((taken, slots.take()), ([Some(0), Some(1), Some(2)], None));
+        slots.give(2);
+        slots.give(0);
+        assert_eq!([slots.take(), slots.take()], [Some(0), Some(2)]);
+        slots.set_limit(1);
+        assert_eq!((slots.available(), slots.take()), (0, None));
+    }
+}

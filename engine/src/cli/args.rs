@@ -121,6 +121,17 @@ pub fn tokens(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "expected a number of tokens, such as 512 or 8k".into())
 }
 
+/// A size: a number of bytes, or one in units of 1,024 such as `512M` or `2G`.
+pub fn bytes(text: &str) -> Result<usize, String> {
+    let units = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+    let unit = units.into_iter().find(|(unit, _)| text.to_ascii_uppercase().ends_with(*unit));
+    let digits = if unit.is_some() { &text[..text.len() - 1] } else { text };
+    let number = digits.parse().ok();
+    number
+        .and_then(|n: usize| n.checked_mul(1 << unit.map_or(0, |(_, shift)| shift)))
+        .ok_or_else(|| "expected a number of bytes, such as 512M or 2G".into())
+}
+
 /// How to choose tokens.
 #[derive(clap::Args)]
 pub struct SamplingArgs {

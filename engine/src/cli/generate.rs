@@ -182,12 +182,7 @@ fn report(spec: &CacheSpec, request: &Request, text: &str, stats: &Stats) -> ser
     json!({
         "text": text,
         "tokens": stats.tokens,
-        "end": match stats.end {
-            End::Stop => "stop",
-            End::Length => "length",
-            End::Context => "context",
-            End::Interrupted => "interrupted",
-        },
+        "end": stats.end.name(),
         "seed": request.choice.seed,
         "cache": spec.to_string(),
         "prompt_tokens": stats.prompt_tokens,

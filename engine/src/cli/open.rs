@@ -35,12 +35,16 @@ pub fn source(args: &ModelArgs) -> anyhow::Result<Source> {
 /// The model of `source`, calibrated where it can be.
 pub fn model<'a>(args: &ModelArgs, source: &'a Source) -> anyhow::Result<Model<'a>> {
     let model = Model::new(source, args.threads(), args.activations())?;
-    let beside = beside(source.path());
-    let path = args.calibration.as_deref().or_else(|| beside.exists().then_some(beside.as_path()));
-    Ok(match path {
-        Some(path) => model.with_calibration(&Calibration::open(path, source)?),
+    Ok(match calibration(args, source) {
+        Some(path) => model.with_calibration(&Calibration::open(&path, source)?),
         None => model,
     })
+}
+
+/// The calibration that the arguments name, or the one beside the model where there is one.
+pub fn calibration(args: &ModelArgs, source: &Source) -> Option<PathBuf> {
+    let beside = beside(source.path());
+    args.calibration.clone().or_else(|| beside.exists().then_some(beside))
 }
 
 /// Says what would make a cache better, where something would.

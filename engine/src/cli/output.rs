@@ -60,6 +60,11 @@ impl Progress {
         }
     }
 
+    /// Changes what the bar says.
+    pub fn say(&self, message: String) {
+        self.bar.set_message(message);
+    }
+
     /// Takes the bar away.
     pub fn clear(&self) {
         self.bar.finish_and_clear();

@@ -45,14 +45,20 @@ impl<'m> CpuRunner<'m> {
     /// Slabs of each format that `bytes` hold, the rings of all rows taken off, in the proportion in which sequences of
     /// `len` tokens need them to run and to be frozen.
     pub fn slabs_in(&self, bytes: usize, len: usize) -> Slabs {
-        let mut mix = self.cache.need(0, len.max(1));
-        mix[Format::F16 as usize] += self.cache.rings();
+        let mix = self.slabs_for(1, len);
         let bytes = bytes
             .saturating_sub(self.rows * self.cache.rings() * self.cache.slab_stride(Format::F16));
         let each = |format: Format| mix[format as usize] * self.cache.slab_stride(format);
         let all: usize = Format::ALL.into_iter().map(each).sum();
         let shares = bytes as f64 / all as f64;
         mix.map(|slabs| (slabs as f64 * shares) as usize)
+    }
+
+    /// Slabs that `rows` sequences of `len` tokens need to run, and their rings to be frozen.
+    pub fn slabs_for(&self, rows: usize, len: usize) -> Slabs {
+        let mut slabs = self.cache.need(0, len).map(|slabs| slabs * rows);
+        slabs[Format::F16 as usize] += self.cache.rings() * rows;
+        slabs
     }
 
     /// The next token of each row of a turn, from the logits of the last step.

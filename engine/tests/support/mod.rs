@@ -1,7 +1,9 @@
 //! What the tests of the file side share: a GGUF writer and the way to the real model.
 #![allow(dead_code)]
 
+pub mod fake;
 pub mod program;
+pub mod schedule;
 
 use std::path::PathBuf;
 
