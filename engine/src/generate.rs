@@ -102,20 +102,23 @@ pub fn generate(
 ) -> Result<Stats, RunError> {
     let mut tokens = tokenizer.prompt(&request.prompt).map_err(ModelError::from)?;
     let (prompt, context) = (tokens.len(), runner.context());
+    if prompt == 0 {
+        return Err(ModelError::Empty.into());
+    }
     if prompt > context {
         return Err(CacheError::Full { need: prompt, context }.into());
     }
     let row = runner.open()?;
     let (mut text, mut clock, mut chosen) = (tokenizer.stream(false), Clock::start(), Vec::new());
     // The last token's logits choose the first answer, so it is a step.
-    for block in tokens[..prompt.saturating_sub(1)].chunks(BLOCK) {
+    for block in tokens[..prompt - 1].chunks(BLOCK) {
         match runner.read(row, block, watch) {
             Err(e) if e.is_interrupted() => break,
             read => read?,
         }
     }
     let end = loop {
-        let (made, newest) = (tokens.len() - prompt, tokens.len().saturating_sub(1));
+        let (made, newest) = (tokens.len() - prompt, tokens.len() - 1);
         if watch.stopped() {
             break End::Interrupted;
         }
