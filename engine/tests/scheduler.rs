@@ -43,8 +43,8 @@ proptest! {
         let outcome = run(&mut fake, &requests, BLOCK, 0, &mut rng);
         prop_assert_eq!((outcome.done.len(), outcome.failed.len()), (requests.len(), 0));
         for request in &requests {
-            let tokens = &outcome.done[&request.id].tokens;
-            prop_assert_eq!(Some(tokens), by_itself(request).as_ref(), "{}", request.id);
+            let tokens = outcome.done[&request.id].tokens.clone();
+            prop_assert_eq!(Some(tokens), by_itself(request), "{}", request.id);
         }
         prop_assert_eq!(outcome.done[&0].preemptions, 0, "the oldest never gives way");
         // In each round the oldest reads a block or gets a token, whoever else is there.
@@ -70,7 +70,7 @@ proptest! {
         for request in &requests {
             let expected = by_itself(request);
             match outcome.done.get(&request.id) {
-                Some(done) => prop_assert_eq!(Some(&done.tokens), expected.as_ref()),
+                Some(done) => prop_assert_eq!(Some(done.tokens.clone()), expected),
                 None => prop_assert!(
                     outcome.cancelled.contains(&request.id)
                         || expected.is_none() && outcome.failed.contains(&request.id)

@@ -27,8 +27,9 @@ pub fn requests(rng: &mut ChaCha8Rng, n: u64, prompt: usize, answer: usize) -> V
         tokens.truncate(rng.random_range(1..=prompt));
         if rng.random_range(0..4) > 0 {
             let at = rng.random_range(0..tokens.len());
+            let more = rng.random_range(1..=prompt - at);
             tokens.truncate(at);
-            tokens.extend(text(rng, rng.random_range(1..=prompt - at)));
+            tokens.extend(text(rng, more));
         }
         let greedy = rng.random_range(0..2) == 0;
         let some = Sampling { temperature: 1.0, top_k: 40, top_p: 0.95, min_p: 0.0 };
