@@ -4,10 +4,12 @@
 //! the first on, and with them equal slabs: a prompt is read in blocks at fixed multiples of their length.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry as MapEntry;
 
+use kvwarp::pages::Entry;
 use sha2::{Digest, Sha256};
 
-use crate::runner::Frozen;
+use crate::runner::{Frozen, Slabs};
 
 /// Hash of a beginning.
 pub type Key = [u8; 32];
@@ -18,6 +20,10 @@ pub struct Prefixes {
     block: usize,
     kept: HashMap<Key, Kept>,
     clock: u64,
+    /// How many of the kept refer to each slab.
+    users: HashMap<Entry, usize>,
+    /// Slabs in `users`.
+    slabs: Slabs,
 }
 
 struct Kept {
@@ -29,7 +35,8 @@ struct Kept {
 impl Prefixes {
     /// None yet, of blocks of `block` tokens; keys begin at `root`.
     pub fn new(root: Key, block: usize) -> Self {
-        Self { root, block, kept: HashMap::new(), clock: 0 }
+        let (kept, users) = (HashMap::new(), HashMap::new());
+        Self { root, block, kept, clock: 0, users, slabs: Slabs::default() }
     }
 
     /// The key at the end of each whole block of `tokens`.
@@ -71,14 +78,43 @@ impl Prefixes {
     /// Keeps a beginning; what was kept of the same key, if anything, comes back.
     #[must_use]
     pub fn insert(&mut self, key: Key, frozen: Frozen) -> Option<Frozen> {
+        let old = self.remove(&key);
+        for &entry in &frozen.entries {
+            let users = self.users.entry(entry).or_default();
+            *users += 1;
+            self.slabs[tag(entry)] += usize::from(*users == 1);
+        }
         self.clock += 1;
-        let kept = Kept { frozen, used: self.clock };
-        self.kept.insert(key, kept).map(|kept| kept.frozen)
+        self.kept.insert(key, Kept { frozen, used: self.clock });
+        old
     }
 
     /// Forgets the least recently used.
     pub fn forget(&mut self) -> Option<Frozen> {
         let oldest = self.kept.iter().min_by_key(|(_, kept)| kept.used).map(|(key, _)| *key)?;
-        self.kept.remove(&oldest).map(|kept| kept.frozen)
+        self.remove(&oldest)
     }
+
+    /// Slabs that are kept: more could not be had by forgetting everything.
+    pub fn slabs(&self) -> Slabs {
+        self.slabs
+    }
+
+    fn remove(&mut self, key: &Key) -> Option<Frozen> {
+        let frozen = self.kept.remove(key)?.frozen;
+        for &entry in &frozen.entries {
+            let MapEntry::Occupied(mut users) = self.users.entry(entry) else { continue };
+            *users.get_mut() -= 1;
+            if *users.get() == 0 {
+                users.remove();
+                self.slabs[tag(entry)] -= 1;
+            }
+        }
+        Some(frozen)
+    }
+}
+
+/// The format of a slab, as a place in [`Slabs`].
+fn tag(entry: Entry) -> usize {
+    entry.get().map_or(0, |(format, _)| format as usize)
 }

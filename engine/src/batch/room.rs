@@ -5,23 +5,22 @@ use crate::runner::{Row, RunError, Slabs, check};
 
 impl Batch<'_> {
     /// Whether the first who waits could read all its tokens beside what the others have still to read; prefixes that
-    /// are in the way are melted.
+    /// are in the way are melted, if that is of use.
     pub(super) fn has_room_for_first(&mut self) -> bool {
-        let promised = |batch: &Self| {
-            let jobs = batch.active.iter();
-            jobs.fold(Slabs::default(), |sum, job| {
-                let held = job.held(&*batch.runner);
-                plus(sum, batch.runner.need(held, job.tokens.len() - held))
-            })
-        };
+        let promised = self.active.iter().fold(Slabs::default(), |sum, job| {
+            let held = job.held(&*self.runner);
+            plus(sum, self.runner.need(held, job.tokens.len() - held))
+        });
         loop {
             let Some(job) = self.waiting.front() else { return false };
             let shared = self.prefixes.reach(&job.keys);
             let more = self.runner.need(shared, job.tokens.len() - shared);
-            if check(&plus(promised(self), more), &self.runner.free()).is_ok() {
+            let (need, free) = (plus(promised, more), self.runner.free());
+            if check(&need, &free).is_ok() {
                 return true;
             }
-            if !self.melt_one() {
+            let of_use = check(&need, &plus(free, self.prefixes.slabs())).is_ok();
+            if !((of_use || self.active.is_empty()) && self.melt_one()) {
                 // Alone, it fits: it was checked when it came.
                 return self.active.is_empty();
             }
