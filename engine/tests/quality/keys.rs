@@ -10,12 +10,13 @@ use crate::watched;
 pub fn greedy(model: &Model<'_>, spec: &CacheSpec, prompt: &[u32], steps: usize) -> Vec<u32> {
     let mut cache = model.cache(spec, prompt.len() + steps).unwrap();
     let mut work = Work::default();
-    watched(|watch| model.prefill(prompt, &mut cache, &mut work, watch)).unwrap();
+    let row = cache.open();
+    watched(|watch| model.prefill(prompt, (&mut cache, row), &mut work, watch)).unwrap();
     let mut said = Vec::new();
     for _ in 0..steps {
         let best = work.logits().iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
         said.push(best as u32);
-        model.decode(best as u32, &mut cache, &mut work).unwrap();
+        model.step(&[(row, &[best as u32])], &mut cache, &mut work).unwrap();
     }
     said
 }
