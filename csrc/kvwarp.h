@@ -33,10 +33,16 @@ typedef int32_t kvw_status;
 
 typedef struct CUstream_st *kvw_stream; /* == cudaStream_t == CUstream */
 
-/* Element types of dense tensors. */
+/* Element types of dense tensors, and of the weight matrices of embed and linear, which may also be in blocks
+ * of codes; linear.h gives the planes that those lie in. */
 #define KVW_F32 0
 #define KVW_F16 1
 #define KVW_BF16 2
+#define KVW_Q8_0 3 /* blocks of 32: q d */
+#define KVW_Q4_0 4 /* blocks of 32: (q - 8) d */
+#define KVW_Q4_1 5 /* blocks of 32: q d + m */
+#define KVW_Q4_K 6 /* blocks of 256, groups of 32: q (d s) - dmin m */
+#define KVW_Q6_K 7 /* blocks of 256, groups of 16: (q - 32) (d s) */
 
 int32_t kvw_abi_version(void);
 /* A static text: which field, what is wrong with it; CUDA's own text for a cudaError_t. */
@@ -49,6 +55,7 @@ kvw_status kvw_device_count(int32_t *count);
 #include "embed.h"
 #include "kv_pack.h"
 #include "linear.h"
+#include "page_table.h"
 #include "paged_attn.h"
 #include "prefill_attn.h"
 #include "rms_norm.h"

@@ -1,4 +1,5 @@
-/* sample.h - the next token of each sequence: greedy, or top-k, top-p, min-p, then temperature, seeded. */
+/* sample.h - the next token of each sequence: a repetition penalty, then greedy, or top-k,
+ * top-p, min-p, then temperature, seeded. */
 #ifndef KVWARP_SAMPLE_H
 #define KVWARP_SAMPLE_H
 #include "kvwarp.h"
@@ -14,8 +15,11 @@ typedef struct kvw_sample_params {
     const float *top_p;       /* [S] in (0, 1]; 1 = off */
     const float *min_p;       /* [S] in [0, 1); 0 = off */
     const int32_t *top_k;     /* [S]; 0 = off */
+    const int32_t *history;   /* [S, history_stride] ids that the penalty applies to; null = off */
+    const int32_t *history_lens; /* [S] ids in use, 0 to history_stride; with history */
+    const float *penalty;     /* [S] above 0: positive logits divided, others multiplied; 1 = off; with history */
     int32_t vocab;            /* at least 1 */
-    int32_t reserved;         /* 0 */
+    int32_t history_stride;   /* 1 to 256; with history */
 } kvw_sample_params;
 
 kvw_status kvw_sample_check(const kvw_sample_params *p);

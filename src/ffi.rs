@@ -12,6 +12,11 @@ pub const KVW_ERR_EXECUTOR: i32 = -7;
 pub const KVW_F32: i32 = 0;
 pub const KVW_F16: i32 = 1;
 pub const KVW_BF16: i32 = 2;
+pub const KVW_Q8_0: i32 = 3;
+pub const KVW_Q4_0: i32 = 4;
+pub const KVW_Q4_1: i32 = 5;
+pub const KVW_Q4_K: i32 = 6;
+pub const KVW_Q6_K: i32 = 7;
 pub const KVW_SLAB_TOKENS: i32 = 64;
 pub const KVW_SLAB_VERSION: i32 = 1;
 pub const KVW_SLAB_F16: i32 = 0;
@@ -135,21 +140,21 @@ unsafe extern "C" {
 pub struct kvw_embed_params {
     #[doc = " sizeof(kvw_embed_params)"]
     pub struct_size: u32,
-    #[doc = " of table: KVW_F16, KVW_BF16 or KVW_F32"]
+    #[doc = " of table: any element type"]
     pub dtype: i32,
-    #[doc = " [vocab, width]"]
+    #[doc = " [vocab, width], types of blocks in planes (linear.h)"]
     pub table: *const ::core::ffi::c_void,
-    #[doc = " [T]; an id outside 0 .. vocab - 1 gives a row of zeros"]
+    #[doc = " [T]; an id outside 0 .. vocab - 1 gives a row of zeros; null = 0 .. T - 1"]
     pub ids: *const i32,
-    #[doc = " [T, width] f32, the residual stream"]
-    pub out: *mut f32,
+    #[doc = " [T, width] f32, the residual stream, or f16"]
+    pub out: *mut ::core::ffi::c_void,
     #[doc = " T"]
     pub tokens: i32,
     pub vocab: i32,
-    #[doc = " a multiple of 8"]
+    #[doc = " a multiple of 8, and of the block"]
     pub width: i32,
-    #[doc = " 0"]
-    pub reserved: i32,
+    #[doc = " KVW_F32 or KVW_F16"]
+    pub out_dtype: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -171,8 +176,8 @@ const _: () = {
         [::core::mem::offset_of!(kvw_embed_params, vocab) - 36usize];
     ["Offset of field: kvw_embed_params::width"]
         [::core::mem::offset_of!(kvw_embed_params, width) - 40usize];
-    ["Offset of field: kvw_embed_params::reserved"]
-        [::core::mem::offset_of!(kvw_embed_params, reserved) - 44usize];
+    ["Offset of field: kvw_embed_params::out_dtype"]
+        [::core::mem::offset_of!(kvw_embed_params, out_dtype) - 44usize];
 };
 impl Default for kvw_embed_params {
     fn default() -> Self {
@@ -302,9 +307,9 @@ unsafe extern "C" {
 pub struct kvw_linear_params {
     #[doc = " sizeof(kvw_linear_params)"]
     pub struct_size: u32,
-    #[doc = " of weight: KVW_F16 or KVW_BF16"]
+    #[doc = " of weight: any element type but KVW_F32"]
     pub dtype: i32,
-    #[doc = " [rows, cols]"]
+    #[doc = " [rows, cols], types of blocks in planes"]
     pub weight: *const ::core::ffi::c_void,
     #[doc = " [T, cols] f16"]
     pub x: *const ::core::ffi::c_void,
@@ -319,7 +324,7 @@ pub struct kvw_linear_params {
     #[doc = " T, 1 to 16"]
     pub tokens: i32,
     pub rows: i32,
-    #[doc = " a multiple of 8"]
+    #[doc = " a multiple of 8, and of the block"]
     pub cols: i32,
     #[doc = " 0"]
     pub reserved: i32,
@@ -373,6 +378,65 @@ unsafe extern "C" {
 }
 unsafe extern "C" {
     pub fn kvw_linear(p: *const kvw_linear_params, stream: kvw_stream) -> kvw_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct kvw_page_table_params {
+    #[doc = " sizeof(kvw_page_table_params)"]
+    pub struct_size: u32,
+    #[doc = " rows of edits, at least 1"]
+    pub max_edits: i32,
+    #[doc = " [entries]"]
+    pub table: *mut u32,
+    #[doc = " [max_edits, 2] index, entry; indices differ, one >= entries is skipped"]
+    pub edits: *const u32,
+    #[doc = " [1] edits to do; clamped to 0 .. max_edits"]
+    pub count: *const i32,
+    #[doc = " at least 1"]
+    pub entries: i32,
+    #[doc = " 0"]
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of kvw_page_table_params"][::core::mem::size_of::<kvw_page_table_params>() - 40usize];
+    ["Alignment of kvw_page_table_params"]
+        [::core::mem::align_of::<kvw_page_table_params>() - 8usize];
+    ["Offset of field: kvw_page_table_params::struct_size"]
+        [::core::mem::offset_of!(kvw_page_table_params, struct_size) - 0usize];
+    ["Offset of field: kvw_page_table_params::max_edits"]
+        [::core::mem::offset_of!(kvw_page_table_params, max_edits) - 4usize];
+    ["Offset of field: kvw_page_table_params::table"]
+        [::core::mem::offset_of!(kvw_page_table_params, table) - 8usize];
+    ["Offset of field: kvw_page_table_params::edits"]
+        [::core::mem::offset_of!(kvw_page_table_params, edits) - 16usize];
+    ["Offset of field: kvw_page_table_params::count"]
+        [::core::mem::offset_of!(kvw_page_table_params, count) - 24usize];
+    ["Offset of field: kvw_page_table_params::entries"]
+        [::core::mem::offset_of!(kvw_page_table_params, entries) - 32usize];
+    ["Offset of field: kvw_page_table_params::reserved"]
+        [::core::mem::offset_of!(kvw_page_table_params, reserved) - 36usize];
+};
+impl Default for kvw_page_table_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+unsafe extern "C" {
+    pub fn kvw_page_table_check(p: *const kvw_page_table_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_page_table_workspace(p: *const kvw_page_table_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_page_table_bytes(p: *const kvw_page_table_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_page_table(p: *const kvw_page_table_params, stream: kvw_stream) -> kvw_status;
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -734,14 +798,20 @@ pub struct kvw_sample_params {
     pub min_p: *const f32,
     #[doc = " [S]; 0 = off"]
     pub top_k: *const i32,
+    #[doc = " [S, history_stride] ids that the penalty applies to; null = off"]
+    pub history: *const i32,
+    #[doc = " [S] ids in use, 0 to history_stride; with history"]
+    pub history_lens: *const i32,
+    #[doc = " [S] above 0: positive logits divided, others multiplied; 1 = off; with history"]
+    pub penalty: *const f32,
     #[doc = " at least 1"]
     pub vocab: i32,
-    #[doc = " 0"]
-    pub reserved: i32,
+    #[doc = " 1 to 256; with history"]
+    pub history_stride: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_sample_params"][::core::mem::size_of::<kvw_sample_params>() - 80usize];
+    ["Size of kvw_sample_params"][::core::mem::size_of::<kvw_sample_params>() - 104usize];
     ["Alignment of kvw_sample_params"][::core::mem::align_of::<kvw_sample_params>() - 8usize];
     ["Offset of field: kvw_sample_params::struct_size"]
         [::core::mem::offset_of!(kvw_sample_params, struct_size) - 0usize];
@@ -763,10 +833,16 @@ const _: () = {
         [::core::mem::offset_of!(kvw_sample_params, min_p) - 56usize];
     ["Offset of field: kvw_sample_params::top_k"]
         [::core::mem::offset_of!(kvw_sample_params, top_k) - 64usize];
+    ["Offset of field: kvw_sample_params::history"]
+        [::core::mem::offset_of!(kvw_sample_params, history) - 72usize];
+    ["Offset of field: kvw_sample_params::history_lens"]
+        [::core::mem::offset_of!(kvw_sample_params, history_lens) - 80usize];
+    ["Offset of field: kvw_sample_params::penalty"]
+        [::core::mem::offset_of!(kvw_sample_params, penalty) - 88usize];
     ["Offset of field: kvw_sample_params::vocab"]
-        [::core::mem::offset_of!(kvw_sample_params, vocab) - 72usize];
-    ["Offset of field: kvw_sample_params::reserved"]
-        [::core::mem::offset_of!(kvw_sample_params, reserved) - 76usize];
+        [::core::mem::offset_of!(kvw_sample_params, vocab) - 96usize];
+    ["Offset of field: kvw_sample_params::history_stride"]
+        [::core::mem::offset_of!(kvw_sample_params, history_stride) - 100usize];
 };
 impl Default for kvw_sample_params {
     fn default() -> Self {

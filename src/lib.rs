@@ -21,6 +21,7 @@ mod lanes;
 #[cfg(kvw_cuda)]
 mod launch;
 pub mod linear;
+pub mod page_table;
 pub mod paged_attn;
 pub mod pages;
 pub mod prefill_attn;

@@ -18,6 +18,7 @@ mod kv_pack;
 mod kv_pack_cpu;
 mod layout;
 mod linear;
+mod page_table;
 mod paged_attn;
 #[path = "../benches/plot.rs"]
 mod plot;
