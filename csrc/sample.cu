@@ -1,17 +1,17 @@
-// sample: the next token of each sequence: greedy, or top-k, then top-p, then min-p, then temperature, and a
-// seeded draw.
+// sample: the next token of each sequence: a repetition penalty, then greedy, or top-k, then top-p, then min-p,
+// then temperature, and a seeded draw.
 //
-// Math      weight(x, t) = floor(e^((x - max) / t) * 2^40), 0 for NaN, 2^40 for x = max; rank by (logit
-//           descending, id ascending), NaN last. top-k: the first k ranks. top-p: the fewest ranks whose
-//           weights at t = 1 reach max(1, floor(total * top_p)), top_p in units of 2^-32, total over the
-//           kept. min-p: weight at t = 1 of at least floor(min_p * 2^40). Draw: with total now over
-//           weights at t = temperature, the first id whose running sum in id order exceeds floor(r *
-//           total / 2^64). Nothing kept: the best. r = mix(seed + (step + 1) * 0x9E3779B97F4A7C15),
-//           SplitMix64's output step + 1 from seed: mix(z): z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9; z =
-//           (z ^ z >> 27) * 0x94D049BB133111EB; z ^ z >> 31
-// Shapes    logits [S, vocab] f32, vocab up to 2^22; all others [S]
-// Bytes     the logits once, 32 a sequence -> kvw_sample_bytes()
-// Launch    a CTA of 512 threads a sequence, 25 KB of shared memory
+// Math      x = logit, if its id is in the history: x > 0 ? x / penalty : x * penalty. weight(x, t) =
+//           floor(e^((x - max) / t) * 2^40), 0 for NaN, 2^40 for x = max; rank by (logit descending, id
+//           ascending), NaN last. top-k: the first k ranks. top-p: the fewest ranks whose weights at t = 1
+//           reach max(1, floor(total * top_p)), top_p in units of 2^-32, total over the kept. min-p: weight at
+//           t = 1 of at least floor(min_p * 2^40). Draw: with total now over weights at t = temperature, the
+//           first id whose running sum in id order exceeds floor(r * total / 2^64). Nothing kept: the best. r
+//           = mix(seed + (step + 1) * 0x9E3779B97F4A7C15), SplitMix64's output step + 1 from seed: mix(z): z =
+//           (z ^ z >> 30) * 0xBF58476D1CE4E5B9; z = (z ^ z >> 27) * 0x94D049BB133111EB; z ^ z >> 31
+// Shapes    logits [S, vocab] f32, vocab up to 2^22; history [S, up to 256] i32; all others [S]
+// Bytes     the logits once, 32 a sequence, 8 and the history with a penalty -> kvw_sample_bytes()
+// Launch    a CTA of 512 threads a sequence, 27 KB of shared memory
 // Workspace none
 // Order     deterministic, and the same bits as src/sample/cpu.rs: sums are of integers, e^x is made of
 //           single f32 multiplications and additions
@@ -24,6 +24,8 @@
 // 2. Eleven bits a digit: of a float's first eight, all logits of a model share a few values, and atomics
 //    of a warp to one bin take turns.
 // 3. Passes over the logits after the first come from L2: 128 k logits are 512 KB.
+// 4. Penalised logits are not stored: a hash table of the history's distinct ids stays in shared memory and
+//    each pass asks it. An id's low bits are its hash, so that the 32 neighbours of a warp read 32 banks.
 #include "kvwarp.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
@@ -33,6 +35,7 @@ namespace {
 using u64 = unsigned long long;
 
 constexpr int THREADS = 512, WARPS = THREADS / 32, DIGIT = 11, BINS = 1 << DIGIT, ID_BITS = 22;
+constexpr int HISTORY = 256, SLOTS = 2 * HISTORY, EMPTY = -1;
 constexpr float ONE = 1099511627776.f; // 2^40, the largest weight
 
 // The steps of src/exp.rs::exp.
@@ -82,6 +85,7 @@ struct Shared {
     uint32_t counts[BINS];
     u64 warps[WARPS];
     Found found;
+    int history[SLOTS]; // ids by their low bits, or in the next slots; at most half of them in use
 };
 
 // Running sum of x over the threads of the block, own included; `all` is the whole.
@@ -103,14 +107,50 @@ PRIM u64 running_sum(u64 x, Shared& shared, u64& all) {
     return x;
 }
 
+PRIM int slot_of(int id) { return int(unsigned(id) % SLOTS); }
+
 struct Row {
     const float* logits;
     int vocab;
+    const int* history; // null where nothing is penalised
+    float penalty;
+
+    PRIM bool repeats(int id) const {
+        int slot = slot_of(id);
+        while (history[slot] != id && history[slot] != EMPTY) slot = slot_of(slot + 1);
+        return history[slot] == id;
+    }
+
+    PRIM float logit(int id) const {
+        float x = logits[id];
+        if (!history || !repeats(id)) return x;
+        return x > 0.f || KVW_FAULT(325) ? __fdiv_rn(x, penalty) : __fmul_rn(x, penalty);
+    }
 
     template <class F> PRIM void each(F f) const {
-        for (int id = int(threadIdx.x); id < vocab; id += THREADS) f(id, logits[id]);
+        for (int id = int(threadIdx.x); id < vocab; id += THREADS) f(id, logit(id));
     }
 };
+
+// Sequence s, the ids of its history in their slots.
+PRIM Row row_of(const kvw_sample_params& p, int s, Shared& shared) {
+    Row row = {p.logits + size_t(s) * p.vocab, p.vocab, nullptr, 1.f};
+    if (!p.history || p.penalty[s] == 1.f) return row;
+    for (int slot = int(threadIdx.x); slot < SLOTS; slot += THREADS) shared.history[slot] = EMPTY;
+    __syncthreads();
+    int i = int(threadIdx.x);
+    if (i < min(p.history_lens[s], p.history_stride)) {
+        int id = p.history[size_t(s) * p.history_stride + i], slot = slot_of(id), was = EMPTY;
+        if (id >= 0 && id < p.vocab) {
+            while ((was = atomicCAS(&shared.history[slot], EMPTY, id)) != EMPTY && was != id)
+                slot = slot_of(slot + 1);
+        }
+    }
+    if (!KVW_FAULT(326)) __syncthreads();
+    row.history = shared.history;
+    row.penalty = p.penalty[s];
+    return row;
+}
 
 PRIM u64 best_rank(const Row& row, Shared& shared) {
     u64 best = 0;
@@ -182,14 +222,14 @@ template <class F> PRIM int draw(const Row& row, Shared& shared, u64 random, int
     int stretch = (row.vocab + THREADS - 1) / THREADS * 32, first = min(warp * stretch, row.vocab);
     int end = min(first + stretch, row.vocab);
     u64 own = 0, all;
-    for (int id = first + lane; id < end; id += 32) own += measure(id, row.logits[id]);
+    for (int id = first + lane; id < end; id += 32) own += measure(id, row.logit(id));
     if (threadIdx.x == 0) drawn[0] = best;
     u64 after = running_sum(own, shared, all), target = __umul64hi(random, all);
     u64 until = __shfl_sync(~0u, after, 31), sum = warp == 0 ? 0 : until - shared.warps[warp];
     if (all > 0 && sum <= target && target < until) {
         for (int id0 = first; id0 < end; id0 += 32) {
             int id = id0 + lane;
-            u64 x = id < end ? measure(id, row.logits[id]) : 0;
+            u64 x = id < end ? measure(id, row.logit(id)) : 0;
 #pragma unroll
             for (int lanes = 1; lanes < 32; lanes *= 2) {
                 u64 y = __shfl_up_sync(~0u, x, lanes);
@@ -211,10 +251,10 @@ __global__ void __launch_bounds__(THREADS, 2) sample(const __grid_constant__ kvw
     KVW_SHARED(Shared, shared_, 1);
     Shared& shared = shared_[0];
     int s = int(blockIdx.x);
-    Row row = {p.logits + size_t(s) * p.vocab, p.vocab};
+    Row row = row_of(p, s, shared);
     u64 best = best_rank(row, shared), cut = 0, all;
     int token = id_of(best);
-    float max = row.logits[token], temperature = p.temperature[s], top_p = p.top_p[s];
+    float max = row.logit(token), temperature = p.temperature[s], top_p = p.top_p[s];
     if (temperature > 0.f && best >> ID_BITS != 0) {
         if (p.top_k[s] > 0 && p.top_k[s] < p.vocab)
             cut = select(row, shared, cut, u64(p.top_k[s]), [](float) { return 1ull; });
@@ -249,7 +289,11 @@ kvw_status kvw_sample_check(const kvw_sample_params* p) {
     KVW_REQUIRED(*p, top_k);
     KVW_REQUIRE(p->seqs >= 1, SHAPE, seqs);
     KVW_REQUIRE(p->vocab >= 1 && p->vocab <= 1 << ID_BITS, SHAPE, vocab);
-    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
+    KVW_OPTIONAL(*p, history);
+    if (!p->history) return KVW_OK;
+    KVW_REQUIRED(*p, history_lens);
+    KVW_REQUIRED(*p, penalty);
+    KVW_REQUIRE(p->history_stride >= 1 && p->history_stride <= HISTORY, SHAPE, history_stride);
     return KVW_OK;
 }
 
@@ -257,7 +301,8 @@ size_t kvw_sample_workspace(const kvw_sample_params*) { return 0; }
 
 size_t kvw_sample_bytes(const kvw_sample_params* p) {
     if (kvw_sample_check(p) != KVW_OK) return 0;
-    return size_t(p->seqs) * (size_t(p->vocab) * 4 + 32);
+    size_t history = p->history ? 8 + size_t(p->history_stride) * 4 : 0;
+    return size_t(p->seqs) * (size_t(p->vocab) * 4 + 32 + history);
 }
 
 kvw_status kvw_sample(const kvw_sample_params* p, kvw_stream stream) {

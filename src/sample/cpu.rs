@@ -1,6 +1,6 @@
 //! The CPU path: partial sorts of (logit, id) packed in 64 bits.
 
-use super::{Sampling, check};
+use super::{Sampling, check, penalised};
 use crate::error::Result;
 use crate::exp::exp;
 use std::cmp::Reverse;
@@ -8,12 +8,14 @@ use std::cmp::Reverse;
 /// Weight of the most probable token.
 const ONE: f32 = (1u64 << 40) as f32;
 
-/// The next token, given 64 random bits (see [`super::draw`]; greedy ignores them).
+/// The next token after `recent`, whose logits the penalty changes, given 64 random bits (see
+/// [`super::draw`]; greedy ignores them).
 ///
 /// # Errors
-/// [`crate::Error::Unsupported`] for no logits, too many, or a field of `sampling` out of range.
-pub fn cpu(logits: &[f32], sampling: &Sampling, draw: u64) -> Result<u32> {
-    check(logits.len(), sampling)?;
+/// [`crate::Error::Unsupported`] for no logits, too many, too many `recent`, or a field of `sampling` out of range.
+pub fn cpu(logits: &[f32], sampling: &Sampling, recent: &[u32], draw: u64) -> Result<u32> {
+    check(logits.len(), sampling, recent)?;
+    let logits = &*penalised(logits, sampling, recent);
     let max = max(logits);
     let best = logits.iter().position(|&x| x == max).unwrap_or(0) as u32;
     if sampling.temperature == 0.0 || logits[best as usize].is_nan() {

@@ -1,11 +1,12 @@
 //! The meaning, in f64.
 
-use super::{Sampling, check};
+use super::{Sampling, check, penalised};
 use crate::error::Result;
 
-/// Probability of each token under `sampling`, which is not greedy; NaN logits count as `-inf`.
-pub fn oracle(logits: &[f32], sampling: &Sampling) -> Result<Vec<f64>> {
-    check(logits.len(), sampling)?;
+/// Probability of each token after `recent` under `sampling`, which is not greedy; NaN logits count as `-inf`.
+pub fn oracle(logits: &[f32], sampling: &Sampling, recent: &[u32]) -> Result<Vec<f64>> {
+    check(logits.len(), sampling, recent)?;
+    let logits = &*penalised(logits, sampling, recent);
     let x = |i: usize| if logits[i].is_nan() { f64::NEG_INFINITY } else { f64::from(logits[i]) };
     let max = (0..logits.len()).map(x).fold(f64::NEG_INFINITY, f64::max);
     let e = |i: usize, t: f64| if x(i) == max { 1.0 } else { ((x(i) - max) / t).exp() };

@@ -156,7 +156,7 @@ impl SamplingArgs {
     /// What the kernel takes.
     pub fn sampling(&self) -> Result<Sampling, Usage> {
         let Self { temp: temperature, top_k, top_p, min_p, .. } = *self;
-        let sampling = Sampling { temperature, top_k, top_p, min_p };
+        let sampling = Sampling { temperature, top_k, top_p, min_p, repeat_penalty: 1.0 };
         sampling.check().map(|()| sampling).map_err(|error| Usage(error.to_string()))
     }
 
