@@ -2,14 +2,16 @@
 //
 // Math      y[t, r] = sum_c x[t, c] W[r, c] + bias[r] (+ y[t, r] where accumulate), products exact, sums
 //           f32; beyond the range of an f16 y, +-65504
-// Shapes    weight [rows, cols] f16 or bf16; x [T, cols] f16; bias [rows] f32; y [T, rows] f16 or f32
+// Shapes    weight [rows, cols] f16, bf16 or in blocks (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K: linear.h); x [T, cols]
+//           f16; bias [rows] f32; y [T, rows] f16 or f32
 // Layout    W is the M = 16 operand of mma.m16n8k16, tokens are the N = 8 one: a step computes 16 rows
 //           for 8 tokens
 // Bytes     W once, x, y, and y again where accumulate -> kvw_linear_bytes()
-// Launch    T = 1: a warp a row, 4 warps a CTA. T > 1: a CTA of 8 warps takes 16 rows, its warps share
+// Launch    T = 1, dense: a warp a row, 4 warps a CTA. Else: a CTA of 8 warps takes 16 rows, its warps share
 //           the columns; 8 KB of shared memory
 // Workspace none
-// Order     deterministic: lanes by shuffles or mma, then warps in order
+// Order     deterministic: lanes by shuffles or mma, then warps in order; with weights in blocks the same for
+//           every T, so that a row of y has the same bits whatever else is in the batch
 // Oracle    src/linear/oracle.rs
 //
 // Why it looks like this:
@@ -21,8 +23,8 @@
 // 3. With bf16 weights x is split in two bf16 terms, its upper 8 bits and the 3 that remain: exact, where
 //    rounding x to bf16 would cost 2^-9. The second mma is free next to the loads.
 #include "kvwarp.h"
+#include "common/blocks.cuh"
 #include "common/check.cuh"
-#include "common/codec.cuh"
 #include "common/launch.cuh"
 #include "common/rope.cuh"
 
@@ -86,7 +88,7 @@ template <class W> __global__ void __launch_bounds__(GEMV_THREADS, 4) gemv(const
     if (lane == 0) store(p, 0, row, sum);
 }
 
-// ---- two to sixteen tokens
+// ---- two to sixteen tokens, dense
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16, STEPS = 4; // of 32 columns, in flight
 
@@ -122,10 +124,31 @@ PRIM uint4 chunk_of(const void* matrix, int row, int rows, int chunk, int chunks
     return stream ? prim::ldg128_stream(at) : prim::ldg128(at);
 }
 
+// Sums of the warps for the CTA's rows, in order; c: 16 rows by 8 tokens a tile.
+template <int TILES> PRIM void reduce(const Params& p, int row, const float (&c)[TILES][4]) {
+    KVW_SHARED(float, sums, WARPS* MAX_TOKENS* ROWS); // [warp][token][row]
+    int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int token = 8 * n + 2 * q + i % 2, at = g + i / 2 * 8;
+            sums[(warp * MAX_TOKENS + token) * ROWS + at] = c[n][i];
+        }
+    }
+    if (!KVW_FAULT(331)) __syncthreads();
+    for (int i = int(threadIdx.x); i < p.tokens * ROWS; i += THREADS) {
+        int token = i / ROWS, at = i % ROWS;
+        if (row + at >= p.rows) continue;
+        float sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += sums[(w * MAX_TOKENS + token) * ROWS + at];
+        store(p, token, row + at, sum);
+    }
+}
+
 // TILES: of 8 tokens.
 template <class W, int TILES>
 __global__ void __launch_bounds__(THREADS, 2) batch(const __grid_constant__ Params p) {
-    KVW_SHARED(float, sums, WARPS* MAX_TOKENS* ROWS); // [warp][token][row]
     int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
     int row = int(blockIdx.x) * ROWS, chunks = p.cols / CHUNK;
     float c[TILES][4] = {};
@@ -148,22 +171,7 @@ __global__ void __launch_bounds__(THREADS, 2) batch(const __grid_constant__ Para
             }
         }
     }
-#pragma unroll
-    for (int n = 0; n < TILES; n++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int token = 8 * n + 2 * q + i % 2, at = g + i / 2 * 8;
-            sums[(warp * MAX_TOKENS + token) * ROWS + at] = c[n][i];
-        }
-    }
-    if (!KVW_FAULT(331)) __syncthreads();
-    for (int i = int(threadIdx.x); i < p.tokens * ROWS; i += THREADS) {
-        int token = i / ROWS, at = i % ROWS;
-        if (row + at >= p.rows) continue;
-        float sum = 0;
-        for (int w = 0; w < WARPS; w++) sum += sums[(w * MAX_TOKENS + token) * ROWS + at];
-        store(p, token, row + at, sum);
-    }
+    reduce(p, row, c);
 }
 
 template <class W> kvw_status launch(const Params& p, kvw_stream stream) {
@@ -174,11 +182,105 @@ template <class W> kvw_status launch(const Params& p, kvw_stream stream) {
     return KVW_LAUNCH((batch<W, 2>), tiles, THREADS, 0, stream, p);
 }
 
+// ---- weights in blocks
+
+// Eight halves of x, as the B fragments that the lane's codes of 32 columns meet; x: the lane's first.
+template <class Step> PRIM uint4 activations(const __half* x, bool ok) {
+    if (!ok) return make_uint4(0, 0, 0, 0);
+    if (Step::GROUP == 32) return prim::ldg128(x);
+    uint2 low = *reinterpret_cast<const uint2*>(x), high = *reinterpret_cast<const uint2*>(x + 16);
+    return make_uint4(low.x, low.y, high.x, high.y);
+}
+
+// y += W x over a step, of which `left` columns exist: w[0] of row g, w[1] of row g + 8; x: where the lane begins
+// in its token of each tile, null where there is none.
+template <class Step, int TILES>
+PRIM void multiply_step(const Step (&w)[2], const __half* const (&x)[TILES], size_t first, int left,
+                        float (&y)[TILES][4]) {
+    constexpr uint32_t ONES[4] = {kvw::ONE_F16, kvw::ONE_F16, kvw::ONE_F16, kvw::ONE_F16};
+    const __half* at[TILES];
+#pragma unroll
+    for (int n = 0; n < TILES; n++) at[n] = x[n] + first;
+#pragma unroll
+    for (int j = 0; j < Step::COLS / 32; j++) {
+        __syncwarp(); // loads of later x are not moved before it, which would take registers that there are not
+        uint32_t a[2][4];
+        uint4 xs[TILES];
+        bool inside = Step::COLS == 256 || 32 * j < left;
+#pragma unroll
+        for (int n = 0; n < TILES; n++) xs[n] = activations<Step>(at[n] + 32 * j, x[n] && inside);
+#pragma unroll
+        for (int r = 0; r < 2; r++) w[r].pairs(j, a[r]);
+        float c[TILES][4] = {}, sum[TILES][4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const uint32_t codes[4] = {a[0][2 * half], a[1][2 * half], a[0][2 * half + 1], a[1][2 * half + 1]};
+            bool last = Step::GROUP == 16 || half == 1; // of a group
+            kvw::Affine of[2] = {};
+            if (last) {
+                for (int r = 0; r < 2; r++) of[r] = w[KVW_FAULT(335) ? 0 : r].affine(j, half);
+            }
+#pragma unroll
+            for (int n = 0; n < TILES; n++) {
+                uint32_t b0 = kvw::component(xs[n], 2 * half), b1 = kvw::component(xs[n], 2 * half + 1);
+                prim::mma_16816<__half>(c[n], codes, b0, b1);
+                if (Step::OFFSET) prim::mma_16816<__half>(sum[n], ONES, b0, b1);
+                if (!last) continue;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    y[n][i] = fmaf(of[i / 2].scale, c[n][i], y[n][i]);
+                    if (Step::OFFSET) y[n][i] = fmaf(of[i / 2].offset, sum[n][i], y[n][i]);
+                    c[n][i] = 0;
+                }
+            }
+        }
+    }
+}
+
+template <int DTYPE, int TILES>
+__global__ void __launch_bounds__(THREADS, 2) blocks(const __grid_constant__ Params p) {
+    using Step = kvw::Step<DTYPE>;
+    constexpr int DEPTH = 256 / (Step::COLS * (DTYPE == KVW_Q8_0 ? 2 : 1)); // 64 bytes of codes in flight a lane
+    kvw::Matrix matrix = {static_cast<const unsigned char*>(p.weight), size_t(p.rows), p.cols};
+    int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
+    int row = int(blockIdx.x) * ROWS, steps = (p.cols + Step::COLS - 1) / Step::COLS;
+    float y[TILES][4] = {};
+    const __half* x[TILES];
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+        int token = 8 * n + g;
+        const __half* own = static_cast<const __half*>(p.x) + size_t(token) * p.cols;
+        x[n] = token < p.tokens ? own + kvw::first_column<Step>(q, 0) : nullptr;
+    }
+    for (int first = warp; first < steps; first += WARPS * DEPTH) {
+        Step w[DEPTH][2];
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            int step = first + WARPS * i;
+            if (step >= steps) break;
+            for (int r = 0; r < 2; r++) w[i][r].load(matrix, size_t(row + g + 8 * r), step, q);
+        }
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            int step = first + WARPS * i;
+            if (step >= steps) break;
+            multiply_step(w[i], x, size_t(step) * Step::COLS, p.cols - step * Step::COLS, y);
+        }
+    }
+    reduce(p, row, y);
+}
+
+template <int DTYPE> kvw_status launch_blocks(const Params& p, kvw_stream stream) {
+    dim3 tiles(unsigned((p.rows + ROWS - 1) / ROWS));
+    if (p.tokens <= 8) return KVW_LAUNCH((blocks<DTYPE, 1>), tiles, THREADS, 0, stream, p);
+    return KVW_LAUNCH((blocks<DTYPE, 2>), tiles, THREADS, 0, stream, p);
+}
+
 } // namespace
 
 kvw_status kvw_linear_check(const kvw_linear_params* p) {
     KVW_CHECK_PARAMS(p);
-    KVW_REQUIRE(p->dtype == KVW_F16 || p->dtype == KVW_BF16, FORMAT, dtype);
+    KVW_REQUIRE(p->dtype == KVW_F16 || p->dtype == KVW_BF16 || kvw::in_blocks(p->dtype), FORMAT, dtype);
     KVW_REQUIRE(p->y_dtype == KVW_F16 || p->y_dtype == KVW_F32, FORMAT, y_dtype);
     KVW_REQUIRED(*p, weight);
     KVW_REQUIRED(*p, x);
@@ -189,6 +291,7 @@ kvw_status kvw_linear_check(const kvw_linear_params* p) {
     KVW_REQUIRE(p->tokens >= 1 && p->tokens <= MAX_TOKENS, SHAPE, tokens);
     KVW_REQUIRE(p->rows >= 1 && p->rows <= 1 << 28, SHAPE, rows);
     KVW_REQUIRE(p->cols >= 1 && p->cols <= 1 << 28 && p->cols % CHUNK == 0, SHAPE, cols);
+    KVW_REQUIRE(p->cols % kvw::block_cols(p->dtype) == 0, SHAPE, cols);
     KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     return KVW_OK;
 }
@@ -199,10 +302,18 @@ size_t kvw_linear_bytes(const kvw_linear_params* p) {
     if (kvw_linear_check(p) != KVW_OK) return 0;
     size_t rows = size_t(p->rows), cols = size_t(p->cols), tokens = size_t(p->tokens);
     size_t y = tokens * rows * (p->y_dtype == KVW_F16 ? 2 : 4) * size_t(1 + p->accumulate);
-    return rows * cols * 2 + tokens * cols * 2 + y + (p->bias ? rows * 4 : 0);
+    return rows * kvw::row_bytes(p->dtype, p->cols) + tokens * cols * 2 + y + (p->bias ? rows * 4 : 0);
 }
 
 kvw_status kvw_linear(const kvw_linear_params* p, kvw_stream stream) {
     KVW_TRY(kvw_linear_check(p));
-    return p->dtype == KVW_F16 ? launch<__half>(*p, stream) : launch<__nv_bfloat16>(*p, stream);
+    switch (p->dtype) {
+    case KVW_F16: return launch<__half>(*p, stream);
+    case KVW_BF16: return launch<__nv_bfloat16>(*p, stream);
+    case KVW_Q8_0: return launch_blocks<KVW_Q8_0>(*p, stream);
+    case KVW_Q4_0: return launch_blocks<KVW_Q4_0>(*p, stream);
+    case KVW_Q4_1: return launch_blocks<KVW_Q4_1>(*p, stream);
+    case KVW_Q4_K: return launch_blocks<KVW_Q4_K>(*p, stream);
+    default: return launch_blocks<KVW_Q6_K>(*p, stream);
+    }
 }

@@ -1,7 +1,8 @@
 //! Products with weights in GGUF block formats, against f64 over the decoded weights.
 
 mod edges;
-mod kernel;
+pub mod kernel;
+mod planes;
 
 use crate::cases::somewhere;
 use crate::exec::{assert_caught, executors, op};
@@ -15,7 +16,7 @@ use rand::rngs::ChaCha8Rng;
 use rand::{Rng, RngExt, SeedableRng};
 
 /// Random bytes with sane scales: every code, sign and 6-bit scale occurs.
-fn random_weights(rng: &mut ChaCha8Rng, kind: WeightType, rows: usize, cols: usize) -> Vec<u8> {
+pub fn random_weights(rng: &mut ChaCha8Rng, kind: WeightType, rows: usize, cols: usize) -> Vec<u8> {
     let mut data = vec![0; rows * kind.row_bytes(cols).unwrap()];
     rng.fill_bytes(&mut data);
     let mut half = |at: &mut [u8], top: f32| {
@@ -261,6 +262,12 @@ fn c_checks_need_no_gpu() {
     );
     assert_eq!(op!(kvw_linear).bytes(&valid), 33 * 72 * 2 + 3 * 72 * 2 + 2 * 3 * 33 * 4);
     assert_eq!(op!(kvw_linear).workspace(&valid), 0);
+    let blocks = params(Case { kind: WeightType::Q6K, cols: 512, accumulate: false, ..CASE });
+    let blocks =
+        ffi::kvw_linear_params { weight: somewhere(), x: somewhere(), y: somewhere(), ..blocks };
+    let splits = ("cols splits a block", |p: &mut ffi::kvw_linear_params| p.cols = 384);
+    op!(kvw_linear).refuses(blocks, &[(splits.0, splits.1, ffi::KVW_ERR_SHAPE)]);
+    assert_eq!(op!(kvw_linear).bytes(&blocks), 33 * 420 + 3 * 512 * 2 + 3 * 33 * 4);
 }
 
 #[test]
@@ -287,4 +294,10 @@ fn faults_are_caught() {
     assert_caught(332, "columns past the end of a row are read", body);
     assert_caught(333, "rows g and g + 8 of a tile change places", body);
     assert_caught(334, "y is overwritten where it should be added to", body);
+    let of = |kind, cols| {
+        move |run: &crate::exec::Run| close_to_oracle(run, Case { kind, cols, ..CASE })
+    };
+    assert_caught(335, "rows g + 8 have the scales of rows g", of(WeightType::Q8_0, 96));
+    assert_caught(336, "a run that is not whole is read as one", of(WeightType::Q4_0, 192));
+    assert_caught(337, "minima are left out", of(WeightType::Q4_1, 64));
 }

@@ -1,4 +1,4 @@
-//! The CUDA kernel, for f16 and bf16 weights and up to sixteen tokens.
+//! The CUDA kernel, for up to sixteen tokens: f16, bf16 and [`super::planes`] of blocks.
 
 crate::launch::op! {
     /// Enqueue the CUDA kernel on `stream`.

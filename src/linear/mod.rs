@@ -14,11 +14,13 @@ mod kind;
 pub mod oracle;
 mod out;
 mod panel;
+mod planes;
 mod q8;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use kind::{WeightType, Weights};
+pub use planes::planes;
 
 use crate::error::{Error, Result};
 use crate::simd::Level;
