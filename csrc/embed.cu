@@ -3,7 +3,7 @@
 // Math      out[t] = table[ids[t]], or table[t] without ids; zeros where that is outside the vocabulary; beyond
 //           the range of an f16 out, +-65504
 // Shapes    table [vocab, width] f16, bf16, f32 or in blocks (linear.h); ids [T]; out [T, width] f32 or f16
-// Bytes     a row of the table and a row of out a token -> kvw_embed_bytes()
+// Bytes     a row of the table and a row of out a token, 4 an id -> kvw_embed_bytes()
 // Launch    a thread takes 8 neighbouring channels, of a table in blocks a lane's share of a step (blocks.cuh);
 //           256 threads a CTA, as many CTAs as that takes
 // Workspace none
@@ -44,7 +44,7 @@ PRIM int id_of(const kvw_embed_params& p, int64_t token) {
 }
 
 PRIM uint32_t two_halves(float a, float b) {
-    return uint32_t(__half_as_ushort(kvw::half_saturated(b))) << 16 | __half_as_ushort(kvw::half_saturated(a));
+    return kvw::half2_bits(__halves2half2(kvw::half_saturated(a), kvw::half_saturated(b)));
 }
 
 PRIM void store4(const kvw_embed_params& p, int64_t at, const float* x) {
@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(THREADS) unpack(const __grid_constant__ kvw_em
     using Step = kvw::Step<DTYPE>;
     kvw::Matrix matrix = {static_cast<const unsigned char*>(p.table), size_t(p.vocab), p.width};
     int q = int(threadIdx.x) % 4, steps = (p.width + Step::COLS - 1) / Step::COLS;
-    int64_t n = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 4, token = min(n / steps, int64_t(p.tokens) - 1);
+    int64_t n = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 4;
+    int64_t token = min(n / steps, int64_t(p.tokens) - 1);
     bool inside = n < int64_t(p.tokens) * steps; // the others take part in the warp's shuffles
     int step = int(n % steps), id = id_of(p, token);
     Step w;
@@ -102,7 +103,8 @@ __global__ void __launch_bounds__(THREADS) unpack(const __grid_constant__ kvw_em
 template <int DTYPE> kvw_status launch_unpack(const kvw_embed_params& p, kvw_stream stream) {
     constexpr int COLS = kvw::Step<DTYPE>::COLS;
     int64_t threads = int64_t(p.tokens) * ((p.width + COLS - 1) / COLS) * 4;
-    return KVW_LAUNCH((unpack<DTYPE>), dim3(unsigned((threads + THREADS - 1) / THREADS)), THREADS, 0, stream, p);
+    dim3 grid(unsigned((threads + THREADS - 1) / THREADS));
+    return KVW_LAUNCH((unpack<DTYPE>), grid, THREADS, 0, stream, p);
 }
 
 } // namespace

@@ -20,7 +20,15 @@
 // 2. The order of columns within an mma is free as long as W and x agree: lane (g, q) loads columns 8 q
 //    .. 8 q + 7 of a step of 32 and feeds them as the fragments of two mma, with neither ldmatrix nor
 //    shared memory.
-// 3. With bf16 weights x is split in two bf16 terms, its upper 8 bits and the 3 that remain: exact, where
+// 3. Weights in blocks: codes become exact halves (an LOP3 and an HFMA2 a pair, most of the instructions),
+//    an mma sums a group, and one FFMA an element of the result applies the scale; minima meet sums of x,
+//    from an mma with ones. Decoded once for all T. Predicted for H100 (3.35 TB/s, 132 SMs of 4 issues a
+//    clock, 1.7 GHz: 0.27 warp instructions a byte), from SASS of sm_90a, T <= 8 and T > 8: Q8_0 0.12,
+//    0.15; Q4_0 0.19, 0.23; Q4_1 0.20, 0.26; Q4_K 0.21, 0.34; Q6_K 0.20, 0.24: bound by memory, but for
+//    Q4_K beyond T = 8, where issue allows 79 % of it. x comes from L1 while T cols 2 bytes fit beside 16
+//    KB of sums, about 200 KB; beyond, 16 rows of 4-bit weights share an L2 stream of x that is T / 4.5
+//    times theirs, so that cols of 14336 want T <= 7. Not measured.
+// 4. With bf16 weights x is split in two bf16 terms, its upper 8 bits and the 3 that remain: exact, where
 //    rounding x to bf16 would cost 2^-9. The second mma is free next to the loads.
 #include "kvwarp.h"
 #include "common/blocks.cuh"
@@ -192,47 +200,55 @@ template <class Step> PRIM uint4 activations(const __half* x, bool ok) {
     return make_uint4(low.x, low.y, high.x, high.y);
 }
 
-// y += W x over a step, of which `left` columns exist: w[0] of row g, w[1] of row g + 8; x: where the lane begins
-// in its token of each tile, null where there is none.
+// y += W x over 32 columns, number j of a step: w[0] of row g, w[1] of row g + 8; x: the lane's activations.
+template <class Step, int TILES>
+PRIM void multiply_32(const Step (&w)[2], int j, const uint4 (&x)[TILES], float (&y)[TILES][4]) {
+    constexpr uint32_t ONES[4] = {kvw::ONE_F16, kvw::ONE_F16, kvw::ONE_F16, kvw::ONE_F16};
+    uint32_t a[2][4];
+#pragma unroll
+    for (int r = 0; r < 2; r++) w[r].pairs(j, a[r]);
+    float c[TILES][4] = {}, sum[TILES][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint32_t codes[4] = {a[0][2 * half], a[1][2 * half], a[0][2 * half + 1], a[1][2 * half + 1]};
+        bool last = Step::GROUP == 16 || half == 1; // of a group
+        kvw::Affine of[2] = {};
+        if (last) {
+            for (int r = 0; r < 2; r++) of[r] = w[KVW_FAULT(335) ? 0 : r].affine(j, half);
+        }
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            uint32_t b0 = kvw::component(x[n], 2 * half), b1 = kvw::component(x[n], 2 * half + 1);
+            prim::mma_16816<__half>(c[n], codes, b0, b1);
+            if (Step::OFFSET) prim::mma_16816<__half>(sum[n], ONES, b0, b1);
+            if (!last) continue;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                y[n][i] = fmaf(of[i / 2].scale, c[n][i], y[n][i]);
+                if (Step::OFFSET) y[n][i] = fmaf(of[i / 2].offset, sum[n][i], y[n][i]);
+                c[n][i] = 0;
+            }
+        }
+    }
+}
+
+// A step, of which `left` columns exist; x: where the lane begins in its token of each tile, null where
+// there is none.
 template <class Step, int TILES>
 PRIM void multiply_step(const Step (&w)[2], const __half* const (&x)[TILES], size_t first, int left,
                         float (&y)[TILES][4]) {
-    constexpr uint32_t ONES[4] = {kvw::ONE_F16, kvw::ONE_F16, kvw::ONE_F16, kvw::ONE_F16};
-    const __half* at[TILES];
+    constexpr int AT_ONCE = TILES == 2 && Step::OFFSET ? 1 : 2; // runs of 128 columns that the registers bear
+#pragma unroll(AT_ONCE)
+    for (int run = 0; run < Step::COLS / 128; run++) {
 #pragma unroll
-    for (int n = 0; n < TILES; n++) at[n] = x[n] + first;
+        for (int k = 0; k < 4; k++) {
+            int j = 4 * run + k;
+            bool inside = Step::COLS == 256 || 32 * j < left;
+            uint4 at[TILES];
 #pragma unroll
-    for (int j = 0; j < Step::COLS / 32; j++) {
-        __syncwarp(); // loads of later x are not moved before it, which would take registers that there are not
-        uint32_t a[2][4];
-        uint4 xs[TILES];
-        bool inside = Step::COLS == 256 || 32 * j < left;
-#pragma unroll
-        for (int n = 0; n < TILES; n++) xs[n] = activations<Step>(at[n] + 32 * j, x[n] && inside);
-#pragma unroll
-        for (int r = 0; r < 2; r++) w[r].pairs(j, a[r]);
-        float c[TILES][4] = {}, sum[TILES][4] = {};
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint32_t codes[4] = {a[0][2 * half], a[1][2 * half], a[0][2 * half + 1], a[1][2 * half + 1]};
-            bool last = Step::GROUP == 16 || half == 1; // of a group
-            kvw::Affine of[2] = {};
-            if (last) {
-                for (int r = 0; r < 2; r++) of[r] = w[KVW_FAULT(335) ? 0 : r].affine(j, half);
-            }
-#pragma unroll
-            for (int n = 0; n < TILES; n++) {
-                uint32_t b0 = kvw::component(xs[n], 2 * half), b1 = kvw::component(xs[n], 2 * half + 1);
-                prim::mma_16816<__half>(c[n], codes, b0, b1);
-                if (Step::OFFSET) prim::mma_16816<__half>(sum[n], ONES, b0, b1);
-                if (!last) continue;
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    y[n][i] = fmaf(of[i / 2].scale, c[n][i], y[n][i]);
-                    if (Step::OFFSET) y[n][i] = fmaf(of[i / 2].offset, sum[n][i], y[n][i]);
-                    c[n][i] = 0;
-                }
-            }
+            for (int n = 0; n < TILES; n++)
+                at[n] = activations<Step>(x[n] + first + 32 * j, x[n] && inside);
+            multiply_32(w, j, at, y);
         }
     }
 }
@@ -240,7 +256,7 @@ PRIM void multiply_step(const Step (&w)[2], const __half* const (&x)[TILES], siz
 template <int DTYPE, int TILES>
 __global__ void __launch_bounds__(THREADS, 2) blocks(const __grid_constant__ Params p) {
     using Step = kvw::Step<DTYPE>;
-    constexpr int DEPTH = 256 / (Step::COLS * (DTYPE == KVW_Q8_0 ? 2 : 1)); // 64 bytes of codes in flight a lane
+    constexpr int DEPTH = 256 / (Step::COLS * (DTYPE == KVW_Q8_0 ? 2 : 1)); // 64 bytes of codes a lane
     kvw::Matrix matrix = {static_cast<const unsigned char*>(p.weight), size_t(p.rows), p.cols};
     int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
     int row = int(blockIdx.x) * ROWS, steps = (p.cols + Step::COLS - 1) / Step::COLS;

@@ -1,10 +1,10 @@
 // blocks.cuh - weight matrices in blocks of codes: how the four lanes of a quad read a row of their planes
 // (linear.h), and what codes and scales mean. A value is code * scale + offset.
 //
-// A step is what a quad takes of a row at a time: 128 columns, or the 256 of a block. Lane q holds eight columns
-// of every 32 as four half pairs, exact: in pairs (0, 1) and (2, 3) they are the A fragments of two mma.m16n8k16,
-// with no exchange between lanes, which is what the order of the planes is for. The columns are 8 q .. 8 q + 7;
-// in Q6_K, whose scales cover 16, 4 q .. 4 q + 3 of either half.
+// A step is what a quad takes of a row at a time: 128 columns, or the 256 of a block. Lane q holds eight
+// columns of every 32 as four half pairs, exact: in pairs (0, 1) and (2, 3) they are the A fragments of two
+// mma.m16n8k16, with no exchange between lanes, which is what the order of the planes is for. The columns
+// are 8 q .. 8 q + 7; in Q6_K, whose scales cover 16, 4 q .. 4 q + 3 of either half.
 #pragma once
 #include "codec.cuh"
 
@@ -44,7 +44,7 @@ struct Affine {
 // Both halves the same.
 template <uint32_t HALF> constexpr uint32_t TWICE = HALF * 0x00010001u;
 
-constexpr uint32_t MAGIC = TWICE<0x6400>, ONE_F16 = TWICE<0x3C00>, SIXTEENTH = TWICE<0x2C00>; // 1024, 1, 1 / 16
+constexpr uint32_t MAGIC = TWICE<0x6400>, ONE_F16 = TWICE<0x3C00>, SIXTEENTH = TWICE<0x2C00>; // 1024, 1, 1/16
 
 // (a & MASK) | b in one instruction, which the compiler makes two of where both are constants.
 template <uint32_t MASK> PRIM uint32_t masked(uint32_t a, uint32_t b) {
@@ -53,7 +53,8 @@ template <uint32_t MASK> PRIM uint32_t masked(uint32_t a, uint32_t b) {
 
 // Eight nibbles less BIAS. Below the exponent of 1024 a nibble counts 1 or, four bits up, 16.
 template <int BIAS> PRIM void nibbles(uint32_t word, uint32_t (&pairs)[4]) {
-    constexpr uint32_t LOW = TWICE<0xE400 + BIAS>, HIGH = TWICE<0xD400 + 16 * BIAS>; // -1024 - BIAS, -64 - BIAS
+    // -1024 - BIAS and -64 - BIAS
+    constexpr uint32_t LOW = TWICE<0xE400 + BIAS>, HIGH = TWICE<0xD400 + 16 * BIAS>;
 #pragma unroll
     for (int p = 0; p < 4; p += 2) {
         uint32_t w = word >> 4 * p;
@@ -73,6 +74,12 @@ template <int WORDS> PRIM uint4 run_of(const unsigned char* run, int q, int n) {
 }
 
 PRIM float half_float(uint32_t bits) { return __half2float(__ushort_as_half((unsigned short)bits)); }
+
+// Byte i of a word less BIAS, exact: below the exponent of 2^23 an integer counts 1. Conversions have a
+// quarter of the rate.
+template <int BIAS> PRIM float byte_float(uint32_t word, int i) {
+    return __fsub_rn(__uint_as_float(prim::prmt(word, 0x4B000000u, 0x7440u | uint32_t(i))), 8388608.f + BIAS);
+}
 
 // Q8_0, Q4_0, Q4_1: blocks of 32, four a step; lane q holds the scale of block q.
 template <int DTYPE> struct Step {
@@ -132,17 +139,19 @@ template <> struct Step<KVW_Q4_K> {
         head = n ? prim::ldg128_stream(heads + block * 16) : make_uint4(0, 0, 0, 0);
     }
 
-    PRIM void pairs(int j, uint32_t (&a)[4]) const { nibbles<0>(component(codes[j / 4], j % 4), a); }
+    PRIM void pairs(int j, uint32_t (&a)[4]) const {
+        nibbles<0>(component(j < 4 ? codes[0] : codes[1], j % 4), a);
+    }
 
-    // Groups 0 to 3 have a byte each in head.y and head.z, 4 to 7 a nibble each in head.w and the top two bits
-    // of those bytes.
+    // Groups 0 to 3 have a byte each in head.y and head.z, 4 to 7 a nibble each in head.w and the top two
+    // bits of those bytes.
     PRIM Affine affine(int j, int) const {
         uint32_t scales = head.y & 0x3F3F3F3Fu, minima = head.z & 0x3F3F3F3Fu;
         if (j >= 4 && !KVW_FAULT(338)) {
             scales = (head.w & 0x0F0F0F0Fu) | (head.y >> 2 & 0x30303030u);
             minima = (head.w >> 4 & 0x0F0F0F0Fu) | (head.z >> 2 & 0x30303030u);
         }
-        float s = float(scales >> 8 * (j % 4) & 0xFFu), min = float(minima >> 8 * (j % 4) & 0xFFu);
+        float s = byte_float<0>(scales, j % 4), min = byte_float<0>(minima, j % 4);
         return {__fmul_rn(half_float(head.x & 0xFFFFu), s), -__fmul_rn(half_float(head.x >> 16), min)};
     }
 };
@@ -164,7 +173,7 @@ template <> struct Step<KVW_Q6_K> {
     }
 
     PRIM void pairs(int j, uint32_t (&a)[4]) const {
-        uint32_t word = component(low[j / 4], j % 4), top = component(high, j / 2);
+        uint32_t word = component(j < 4 ? low[0] : low[1], j % 4), top = component(high, j / 2);
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             int up = 4 - 2 * p - (KVW_FAULT(339) ? 0 : j % 2 * 8); // to bits 4 and 20
@@ -174,8 +183,8 @@ template <> struct Step<KVW_Q6_K> {
     }
 
     PRIM Affine affine(int j, int half) const {
-        uint32_t word = component(scales, j / 2) >> (j % 2 * 16 + half * 8);
-        return {__fmul_rn(half_float(d), float(int(int8_t(word)))), 0.f};
+        uint32_t word = component(scales, j / 2) ^ 0x80808080u;
+        return {__fmul_rn(half_float(d), byte_float<128>(word, j % 2 * 2 + half)), 0.f};
     }
 };
 
