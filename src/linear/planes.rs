@@ -3,7 +3,6 @@
 use super::blocks;
 use super::kind::{WeightType, Weights};
 use crate::simd::Level;
-use std::ops::Range;
 
 /// The bytes of `weights` as the kernels of `embed` and `linear` take them: planes, in the order that
 /// `csrc/linear.h` gives, of as many bytes as the blocks have; float formats stay as they are.
@@ -30,9 +29,9 @@ pub fn planes(weights: &Weights<'_>) -> Vec<u8> {
         }
     }
     out.append(&mut high);
-    for plane in scales(kind) {
+    for &(first, end) in scales(kind) {
         for block in rows().flat_map(|row| row.chunks_exact(kind.block_bytes())) {
-            out.extend_from_slice(&block[plane.clone()]);
+            out.extend_from_slice(&block[first..end]);
         }
     }
     out
@@ -48,13 +47,13 @@ fn columns(kind: WeightType) -> Columns {
     }
 }
 
-/// Bytes of a block that make a plane each.
-fn scales(kind: WeightType) -> Vec<Range<usize>> {
+/// First byte and end of what makes a plane each, in a block.
+fn scales(kind: WeightType) -> &'static [(usize, usize)] {
     match kind {
-        WeightType::Q4_1 => vec![0..4],
-        WeightType::Q4K => vec![0..16],
-        WeightType::Q6K => vec![192..208, 208..210],
-        _ => vec![0..2],
+        WeightType::Q4_1 => &[(0, 4)],
+        WeightType::Q4K => &[(0, 16)],
+        WeightType::Q6K => &[(192, 208), (208, 210)],
+        _ => &[(0, 2)],
     }
 }
 
