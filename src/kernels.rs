@@ -98,6 +98,7 @@ kernels! {
     embed: kvw_embed, kvw_embed_params;
     kv_pack: kvw_kv_pack, kvw_kv_pack_params;
     linear: kvw_linear, kvw_linear_params;
+    page_table: kvw_page_table, kvw_page_table_params;
     paged_attn: kvw_paged_attn, kvw_paged_attn_params;
     prefill_attn: kvw_prefill_attn, kvw_prefill_attn_params;
     rms_norm: kvw_rms_norm, kvw_rms_norm_params;

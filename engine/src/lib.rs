@@ -12,6 +12,7 @@ pub mod error;
 pub mod fetch;
 pub mod generate;
 pub mod gguf;
+pub mod gpu;
 pub mod model;
 pub mod perplexity;
 pub mod runner;

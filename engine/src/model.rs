@@ -17,7 +17,6 @@ use half::f16;
 use kvwarp::linear::{Activations, Cpu, matmul};
 use kvwarp::paged_attn::Mask;
 use kvwarp::rope_select::{Angles, Pairing};
-use kvwarp::slab::Format;
 use kvwarp::threads::Team;
 use kvwarp::{linear, rms_norm};
 
@@ -30,6 +29,7 @@ use crate::spec::CacheSpec;
 use crate::watch::Watch;
 pub use error::ModelError;
 use layers::Layer;
+pub(crate) use layers::matrix;
 use step::{Of, Piece};
 pub use work::Work;
 
@@ -148,13 +148,7 @@ impl<'a> Model<'a> {
     /// What the calibration, where there is one, adds to `spec`.
     pub fn plan(&self, spec: &CacheSpec) -> Plan {
         let heads = self.config.layers * self.config.kv_heads;
-        let kept = spec.kept(heads);
-        let mut stores = vec![spec.store; heads];
-        self.losers.iter().take(kept).for_each(|&h| stores[h] = Format::Q4);
-        Plan {
-            feedback: self.feedback.clone().filter(|_| spec.hadamard),
-            stores: (kept > 0).then(|| stores.into()),
-        }
+        Plan::new(spec, heads, &self.losers, self.feedback.clone())
     }
 
     /// Reads `tokens` after what `row` holds; the logits of the last are then in `work`.

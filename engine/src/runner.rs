@@ -11,7 +11,7 @@
 mod cpu;
 
 use kvwarp::pages::Entry;
-use kvwarp::sample::Sampling;
+use kvwarp::sample::{MAX_RECENT, Sampling};
 use kvwarp::slab::Format;
 
 pub use cpu::CpuRunner;
@@ -57,6 +57,14 @@ pub struct Turn<'a> {
     pub draw: i32,
     /// What a repetition penalty looks at, `tokens[0]` included, oldest first.
     pub recent: &'a [u32],
+}
+
+impl Turn<'_> {
+    /// What the penalty on what follows `tokens[i]` looks at, oldest first.
+    pub fn seen(&self, i: usize) -> Vec<u32> {
+        let seen = [self.recent, &self.tokens[1..=i]].concat();
+        seen[seen.len().saturating_sub(MAX_RECENT)..].to_vec()
+    }
 }
 
 /// A sequence as it was at one moment, to continue from; its slabs stay taken until [`Runner::melt`].
@@ -107,6 +115,9 @@ pub enum RunError {
     /// A kernel or the device refused; the sequences concerned must be closed.
     #[error(transparent)]
     Kernel(#[from] kvwarp::Error),
+    /// The GPU has too little memory; the sequences concerned must be closed.
+    #[error(transparent)]
+    Gpu(Box<crate::gpu::platform::GpuError>),
 }
 
 impl From<CacheError> for RunError {

@@ -18,6 +18,22 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// For `heads` heads in all, of which `losers`, those that lose most first, and `feedback` come from a calibration.
+    pub fn new(
+        spec: &CacheSpec,
+        heads: usize,
+        losers: &[usize],
+        feedback: Option<Arc<[f16]>>,
+    ) -> Self {
+        let kept = spec.kept(heads);
+        let mut stores = vec![spec.store; heads];
+        losers.iter().take(kept).for_each(|&h| stores[h] = Format::Q4);
+        Self {
+            feedback: feedback.filter(|_| spec.hadamard),
+            stores: (kept > 0).then(|| stores.into()),
+        }
+    }
+
     /// Rules of head `h`, of `d` channels.
     pub(super) fn rules<'a>(&'a self, spec: &CacheSpec, h: usize, d: usize) -> Rules<'a> {
         let feedback = self.feedback.as_ref().map(|rows| &rows[h * d * d..(h + 1) * d * d]);

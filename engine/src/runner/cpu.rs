@@ -71,7 +71,8 @@ impl<'m> CpuRunner<'m> {
         self.model.team().each_chunk(&mut chosen, 1, |row, to| {
             let (turn, i) = draws[row];
             let draw = sample::draw(turn.choice.seed, turn.draw.wrapping_add(i as i32));
-            to[0] = sample::cpu(&logits[row * vocab..][..vocab], &turn.choice.sampling, draw);
+            let (logits, sampling) = (&logits[row * vocab..][..vocab], &turn.choice.sampling);
+            to[0] = sample::cpu(logits, sampling, &turn.seen(i), draw);
         });
         let mut chosen = chosen.into_iter();
         out.clear();

@@ -72,6 +72,7 @@ impl Reader<'_> {
             top_k: take(&mut fields, "top_k")?.unwrap_or(sampling.top_k),
             top_p: take(&mut fields, "top_p")?.unwrap_or(sampling.top_p),
             min_p: take(&mut fields, "min_p")?.unwrap_or(sampling.min_p),
+            ..sampling
         };
         sampling.check().map_err(|e| e.to_string())?;
         let seed = take(&mut fields, "seed")?.unwrap_or(seed.wrapping_add(number as u64));

@@ -1,0 +1,208 @@
+//! What a step is told: one block of 32-bit words, written at once, whose places depend on the step's shape alone.
+
+use std::rc::Rc;
+
+use kvwarp::sample::MAX_RECENT;
+
+use super::cache::Edit;
+use super::ops::{Ops, at, params};
+use super::platform::{Buffer, Platform, Result};
+use crate::runner::Turn;
+
+/// Rows of a step and tokens that each has: what a recorded step depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Grid {
+    /// A power of two; rows without a turn hold no tokens.
+    pub rows: usize,
+    /// 1 to 16.
+    pub each: usize,
+}
+
+impl Grid {
+    /// Rows of activations.
+    pub fn tokens(self) -> usize {
+        self.rows * self.each
+    }
+}
+
+/// Word offsets of the parts, each 16-byte aligned.
+#[derive(Debug, Clone, Copy)]
+pub struct Places {
+    /// `[tokens]` each, up to `history_lens`
+    pub ids: usize,
+    pub positions: usize,
+    pub draws: usize,
+    pub top_k: usize,
+    pub temperature: usize,
+    pub top_p: usize,
+    pub min_p: usize,
+    pub penalty: usize,
+    pub history_lens: usize,
+    /// `[tokens]` u64
+    pub seeds: usize,
+    /// `[rows]`
+    pub lens: usize,
+    /// `[rows + 1]`
+    pub firsts: usize,
+    /// `[1]`
+    pub count: usize,
+    /// `[count, 2]`
+    pub edits: usize,
+}
+
+impl Places {
+    /// For a step of this shape.
+    pub fn of(grid: Grid) -> Self {
+        let (tokens, mut next) = (grid.tokens(), 0usize);
+        let mut place = |words: usize| {
+            let at = next;
+            next = (at + words).next_multiple_of(4);
+            at
+        };
+        Self {
+            ids: place(tokens),
+            positions: place(tokens),
+            draws: place(tokens),
+            top_k: place(tokens),
+            temperature: place(tokens),
+            top_p: place(tokens),
+            min_p: place(tokens),
+            penalty: place(tokens),
+            history_lens: place(tokens),
+            seeds: place(2 * tokens),
+            lens: place(grid.rows),
+            firsts: place(grid.rows + 1),
+            count: place(1),
+            edits: place(0),
+        }
+    }
+}
+
+/// The block on the device, the newest tokens that penalties look at, and edits outside of steps.
+pub struct Control {
+    block: Buffer,
+    /// `[tokens, MAX_RECENT]`
+    history: Buffer,
+    /// A count, then so many edits.
+    edits: Buffer,
+    words: Vec<u32>,
+}
+
+/// Edits that are sent together outside of steps.
+const EDITS: usize = 1 << 14;
+/// Words before the edits of a list of its own.
+const COUNT: usize = 4;
+
+impl Control {
+    /// For steps of at most `most`, with at most `edits` edits each.
+    pub fn new(platform: &Rc<dyn Platform>, most: Grid, edits: usize) -> Result<Self> {
+        let words = Places::of(most).edits + 2 * edits;
+        Ok(Self {
+            block: Buffer::new(platform, "a step's numbers", 4 * words)?,
+            history: Buffer::new(platform, "recent tokens", most.tokens() * MAX_RECENT * 4)?,
+            edits: Buffer::new(platform, "page table edits", 4 * (COUNT + 2 * EDITS))?,
+            words: Vec::new(),
+        })
+    }
+
+    /// Address of a part.
+    pub fn at(&self, place: usize) -> u64 {
+        self.block.at() + 4 * place as u64
+    }
+
+    /// Address of the tokens that penalties look at.
+    pub fn history(&self) -> u64 {
+        self.history.at()
+    }
+
+    /// Tells the device of `turns`, each with the tokens that its row held before.
+    pub fn write(
+        &mut self,
+        platform: &Rc<dyn Platform>,
+        grid: Grid,
+        turns: &[(&Turn<'_>, usize)],
+        edits: &[Edit],
+    ) -> Result<()> {
+        let places = Places::of(grid);
+        self.words.clear();
+        self.words.resize(places.edits, 0);
+        self.words[places.count] = edits.len() as u32;
+        self.words.extend(edits.iter().flatten());
+        self.words[places.top_p..][..grid.tokens()].fill(1f32.to_bits());
+        self.words[places.penalty..][..grid.tokens()].fill(1f32.to_bits());
+        for row in 0..=grid.rows {
+            self.words[places.firsts + row] = (row * grid.each) as u32;
+        }
+        let mut history = Vec::new();
+        for &(turn, len) in turns {
+            self.words[places.lens + turn.row.0] = (len + grid.each) as u32;
+            for i in 0..grid.each {
+                let seen = self.place(&places, turn, turn.row.0 * grid.each + i, i, len);
+                if let Some(seen) = seen {
+                    history.resize(grid.tokens() * MAX_RECENT, 0);
+                    let first = (turn.row.0 * grid.each + i) * MAX_RECENT;
+                    history[first..first + seen.len()].copy_from_slice(&seen);
+                }
+            }
+        }
+        if !history.is_empty() {
+            platform.write(self.history.at(), bytemuck::cast_slice(&history))?;
+        }
+        platform.write(self.block.at(), bytemuck::cast_slice(&self.words))
+    }
+
+    /// Fills in token `i` of a turn as number `n` of the step; gives what its penalty looks at, where it has one.
+    fn place(
+        &mut self,
+        places: &Places,
+        turn: &Turn<'_>,
+        n: usize,
+        i: usize,
+        len: usize,
+    ) -> Option<Vec<u32>> {
+        let sampling = &turn.choice.sampling;
+        let words = &mut self.words;
+        words[places.ids + n] = turn.tokens[i];
+        words[places.positions + n] = (len + i) as u32;
+        words[places.draws + n] = turn.draw.wrapping_add(i as i32) as u32;
+        words[places.top_k + n] = i32::try_from(sampling.top_k).unwrap_or(i32::MAX) as u32;
+        words[places.temperature + n] = sampling.temperature.to_bits();
+        words[places.top_p + n] = sampling.top_p.to_bits();
+        words[places.min_p + n] = sampling.min_p.to_bits();
+        words[places.penalty + n] = sampling.repeat_penalty.to_bits();
+        words[places.seeds + 2 * n] = turn.choice.seed as u32;
+        words[places.seeds + 2 * n + 1] = (turn.choice.seed >> 32) as u32;
+        if sampling.repeat_penalty == 1.0 {
+            return None;
+        }
+        let seen = turn.seen(i);
+        words[places.history_lens + n] = seen.len() as u32;
+        Some(seen)
+    }
+
+    /// Edits the device's table, of `entries` entries, outside of a step.
+    pub fn edit(&mut self, ops: &Ops, table: (usize, u64), edits: &[Edit]) -> Result<()> {
+        for edits in edits.chunks(EDITS) {
+            self.words.clear();
+            self.words.resize(COUNT, 0);
+            self.words[0] = edits.len() as u32;
+            self.words.extend(edits.iter().flatten());
+            ops.platform.write(self.edits.at(), bytemuck::cast_slice(&self.words))?;
+            let list = self.edits.at();
+            edit(ops, table, (list, list + 4 * COUNT as u64), edits.len())?;
+        }
+        Ok(())
+    }
+}
+
+/// Edits a table of `entries` entries; the count lies at `list.0`, the edits at `list.1`.
+pub fn edit(ops: &Ops, table: (usize, u64), list: (u64, u64), most: usize) -> Result<()> {
+    let params = params!(kvw_page_table_params {
+        max_edits: most as i32,
+        table: at(table.1),
+        edits: at(list.1),
+        count: at(list.0),
+        entries: table.0 as i32,
+    });
+    ops.run(|k| &k.page_table, &params)
+}

@@ -1,0 +1,139 @@
+//! A step of all sequences that are being continued: the same launches whatever their lengths are.
+
+use kvwarp::ffi::{KVW_F16, KVW_PACK_APPEND, KVW_PACK_FILL};
+use kvwarp::slab::TOKENS;
+
+use super::Gpu;
+use super::control::{Grid, Places, edit};
+use super::ops::{FEW_ROWS, at, params};
+use super::platform::Result;
+use crate::runner::{RunError, Turn};
+
+impl Gpu {
+    /// Turns of `each` tokens; returns each one's choices.
+    pub(super) fn run(
+        &mut self,
+        turns: &[&Turn<'_>],
+        each: usize,
+    ) -> Result<Vec<Vec<u32>>, RunError> {
+        let highest = turns.iter().map(|turn| turn.row.0).max().unwrap_or(0);
+        let grid = Grid { rows: (highest + 1).next_power_of_two(), each };
+        let (mut edits, mut placed) = (Vec::new(), Vec::new());
+        for &turn in turns {
+            let len = self.cache.len(turn.row);
+            self.cache.extend(turn.row, len + each, &mut edits)?;
+            placed.push((turn, len));
+        }
+        self.control.write(&self.platform, grid, &placed, &edits)?;
+        self.launch(grid)?;
+        placed.iter().for_each(|(turn, len)| self.cache.set_len(turn.row, len + each));
+        self.last = Some(grid);
+        let mut chosen = vec![0u32; grid.tokens()];
+        self.platform.read(self.chosen.at(), bytemuck::cast_slice_mut(&mut chosen))?;
+        let of = |turn: &&Turn<'_>| chosen[turn.row.0 * each..][..each].to_vec();
+        Ok(turns.iter().map(of).collect())
+    }
+
+    /// Enqueues a step, by its recording where the platform has them.
+    fn launch(&mut self, grid: Grid) -> Result<()> {
+        if !self.recorded.contains_key(&grid) {
+            let replay = self.platform.record(&mut || self.body(grid))?;
+            self.recorded.insert(grid, replay);
+        }
+        match &self.recorded[&grid] {
+            Some(replay) => replay.launch(),
+            None => self.body(grid),
+        }
+    }
+
+    /// Everything between the control block and the chosen tokens.
+    fn body(&self, grid: Grid) -> Result<()> {
+        let (net, tokens) = (&self.net, grid.tokens());
+        let (x, places) = (net.work.x.at(), Places::of(grid));
+        let place = |place| self.control.at(place);
+        let list = (place(places.count), place(places.edits));
+        edit(&net.ops, self.cache.table(), list, self.cache.edits(grid.rows))?;
+        net.ops.embed(
+            &net.weights.embedding,
+            place(places.ids),
+            (x, kvwarp::ffi::KVW_F32),
+            tokens,
+        )?;
+        for (index, layer) in net.weights.layers.iter().enumerate() {
+            net.project(layer, x, place(places.positions), tokens)?;
+            self.append(index, grid, &places)?;
+            self.attend(index, grid, &places)?;
+            net.finish(layer, x, tokens)?;
+        }
+        let row_bytes = 4 * net.config.width;
+        for first in (0..tokens).step_by(FEW_ROWS) {
+            let rows = FEW_ROWS.min(tokens - first);
+            net.logits(x + (first * row_bytes) as u64, rows)?;
+            self.choose(&places, first, rows)?;
+        }
+        Ok(())
+    }
+
+    /// Keys and values into the rings; a slab that leaves the window with a single token is packed.
+    fn append(&self, layer: usize, grid: Grid, places: &Places) -> Result<()> {
+        let cache = self.cache.view(layer, grid.rows, self.control.at(places.lens));
+        let op = if grid.each == 1 { KVW_PACK_APPEND } else { KVW_PACK_FILL };
+        let mut params = self.net.packing(op, cache, grid.tokens());
+        params.cu_tokens = at(self.control.at(places.firsts));
+        params.max_tokens = grid.each as i32;
+        params.feedback = at(self.cache.feedback(layer));
+        params.range = self.cache.range();
+        self.net.ops.run(|k| &k.kv_pack, &params)
+    }
+
+    fn attend(&self, layer: usize, grid: Grid, places: &Places) -> Result<()> {
+        let params = kvwarp::ffi::kvw_paged_attn_params {
+            cache: self.cache.view(layer, grid.rows, self.control.at(places.lens)),
+            q: at(self.net.queries(grid.tokens())),
+            out: at(self.net.work.mix.at()),
+            workspace: at(self.scratch.at()),
+            workspace_bytes: self.scratch.bytes(),
+            ..self.attention(grid)
+        };
+        self.net.ops.run(|k| &k.paged_attn, &params)
+    }
+
+    /// Numbers of a step's attention; its pointers are null.
+    pub(super) fn attention(&self, grid: Grid) -> kvwarp::ffi::kvw_paged_attn_params {
+        params!(kvw_paged_attn_params {
+            q_heads: self.net.config.heads as i32,
+            cache: self.cache.view(0, grid.rows, self.control.at(0)),
+            q_len: grid.each as i32,
+            max_slabs: self.cache.shape().context.div_ceil(TOKENS) as i32,
+            sliding_window: self.sliding_window(),
+            dtype: KVW_F16,
+        })
+    }
+
+    /// 0 where a token sees all before it.
+    pub(super) fn sliding_window(&self) -> i32 {
+        self.net.config.sliding_window.unwrap_or(0) as i32
+    }
+
+    fn choose(&self, places: &Places, first: usize, rows: usize) -> Result<()> {
+        let of = |place: usize| self.control.at(place + first);
+        let history = self.control.history() + (first * kvwarp::sample::MAX_RECENT * 4) as u64;
+        let params = params!(kvw_sample_params {
+            seqs: rows as i32,
+            logits: at(self.net.work.logits.at()),
+            tokens: at(self.chosen.at() + 4 * first as u64),
+            seeds: at(self.control.at(places.seeds + 2 * first)),
+            steps: at(of(places.draws)),
+            temperature: at(of(places.temperature)),
+            top_p: at(of(places.top_p)),
+            min_p: at(of(places.min_p)),
+            top_k: at(of(places.top_k)),
+            history: at(history),
+            history_lens: at(of(places.history_lens)),
+            penalty: at(of(places.penalty)),
+            vocab: self.net.config.vocab as i32,
+            history_stride: kvwarp::sample::MAX_RECENT as i32,
+        });
+        self.net.ops.run(|k| &k.sample, &params)
+    }
+}

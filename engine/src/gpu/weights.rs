@@ -1,0 +1,294 @@
+//! A model's weights on the device.
+//!
+//! f16 and bf16 stay as they are, f32 becomes f16. Matrices in blocks stay in blocks, in the kernels' planes, or become
+//! f16 ([`Stored`]). Projections of the same input are one matrix: q above k, gate above up.
+//!
+//! Where the cache keeps values turned by Hadamard matrices of 32 ([`kvwarp::hadamard::values`]), the turn is in the rows of
+//! v and in the columns of o: in f32, before they are rounded to f16.
+
+use std::rc::Rc;
+
+use half::f16;
+use kvwarp::ffi::{self, KVW_BF16, KVW_F16, KVW_F32};
+use kvwarp::hadamard;
+use kvwarp::linear::{self, WeightType};
+use rayon::prelude::*;
+
+use super::platform::{Buffer, Platform, Result};
+use crate::config::Config;
+use crate::model::matrix;
+use crate::source::Source;
+
+/// Elements that are turned into f16 and sent together.
+const PIECE: usize = 1 << 23;
+
+/// How matrices that a GGUF file has in blocks are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// As f16.
+    F16,
+    /// In blocks.
+    Blocks,
+}
+
+/// Which sides of a matrix are turned by Hadamard matrices of 32.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turned {
+    No,
+    /// Outputs: 32 rows at a time.
+    Rows,
+    /// Inputs: 32 columns at a time.
+    Columns,
+}
+
+/// `[rows, cols]` of `KVW_*` elements.
+pub struct Matrix {
+    pub buffer: Buffer,
+    pub dtype: i32,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+/// A projection.
+pub struct Linear {
+    pub matrix: Matrix,
+    /// `[1, rows]` f32
+    pub bias: Option<Matrix>,
+}
+
+/// One transformer block.
+pub struct Layer {
+    pub attn_norm: Buffer,
+    /// Rows of q, then of k.
+    pub qk: Linear,
+    pub v: Linear,
+    pub o: Matrix,
+    pub ffn_norm: Buffer,
+    /// Rows of gate, then of up.
+    pub gate_up: Linear,
+    pub down: Matrix,
+}
+
+/// Everything.
+pub struct Weights {
+    pub embedding: Rc<Matrix>,
+    pub layers: Vec<Layer>,
+    pub output_norm: Buffer,
+    /// The embedding where the model ties them.
+    pub output: Rc<Matrix>,
+}
+
+impl Weights {
+    /// Uploads those of `source`; `turned` as its cache has values. `progress` is given bytes of the file that are done
+    /// and those in all.
+    pub fn new(
+        platform: &Rc<dyn Platform>,
+        source: &Source,
+        stored: Stored,
+        turned: bool,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        let total = source.weights.iter().map(|tensor| tensor.bytes.len()).sum();
+        let mut upload = Upload { platform, source, stored, done: 0, total, progress };
+        let Config { vocab, width, layers, tied_embeddings, .. } = source.config;
+        let embedding = Rc::new(upload.matrix(&["token_embd"], &[vocab], width, Turned::No)?);
+        let layers = (0..layers).map(|n| upload.layer(n, turned)).collect::<Result<_>>()?;
+        let output = match tied_embeddings {
+            true => Rc::clone(&embedding),
+            false => Rc::new(upload.matrix(&["output"], &[vocab], width, Turned::No)?),
+        };
+        let output_norm = upload.vector("output_norm", width)?;
+        Ok(Self { embedding, layers, output_norm, output })
+    }
+
+    /// Bytes of the largest matrix that products of many rows unpack; the output's never have that many.
+    pub fn unpacked_bytes(&self) -> usize {
+        let of = |l: &Layer| {
+            let all = [&l.qk.matrix, &l.v.matrix, &l.o, &l.gate_up.matrix, &l.down];
+            all.map(Matrix::unpacked_bytes).into_iter().max()
+        };
+        self.layers.iter().filter_map(of).max().unwrap_or(0)
+    }
+}
+
+struct Upload<'a> {
+    platform: &'a Rc<dyn Platform>,
+    source: &'a Source,
+    stored: Stored,
+    done: usize,
+    total: usize,
+    progress: &'a mut dyn FnMut(usize, usize),
+}
+
+impl Upload<'_> {
+    fn layer(&mut self, n: usize, turned: bool) -> Result<Layer> {
+        let Config { width, ffn, heads, kv_heads, head_dim, .. } = self.source.config;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        let name = |part: &str| format!("blk.{n}.{part}");
+        let side = |turned_side| if turned { turned_side } else { Turned::No };
+        Ok(Layer {
+            attn_norm: self.vector(&name("attn_norm"), width)?,
+            qk: self.linear(&[name("attn_q"), name("attn_k")], &[q, kv], width, Turned::No)?,
+            v: self.linear(&[name("attn_v")], &[kv], width, side(Turned::Rows))?,
+            o: self.matrix(&[&name("attn_output")], &[width], q, side(Turned::Columns))?,
+            ffn_norm: self.vector(&name("ffn_norm"), width)?,
+            gate_up: Linear {
+                matrix: self.matrix(
+                    &[&name("ffn_gate"), &name("ffn_up")],
+                    &[ffn, ffn],
+                    width,
+                    Turned::No,
+                )?,
+                bias: None,
+            },
+            down: self.matrix(&[&name("ffn_down")], &[width], ffn, Turned::No)?,
+        })
+    }
+
+    fn vector(&mut self, name: &str, length: usize) -> Result<Buffer> {
+        let x = self.source.weights.vector(name, length)?;
+        Buffer::of(self.platform, "norms", bytemuck::cast_slice(&x))
+    }
+
+    /// Projections one above the other, with their biases where the model has them.
+    fn linear(
+        &mut self,
+        names: &[String],
+        rows: &[usize],
+        cols: usize,
+        turned: Turned,
+    ) -> Result<Linear> {
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let matrix = self.matrix(&names, rows, cols, turned)?;
+        if !self.source.config.qkv_bias {
+            return Ok(Linear { matrix, bias: None });
+        }
+        let mut bias = Vec::new();
+        for (name, &rows) in names.iter().zip(rows) {
+            bias.extend(self.source.weights.vector(&format!("{name}.bias"), rows)?);
+        }
+        if turned == Turned::Rows {
+            hadamard::values(&mut bias);
+        }
+        let buffer = Buffer::of(self.platform, "biases", bytemuck::cast_slice(&bias))?;
+        let bias = Matrix { buffer, dtype: KVW_F32, rows: 1, cols: bias.len() };
+        Ok(Linear { matrix, bias: Some(bias) })
+    }
+
+    /// Matrices of `cols` columns, one above the other.
+    fn matrix(
+        &mut self,
+        names: &[&str],
+        rows: &[usize],
+        cols: usize,
+        turned: Turned,
+    ) -> Result<Matrix> {
+        let weights = &self.source.weights;
+        let parts = names.iter().zip(rows).map(|(name, &rows)| matrix(weights, name, rows, cols));
+        let parts = parts.collect::<crate::error::Result<Vec<_>>>()?;
+        let kind = parts[0].kind();
+        let alike = turned == Turned::No && parts.iter().all(|part| part.kind() == kind);
+        let bytes = |names: &[&str]| {
+            names.iter().filter_map(|name| weights.get(name)).map(|t| t.bytes).collect::<Vec<_>>()
+        };
+        let rows = rows.iter().sum();
+        let (dtype, buffer) = match kind {
+            WeightType::F16 if alike => (KVW_F16, self.raw(&bytes(names))?),
+            WeightType::BF16 if alike => (KVW_BF16, self.raw(&bytes(names))?),
+            kind => match blocks(kind).filter(|_| alike && self.stored == Stored::Blocks) {
+                Some(dtype) => {
+                    let bytes = bytes(names).concat();
+                    let all = linear::Weights::new(kind, rows, cols, &bytes)?;
+                    (dtype, self.raw(&[&linear::planes(&all)])?)
+                }
+                None => (KVW_F16, self.halves(&parts, turned)?),
+            },
+        };
+        Ok(Matrix { buffer, dtype, rows, cols })
+    }
+
+    fn note(&mut self, bytes: usize) {
+        self.done += bytes;
+        (self.progress)(self.done, self.total);
+    }
+
+    /// As it lies in the file.
+    fn raw(&mut self, parts: &[&[u8]]) -> Result<Buffer> {
+        let bytes = parts.iter().map(|part| part.len()).sum();
+        let buffer = Buffer::new(self.platform, "weights", bytes)?;
+        let mut at = buffer.at();
+        for piece in parts.iter().flat_map(|part| part.chunks(2 * PIECE)) {
+            self.platform.write(at, piece)?;
+            at += piece.len() as u64;
+            self.note(piece.len());
+        }
+        Ok(buffer)
+    }
+
+    /// As f16.
+    fn halves(&mut self, parts: &[linear::Weights<'_>], turned: Turned) -> Result<Buffer> {
+        let elements: usize = parts.iter().map(|part| part.rows() * part.cols()).sum();
+        let buffer = Buffer::new(self.platform, "weights", 2 * elements)?;
+        let mut at = buffer.at();
+        for part in parts {
+            let blocks = (PIECE / (part.cols() * hadamard::BLOCK)).max(1);
+            let step = blocks * hadamard::BLOCK;
+            for first in (0..part.rows()).step_by(step) {
+                let rows = step.min(part.rows() - first);
+                let halves = decoded(part, first, rows, turned)?;
+                self.platform.write(at, bytemuck::cast_slice(&halves))?;
+                at += 2 * halves.len() as u64;
+                self.note(rows * (part.bytes() / part.rows()));
+            }
+        }
+        Ok(buffer)
+    }
+}
+
+/// The kernels' type of matrices in blocks.
+fn blocks(kind: WeightType) -> Option<i32> {
+    match kind {
+        WeightType::F32 | WeightType::F16 | WeightType::BF16 => None,
+        WeightType::Q8_0 => Some(ffi::KVW_Q8_0),
+        WeightType::Q4_0 => Some(ffi::KVW_Q4_0),
+        WeightType::Q4_1 => Some(ffi::KVW_Q4_1),
+        WeightType::Q4K => Some(ffi::KVW_Q4_K),
+        WeightType::Q6K => Some(ffi::KVW_Q6_K),
+    }
+}
+
+/// Rows `first .. first + rows` in f16.
+fn decoded(
+    part: &linear::Weights<'_>,
+    first: usize,
+    rows: usize,
+    turned: Turned,
+) -> kvwarp::Result<Vec<f16>> {
+    let cols = part.cols();
+    let mut halves = vec![f16::ZERO; rows * cols];
+    let blocks = halves.par_chunks_mut(hadamard::BLOCK * cols).enumerate();
+    blocks.try_for_each(|(block, halves)| {
+        let mut x = vec![0.0; halves.len()];
+        for (i, row) in x.chunks_exact_mut(cols).enumerate() {
+            linear::dequantize_row(part, first + block * hadamard::BLOCK + i, row)?;
+        }
+        match turned {
+            Turned::No => {}
+            Turned::Rows => turn_rows(&mut x, cols),
+            Turned::Columns => hadamard::values(&mut x),
+        }
+        halves.iter_mut().zip(x).for_each(|(half, x)| *half = f16::from_f32(x));
+        Ok::<_, kvwarp::Error>(())
+    })?;
+    Ok(halves)
+}
+
+/// Turns each column of `x` `[32, cols]`.
+fn turn_rows(x: &mut [f32], cols: usize) {
+    let mut column = [0.0; hadamard::BLOCK];
+    for c in 0..cols {
+        column.iter_mut().zip(x[c..].iter().step_by(cols)).for_each(|(to, x)| *to = *x);
+        hadamard::values(&mut column);
+        x[c..].iter_mut().step_by(cols).zip(column).for_each(|(to, x)| *to = x);
+    }
+}
