@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
+#[path = "simt/build.rs"]
 mod build;
 
 /// Counters of the last launch of this OS thread.

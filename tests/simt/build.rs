@@ -96,8 +96,15 @@ pub fn library(kind: &str) -> Result<PathBuf, String> {
     Ok(so)
 }
 
+/// `csrc`, beside the crate that tests are of or beside the folder that this crate is in; one path either way, as
+/// objects are kept by it.
+fn root() -> io::Result<PathBuf> {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.join("csrc").canonicalize().or_else(|_| package.join("../csrc").canonicalize())
+}
+
 fn built(kind: &str) -> Result<PathBuf, String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("csrc");
+    let root = root().map_err(|e| format!("csrc: {e}"))?;
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("simt");
     let mut sources = Vec::new();
     read_sources(&root, &mut sources).map_err(|e| format!("{}: {e}", root.display()))?;

@@ -32,7 +32,8 @@ pub fn requests(rng: &mut ChaCha8Rng, n: u64, prompt: usize, answer: usize) -> V
             tokens.extend(text(rng, more));
         }
         let greedy = rng.random_range(0..2) == 0;
-        let some = Sampling { temperature: 1.0, top_k: 40, top_p: 0.95, min_p: 0.0 };
+        let some =
+            Sampling { temperature: 1.0, top_k: 40, top_p: 0.95, min_p: 0.0, repeat_penalty: 1.0 };
         let sampling = if greedy { Sampling::GREEDY } else { some };
         Request {
             id,

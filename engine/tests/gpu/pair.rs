@@ -1,0 +1,225 @@
+//! A model on the device and on the CPU path, given the same tokens.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
+
+use kvwarp::linear::Activations;
+use kvwarp::sample::Sampling;
+use kvwarp::slab::{Format, TOKENS, decode};
+use kvwarp_engine::cache::Cache;
+use kvwarp_engine::calibration::Calibration;
+use kvwarp_engine::config::Config;
+use kvwarp_engine::gpu::platform::Platform;
+use kvwarp_engine::gpu::{self, Gpu, Options};
+use kvwarp_engine::model::{Model, Work};
+use kvwarp_engine::runner::{Choice, Row, Runner, Turn};
+use kvwarp_engine::source::Source;
+use kvwarp_engine::watch::Watch;
+
+use crate::machine::Machine;
+
+/// The greedy choice.
+pub const GREEDY: Choice = Choice { sampling: Sampling::GREEDY, seed: 0 };
+
+/// A model of `fixtures`.
+pub fn fixture(name: &str) -> Source {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+    Source::open(&folder).unwrap()
+}
+
+/// With `watch`, which nobody stops.
+pub fn watched<R>(body: impl FnOnce(&mut Watch<'_>) -> R) -> R {
+    let (stop, mut step) = (AtomicBool::new(false), |_| {});
+    body(&mut Watch::new(&stop, &mut step))
+}
+
+/// Tokens of a text, the same for the same seed.
+pub fn text(seed: u32, n: usize) -> Vec<u32> {
+    let next = |x: &u32| Some(x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+    std::iter::successors(Some(seed), next).skip(1).take(n).map(|x| x >> 24).collect()
+}
+
+/// The model on the device.
+pub fn on_device(
+    source: &Source,
+    spec: &str,
+    calibration: Option<&Calibration>,
+    options: &Options,
+    machine: &Rc<Machine>,
+) -> Gpu {
+    let platform: Rc<dyn Platform> = Rc::<Machine>::clone(machine);
+    let mut shares = Vec::new();
+    let mut progress = |done: usize, total: usize| shares.push((done, total));
+    let spec = spec.parse().unwrap();
+    let gpu = gpu::open(source, &spec, calibration, options, platform, &mut progress).unwrap();
+    let (done, total) = shares.last().copied().unwrap();
+    assert!(done <= total && done > total / 2, "{done} of {total} bytes");
+    gpu
+}
+
+/// The same sequences on both.
+pub struct Pair<'m> {
+    pub gpu: Gpu,
+    model: &'m Model<'m>,
+    cache: Cache,
+    /// The same sequences with exact keys and values.
+    exact: Cache,
+    work: Work,
+    /// Rows of the device and of the CPU path, and the newest token.
+    pub rows: Vec<(Row, Row, u32)>,
+    pub seen: Seen,
+}
+
+/// How far the device was from the CPU path.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Largest difference of logits.
+    pub worst: f32,
+    /// Largest relative L2 distance of a token's logits.
+    pub apart: f32,
+    /// Tokens chosen otherwise where the best two logits are further apart than twice the largest difference.
+    pub other: usize,
+    /// Tokens chosen otherwise at all, and tokens.
+    pub unlike: usize,
+    pub steps: usize,
+    /// The same between the CPU path with exact keys and values and the CPU path.
+    pub moved: f32,
+    /// Relative L2 distance of K and V of the first layer's slabs, f16 and quantised: those depend on tokens alone.
+    pub slabs: [f32; 2],
+}
+
+impl<'m> Pair<'m> {
+    pub fn new(gpu: Gpu, model: &'m Model<'m>) -> Self {
+        let cache = model.cache(gpu.spec(), gpu.context()).unwrap();
+        let exact = model.cache(&"f16".parse().unwrap(), gpu.context()).unwrap();
+        let (work, rows) = (Work::default(), Vec::new());
+        Self { gpu, model, cache, exact, work, rows, seen: Seen::default() }
+    }
+
+    /// A sequence that begins with `prompt`, read in blocks of `block` but for its last token.
+    pub fn join(&mut self, prompt: &[u32], block: usize) {
+        let (device, host) = (self.gpu.open().unwrap(), self.cache.open());
+        assert_eq!(self.exact.open(), host);
+        let (last, read) = prompt.split_last().unwrap();
+        for block in read.chunks(block) {
+            watched(|watch| self.gpu.read(device, block, watch)).unwrap();
+            for cache in [&mut self.cache, &mut self.exact] {
+                let to = (&mut *cache, host);
+                watched(|watch| self.model.read(block, to, &mut self.work, watch)).unwrap();
+                cache.unstage();
+            }
+        }
+        self.rows.push((device, host, *last));
+    }
+
+    pub fn leave(&mut self, i: usize) {
+        let (device, host, _) = self.rows.remove(i);
+        self.gpu.close(device);
+        self.cache.close(host);
+        self.exact.close(host);
+    }
+
+    /// A step of all sequences; each goes on with what the CPU path chooses.
+    pub fn step(&mut self) {
+        let tokens: Vec<_> = self.rows.iter().map(|&(.., token)| [token]).collect();
+        let turns = self.rows.iter().zip(&tokens).map(|(&(row, ..), tokens)| Turn {
+            row,
+            tokens,
+            choice: &GREEDY,
+            draw: 0,
+            recent: &[],
+        });
+        let turns: Vec<_> = turns.collect();
+        let mut chosen = Vec::new();
+        self.gpu.step(&turns, &mut chosen).unwrap();
+        let hosts: Vec<_> = self
+            .rows
+            .iter()
+            .zip(&tokens)
+            .map(|(&(_, host, _), tokens)| (host, &tokens[..]))
+            .collect();
+        self.model.step(&hosts, &mut self.exact, &mut self.work).unwrap();
+        let exact = self.work.logits().to_vec();
+        self.model.step(&hosts, &mut self.cache, &mut self.work).unwrap();
+        let vocab = self.model.config().vocab;
+        for (i, expected) in self.work.logits().chunks_exact(vocab).enumerate() {
+            let found = self.gpu.logits(self.rows[i].0, 0).unwrap().unwrap();
+            assert_eq!(chosen[i], [best(&found)]);
+            let token = self.seen.compare(&found, expected);
+            let moved = relative(&exact[i * vocab..][..vocab], expected);
+            self.seen.moved = self.seen.moved.max(moved);
+            self.rows[i].2 = token;
+        }
+    }
+
+    /// Compares what sequence `i` holds, slab by slab.
+    pub fn compare_slabs(&mut self, i: usize) {
+        let (row, host, _) = self.rows[i];
+        let frozen = self.gpu.freeze(row).unwrap();
+        let Config { layers, kv_heads, head_dim, .. } = *self.gpu.config();
+        let slabs = frozen.len.div_ceil(TOKENS);
+        for (layer, h) in (0..layers).flat_map(|l| (0..kv_heads).map(move |h| (l, h))) {
+            let view = self.cache.views(host, layer)[h];
+            for slab in 0..slabs {
+                let expected = view.slab(slab).unwrap();
+                let entry = frozen.entries[(layer * kv_heads + h) * slabs + slab];
+                assert_eq!(entry.get().unwrap().0, expected.layout.format, "slab {slab}");
+                let found = self.gpu.slab(entry).unwrap();
+                let here = (frozen.len - slab * TOKENS).min(TOKENS) * head_dim;
+                let values = |bytes: &[u8]| {
+                    let (mut k, mut v) =
+                        (vec![0.0; TOKENS * head_dim], vec![0.0; TOKENS * head_dim]);
+                    decode(expected.layout, bytes, &mut k, &mut v);
+                    [&k[..here], &v[..here]].concat()
+                };
+                let quantised = usize::from(expected.layout.format != Format::F16);
+                if layer > 0 {
+                    continue;
+                }
+                let off = relative(&values(&found), &values(expected.bytes));
+                self.seen.slabs[quantised] = self.seen.slabs[quantised].max(off);
+            }
+        }
+        self.gpu.melt(frozen);
+    }
+}
+
+impl Seen {
+    /// Adds a token's logits; returns the CPU path's choice.
+    fn compare(&mut self, found: &[f32], expected: &[f32]) -> u32 {
+        assert_eq!(found.len(), expected.len());
+        let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
+        let worst = differences.fold(0.0, f32::max);
+        let (token, chosen) = (best(expected), best(found));
+        let margin = expected[token as usize] - expected[chosen as usize];
+        self.worst = self.worst.max(worst);
+        self.apart = self.apart.max(relative(found, expected));
+        self.unlike += usize::from(token != chosen);
+        self.other += usize::from(margin > 2.0 * worst);
+        self.steps += 1;
+        token
+    }
+}
+
+/// Relative L2 distance, infinite where something is no number.
+pub fn relative(found: &[f32], expected: &[f32]) -> f32 {
+    let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x * x)).sum::<f64>();
+    let off = squares(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+    let distance = (off / squares(&mut expected.iter().copied())).sqrt() as f32;
+    if distance.is_nan() { f32::INFINITY } else { distance }
+}
+
+pub fn best(logits: &[f32]) -> u32 {
+    let larger = |a: usize, b: usize| if logits[b] > logits[a] { b } else { a };
+    (0..logits.len()).reduce(larger).unwrap() as u32
+}
+
+/// The CPU path of a model, exact in its activations.
+pub fn on_host<'m>(source: &'m Source, calibration: Option<&Calibration>) -> Model<'m> {
+    let model = Model::new(source, 1, Activations::F32).unwrap();
+    match calibration {
+        Some(calibration) => model.with_calibration(calibration),
+        None => model,
+    }
+}
