@@ -9,7 +9,7 @@
 // Workspace none
 // Order     deterministic
 // Oracle    src/embed.rs::oracle
-#include "kvwarp.h"
+#include "embed.h"
 #include "common/blocks.cuh"
 #include "common/check.cuh"
 #include "common/launch.cuh"

@@ -1,7 +1,7 @@
 /* embed.h - token ids to rows of the embedding matrix; all rows of a matrix unpacked. */
 #ifndef KVWARP_EMBED_H
 #define KVWARP_EMBED_H
-#include "kvwarp.h"
+#include "types.h"
 
 typedef struct kvw_embed_params {
     uint32_t struct_size; /* sizeof(kvw_embed_params) */
@@ -15,9 +15,9 @@ typedef struct kvw_embed_params {
     int32_t out_dtype;    /* KVW_F32 or KVW_F16 */
 } kvw_embed_params;
 
-kvw_status kvw_embed_check(const kvw_embed_params *p);
-size_t kvw_embed_workspace(const kvw_embed_params *p);
-size_t kvw_embed_bytes(const kvw_embed_params *p);
-kvw_status kvw_embed(const kvw_embed_params *p, kvw_stream stream);
+KVW_API kvw_status kvw_embed_check(const kvw_embed_params *p);
+KVW_API size_t kvw_embed_workspace(const kvw_embed_params *p);
+KVW_API size_t kvw_embed_bytes(const kvw_embed_params *p);
+KVW_API kvw_status kvw_embed(const kvw_embed_params *p, kvw_stream stream);
 
 #endif

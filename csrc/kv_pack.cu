@@ -36,7 +36,8 @@
 //    of which four or five shuffles are half, and 600 a block of eight for the errors of the block before and the
 //    barrier. Predicted 45,000 clocks at D = 128, 26 us, once in 64 steps of a head; two-level metadata adds 60 a
 //    channel, its f64 steps.
-#include "kvwarp.h"
+#include "kv_pack.h"
+#include "rope_select.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
 #include "common/feedback.cuh"

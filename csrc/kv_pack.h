@@ -1,7 +1,8 @@
 /* kv_pack.h - writing the cache: RoPE, the f16 ring, and quantisation when 64 tokens leave the window. */
 #ifndef KVWARP_KV_PACK_H
 #define KVWARP_KV_PACK_H
-#include "kvwarp.h"
+#include "types.h"
+#include "slab.h"
 
 #define KVW_PACK_APPEND 0 /* one token a sequence, at slot len - 1; packs the slab that leaves the window */
 #define KVW_PACK_FILL 1   /* many tokens a sequence into the ring, at slots len - n .. len - 1; packs nothing */
@@ -28,9 +29,9 @@ typedef struct kvw_kv_pack_params {
     int32_t dtype;            /* of k, v: KVW_F16 or KVW_BF16; beyond f16's range they become +-65504 */
 } kvw_kv_pack_params;
 
-kvw_status kvw_kv_pack_check(const kvw_kv_pack_params *p);
-size_t kvw_kv_pack_workspace(const kvw_kv_pack_params *p);
-size_t kvw_kv_pack_bytes(const kvw_kv_pack_params *p);
-kvw_status kvw_kv_pack(const kvw_kv_pack_params *p, kvw_stream stream);
+KVW_API kvw_status kvw_kv_pack_check(const kvw_kv_pack_params *p);
+KVW_API size_t kvw_kv_pack_workspace(const kvw_kv_pack_params *p);
+KVW_API size_t kvw_kv_pack_bytes(const kvw_kv_pack_params *p);
+KVW_API kvw_status kvw_kv_pack(const kvw_kv_pack_params *p, kvw_stream stream);
 
 #endif

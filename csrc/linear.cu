@@ -30,7 +30,7 @@
 //    times theirs, so that cols of 14336 want T <= 7. Not measured.
 // 4. With bf16 weights x is split in two bf16 terms, its upper 8 bits and the 3 that remain: exact, where
 //    rounding x to bf16 would cost 2^-9. The second mma is free next to the loads.
-#include "kvwarp.h"
+#include "linear.h"
 #include "common/blocks.cuh"
 #include "common/check.cuh"
 #include "common/launch.cuh"

@@ -16,7 +16,7 @@
  */
 #ifndef KVWARP_LINEAR_H
 #define KVWARP_LINEAR_H
-#include "kvwarp.h"
+#include "types.h"
 
 typedef struct kvw_linear_params {
     uint32_t struct_size; /* sizeof(kvw_linear_params) */
@@ -33,9 +33,9 @@ typedef struct kvw_linear_params {
     int32_t reserved;     /* 0 */
 } kvw_linear_params;
 
-kvw_status kvw_linear_check(const kvw_linear_params *p);
-size_t kvw_linear_workspace(const kvw_linear_params *p);
-size_t kvw_linear_bytes(const kvw_linear_params *p);
-kvw_status kvw_linear(const kvw_linear_params *p, kvw_stream stream);
+KVW_API kvw_status kvw_linear_check(const kvw_linear_params *p);
+KVW_API size_t kvw_linear_workspace(const kvw_linear_params *p);
+KVW_API size_t kvw_linear_bytes(const kvw_linear_params *p);
+KVW_API kvw_status kvw_linear(const kvw_linear_params *p, kvw_stream stream);
 
 #endif

@@ -7,7 +7,7 @@
 // Workspace none
 // Order     deterministic: indices differ from one another
 // Oracle    src/page_table.rs::oracle
-#include "kvwarp.h"
+#include "page_table.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
 

@@ -1,7 +1,7 @@
 /* page_table.h - edits of page tables by a count that lives on the device. */
 #ifndef KVWARP_PAGE_TABLE_H
 #define KVWARP_PAGE_TABLE_H
-#include "kvwarp.h"
+#include "types.h"
 
 typedef struct kvw_page_table_params {
     uint32_t struct_size;  /* sizeof(kvw_page_table_params) */
@@ -13,9 +13,9 @@ typedef struct kvw_page_table_params {
     int32_t reserved;      /* 0 */
 } kvw_page_table_params;
 
-kvw_status kvw_page_table_check(const kvw_page_table_params *p);
-size_t kvw_page_table_workspace(const kvw_page_table_params *p);
-size_t kvw_page_table_bytes(const kvw_page_table_params *p);
-kvw_status kvw_page_table(const kvw_page_table_params *p, kvw_stream stream);
+KVW_API kvw_status kvw_page_table_check(const kvw_page_table_params *p);
+KVW_API size_t kvw_page_table_workspace(const kvw_page_table_params *p);
+KVW_API size_t kvw_page_table_bytes(const kvw_page_table_params *p);
+KVW_API kvw_status kvw_page_table(const kvw_page_table_params *p, kvw_stream stream);
 
 #endif

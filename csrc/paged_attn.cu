@@ -42,7 +42,7 @@
 //    728 on sm_80, 730 on sm_89, 740 on sm_90a, 84 of them HMMA, with 167, 167 and 162 registers
 //    (tests/sass.txt): three CTAs an SM. What only outer steps need lies in shared memory for that.
 //    No run on a GPU yet.
-#include "kvwarp.h"
+#include "paged_attn.h"
 #include "common/attend.cuh"
 #include "common/check.cuh"
 #include "common/launch.cuh"

@@ -1,7 +1,8 @@
 /* paged_attn.h - attention of 1 to 16 new tokens a sequence over mixed-format slabs and the f16 ring. */
 #ifndef KVWARP_PAGED_ATTN_H
 #define KVWARP_PAGED_ATTN_H
-#include "kvwarp.h"
+#include "types.h"
+#include "slab.h"
 
 typedef struct kvw_paged_attn_params {
     uint32_t struct_size;   /* sizeof(kvw_paged_attn_params) */
@@ -29,9 +30,9 @@ typedef struct kvw_paged_attn_params {
 
 #define KVW_PAGED_ATTN_TICKETS 16384
 
-kvw_status kvw_paged_attn_check(const kvw_paged_attn_params *p);
-size_t kvw_paged_attn_workspace(const kvw_paged_attn_params *p);
-size_t kvw_paged_attn_bytes(const kvw_paged_attn_params *p);
-kvw_status kvw_paged_attn(const kvw_paged_attn_params *p, kvw_stream stream);
+KVW_API kvw_status kvw_paged_attn_check(const kvw_paged_attn_params *p);
+KVW_API size_t kvw_paged_attn_workspace(const kvw_paged_attn_params *p);
+KVW_API size_t kvw_paged_attn_bytes(const kvw_paged_attn_params *p);
+KVW_API kvw_status kvw_paged_attn(const kvw_paged_attn_params *p, kvw_stream stream);
 
 #endif

@@ -35,7 +35,7 @@
 //    CTA's warps share each step: two buffers filled by all threads, a barrier before and after use. A step that
 //    no column of a warp sees is skipped. A warp reads each A fragment for 16 columns, so shared memory, not
 //    mma, is expected to bound it. Registers are in tests/sass.txt; no run on a GPU yet.
-#include "kvwarp.h"
+#include "prefill_attn.h"
 #include "common/attend.cuh"
 #include "common/check.cuh"
 #include "common/launch.cuh"

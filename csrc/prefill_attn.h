@@ -1,7 +1,8 @@
 /* prefill_attn.h - causal attention of a chunk of queries over slabs that already hold the chunk's own K and V. */
 #ifndef KVWARP_PREFILL_ATTN_H
 #define KVWARP_PREFILL_ATTN_H
-#include "kvwarp.h"
+#include "types.h"
+#include "slab.h"
 
 typedef struct kvw_prefill_attn_params {
     uint32_t struct_size;     /* sizeof(kvw_prefill_attn_params) */
@@ -22,9 +23,9 @@ typedef struct kvw_prefill_attn_params {
     int32_t reserved;         /* 0 */
 } kvw_prefill_attn_params;
 
-kvw_status kvw_prefill_attn_check(const kvw_prefill_attn_params *p);
-size_t kvw_prefill_attn_workspace(const kvw_prefill_attn_params *p);
-size_t kvw_prefill_attn_bytes(const kvw_prefill_attn_params *p);
-kvw_status kvw_prefill_attn(const kvw_prefill_attn_params *p, kvw_stream stream);
+KVW_API kvw_status kvw_prefill_attn_check(const kvw_prefill_attn_params *p);
+KVW_API size_t kvw_prefill_attn_workspace(const kvw_prefill_attn_params *p);
+KVW_API size_t kvw_prefill_attn_bytes(const kvw_prefill_attn_params *p);
+KVW_API kvw_status kvw_prefill_attn(const kvw_prefill_attn_params *p, kvw_stream stream);
 
 #endif

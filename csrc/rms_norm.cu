@@ -12,7 +12,7 @@
 // 1. x is read once: a row of 32768 elements fits the registers of 1024 threads.
 // 2. The weights are asked for before the barrier, so that their latency hides behind the sum; rows of
 //    over 16384, which fill the registers, ask after it.
-#include "kvwarp.h"
+#include "rms_norm.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
 

@@ -21,7 +21,7 @@
 //    their sum, x_stride the whole row.
 // 4. With hadamard lane l has channels 32 i + l: five stages by shuffles, the others within the lane. The partner of
 //    a channel in RoPE is loaded as well: it is in L1, and D = 96 has it in another lane.
-#include "kvwarp.h"
+#include "rope_select.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
 #include "common/rope.cuh"

@@ -1,7 +1,7 @@
 /* rope_select.h - rotary position embedding of queries or keys; every pair selected is plain RoPE. */
 #ifndef KVWARP_ROPE_SELECT_H
 #define KVWARP_ROPE_SELECT_H
-#include "kvwarp.h"
+#include "types.h"
 
 #define KVW_ROPE_INTERLEAVED 0 /* pair i = channels (2i, 2i + 1): GGUF's llama tensors */
 #define KVW_ROPE_HALF 1        /* pair i = channels (i, i + D / 2): Hugging Face, GGUF's qwen2 tensors */
@@ -21,9 +21,9 @@ typedef struct kvw_rope_select_params {
     int32_t hadamard;         /* 1: then times the orthonormal Hadamard matrix of D, 64, 96, 128 or 256; or 0 */
 } kvw_rope_select_params;
 
-kvw_status kvw_rope_select_check(const kvw_rope_select_params *p);
-size_t kvw_rope_select_workspace(const kvw_rope_select_params *p);
-size_t kvw_rope_select_bytes(const kvw_rope_select_params *p);
-kvw_status kvw_rope_select(const kvw_rope_select_params *p, kvw_stream stream);
+KVW_API kvw_status kvw_rope_select_check(const kvw_rope_select_params *p);
+KVW_API size_t kvw_rope_select_workspace(const kvw_rope_select_params *p);
+KVW_API size_t kvw_rope_select_bytes(const kvw_rope_select_params *p);
+KVW_API kvw_status kvw_rope_select(const kvw_rope_select_params *p, kvw_stream stream);
 
 #endif

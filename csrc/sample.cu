@@ -26,7 +26,7 @@
 // 3. Passes over the logits after the first come from L2: 128 k logits are 512 KB.
 // 4. Penalised logits are not stored: a hash table of the history's distinct ids stays in shared memory and
 //    each pass asks it. An id's low bits are its hash, so that the 32 neighbours of a warp read 32 banks.
-#include "kvwarp.h"
+#include "sample.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
 

@@ -2,7 +2,7 @@
  * top-p, min-p, then temperature, seeded. */
 #ifndef KVWARP_SAMPLE_H
 #define KVWARP_SAMPLE_H
-#include "kvwarp.h"
+#include "types.h"
 
 typedef struct kvw_sample_params {
     uint32_t struct_size;     /* sizeof(kvw_sample_params) */
@@ -22,9 +22,9 @@ typedef struct kvw_sample_params {
     int32_t history_stride;   /* 1 to 256; with history */
 } kvw_sample_params;
 
-kvw_status kvw_sample_check(const kvw_sample_params *p);
-size_t kvw_sample_workspace(const kvw_sample_params *p);
-size_t kvw_sample_bytes(const kvw_sample_params *p);
-kvw_status kvw_sample(const kvw_sample_params *p, kvw_stream stream);
+KVW_API kvw_status kvw_sample_check(const kvw_sample_params *p);
+KVW_API size_t kvw_sample_workspace(const kvw_sample_params *p);
+KVW_API size_t kvw_sample_bytes(const kvw_sample_params *p);
+KVW_API kvw_status kvw_sample(const kvw_sample_params *p, kvw_stream stream);
 
 #endif

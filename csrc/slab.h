@@ -7,8 +7,7 @@
  */
 #ifndef KVWARP_SLAB_H
 #define KVWARP_SLAB_H
-#include <stddef.h>
-#include <stdint.h>
+#include "types.h"
 
 #define KVW_SLAB_TOKENS 64
 #define KVW_SLAB_VERSION 1 /* of the byte layout; stored wherever slabs leave the process */
@@ -51,8 +50,8 @@ typedef struct kvw_cache {
 
 /* Bytes of a slab; 0 where it is not supported. A multiple of 128, with KVW_META_U8 of 32: cp.async and bulk
  * copies ask for 16. */
-size_t kvw_slab_bytes(int32_t format, int32_t head_dim, int32_t group, int32_t meta);
+KVW_API size_t kvw_slab_bytes(int32_t format, int32_t head_dim, int32_t group, int32_t meta);
 /* Ring slabs that a window needs: (window + 126) / 64. */
-int32_t kvw_ring_slabs(int32_t window);
+KVW_API int32_t kvw_ring_slabs(int32_t window);
 
 #endif

@@ -7,7 +7,7 @@
 // Workspace none
 // Order     deterministic; every element is written by the thread that read it, so out may be gate or up
 // Oracle    src/swiglu.rs::oracle
-#include "kvwarp.h"
+#include "swiglu.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
 #include "common/rope.cuh"

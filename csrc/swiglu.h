@@ -1,7 +1,7 @@
 /* swiglu.h - silu(gate) * up, the activation of the feed-forward block. */
 #ifndef KVWARP_SWIGLU_H
 #define KVWARP_SWIGLU_H
-#include "kvwarp.h"
+#include "types.h"
 
 typedef struct kvw_swiglu_params {
     uint32_t struct_size; /* sizeof(kvw_swiglu_params) */
@@ -14,9 +14,9 @@ typedef struct kvw_swiglu_params {
     int32_t reserved;     /* 0 */
 } kvw_swiglu_params;
 
-kvw_status kvw_swiglu_check(const kvw_swiglu_params *p);
-size_t kvw_swiglu_workspace(const kvw_swiglu_params *p);
-size_t kvw_swiglu_bytes(const kvw_swiglu_params *p);
-kvw_status kvw_swiglu(const kvw_swiglu_params *p, kvw_stream stream);
+KVW_API kvw_status kvw_swiglu_check(const kvw_swiglu_params *p);
+KVW_API size_t kvw_swiglu_workspace(const kvw_swiglu_params *p);
+KVW_API size_t kvw_swiglu_bytes(const kvw_swiglu_params *p);
+KVW_API kvw_status kvw_swiglu(const kvw_swiglu_params *p, kvw_stream stream);
 
 #endif

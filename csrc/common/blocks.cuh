@@ -140,7 +140,8 @@ template <> struct Step<KVW_Q4_K> {
     }
 
     PRIM void pairs(int j, uint32_t (&a)[4]) const {
-        nibbles<0>(component(j < 4 ? codes[0] : codes[1], j % 4), a);
+        // Words are chosen, not their addresses: those would put the step into local memory.
+        nibbles<0>(j < 4 ? component(codes[0], j % 4) : component(codes[1], j % 4), a);
     }
 
     // Groups 0 to 3 have a byte each in head.y and head.z, 4 to 7 a nibble each in head.w and the top two

@@ -8,7 +8,7 @@
 //
 // each of which returns from the _check with KVW_ERR_<what> less 16 times the field's number.
 #pragma once
-#include "../kvwarp.h"
+#include "../types.h"
 
 // clang-format off
 #define KVW_FIELDS(X)                                                                                        \

@@ -7,7 +7,7 @@
 // wrong in simt_last_error().
 #pragma once
 #include <cuda_runtime.h>
-#include "../kvwarp.h"
+#include "../types.h"
 
 #define KVW_TRY(expression)                                                                                  \
     do {                                                                                                     \

@@ -17,7 +17,7 @@
 // Steps are powers of two and the base is a multiple of its step below 1024 of them, so that both are f16.
 #pragma once
 #include "prim.cuh"
-#include "../kvwarp.h"
+#include "../slab.h"
 
 namespace kvw {
 

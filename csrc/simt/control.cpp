@@ -1,7 +1,7 @@
 // control.cpp - what a test calls: seeds, faults, buffers, the last failure and the counters of the last
 // launch. All of it belongs to the calling OS thread, except device memory.
 #include "internal.h"
-#include "../kvwarp.h"
+#include "../types.h"
 #include <cstdio>
 
 namespace simt {

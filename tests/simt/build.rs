@@ -174,9 +174,7 @@ fn plan<'a>(objects: &Path, sources: &'a [Source], checked: bool) -> Vec<Job<'a>
             };
             let mut parts = vec![source];
             parts.extend(
-                headers
-                    .iter()
-                    .filter(|h| kernel || h.in_executor() || h.path.ends_with("kvwarp.h")),
+                headers.iter().filter(|h| kernel || h.in_executor() || h.path.ends_with("types.h")),
             );
             let object = objects.join(hash(&flags, &parts)).with_extension("o");
             Job { source, object, flags }
