@@ -86,34 +86,6 @@ fn run(cpu: &Cpu<'_>, weights: &Weights<'_>, x: &[f32], n: usize) -> Vec<f32> {
 const TOKENS: [usize; 7] = [1, 2, 3, 5, 8, 17, 64];
 const COLS: [usize; 7] = [32, 64, 96, 576, 1536, 256, 512];
 
-#[test]
-fn a_token_alone_has_the_same_bits_in_any_company() {
-    let team = Team::new(2);
-    let mut rng = ChaCha8Rng::seed_from_u64(2);
-    for kind in WeightType::ALL {
-        for cols in COLS.into_iter().filter(|cols| cols % kind.block() == 0) {
-            let (rows, most) = (rng.random_range(0..24) * 2 + 1, 64);
-            let data = random_weights(&mut rng, kind, rows, cols);
-            let weights = Weights::new(kind, rows, cols, &data).unwrap();
-            let x = random_activations(&mut rng, most * cols);
-            for level in Level::available() {
-                for activations in [Activations::F32, Activations::Q8] {
-                    let cpu = Cpu { level, activations, alone: true, ..Cpu::new(&team) };
-                    let singly: Vec<_> =
-                        x.chunks_exact(cols).flat_map(|x| run(&cpu, &weights, x, 1)).collect();
-                    for n in TOKENS {
-                        let got = run(&cpu, &weights, &x[..n * cols], n);
-                        assert!(
-                            got == singly[..n * rows],
-                            "{kind:?} {rows}x{cols} n {n} {level:?}"
-                        );
-                    }
-                }
-            }
-        }
-    }
-}
-
 /// Every format, level, number of tokens and width; odd numbers of rows around a panel of 16.
 fn all_shapes(activations: Activations) {
     let team = Team::new(2);

@@ -173,18 +173,22 @@ impl<'r> Batch<'r> {
         }
     }
 
-    /// Gives each member the token that follows its newest, and lets those go that are done.
+    /// Gives each member the tokens that follow its newest, and lets those go that are done.
     fn take(&mut self, members: &[usize], chosen: &[Vec<u32>], emit: &mut dyn FnMut(Event)) {
         let mut left = Vec::new();
         for (&i, chosen) in members.iter().zip(chosen) {
             let job = &mut self.active[i];
-            let Some(&token) = chosen.last() else { continue };
-            if !job.is_current(&*self.runner) {
-                continue;
-            }
-            if job.accept(token) {
-                emit(Event::Token { id: job.request.id, token });
-            }
+            let id = job.request.id;
+            let news = match job.news(chosen, self.runner) {
+                Ok(news) => news,
+                Err(error) => {
+                    emit(Event::Failed { id, error });
+                    left.push(i);
+                    continue;
+                }
+            };
+            let taken = news.iter().take_while(|&&token| job.accept(token));
+            taken.for_each(|&token| emit(Event::Token { id, token }));
             if let Some(done) = job.done(&*self.runner) {
                 emit(done);
                 left.push(i);

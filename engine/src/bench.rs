@@ -3,13 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use kvwarp::sample::draw;
+use kvwarp::sample::{Sampling, draw};
 
-use crate::cache::{Cache, CacheStats};
-use crate::model::{Model, ModelError, Work};
-use crate::runner::Row;
-use crate::spec::CacheSpec;
+use crate::cache::CacheStats;
+use crate::runner::{Choice, Frozen, Row, RunError, Runner, Turn};
 use crate::watch::Watch;
+
+/// Logits are computed and a token is chosen, as whoever decodes does.
+const CHOICE: Choice = Choice { sampling: Sampling::GREEDY, seed: 0 };
 
 /// What to measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,13 +32,12 @@ pub struct Samples {
     pub cache: CacheStats,
 }
 
-/// A cache filled to some depth, and tests on it.
-pub struct Bench<'m> {
-    model: &'m Model<'m>,
+/// Sequences filled to some depth, and tests on them.
+pub struct Bench<'r> {
+    runner: &'r mut dyn Runner,
     depth: usize,
-    filled: Cache,
-    row: Row,
-    work: Work,
+    /// Tokens that each sequence begins with, and its state after them where it can be gone back to.
+    filled: Vec<(Vec<u32>, Option<Frozen>)>,
     drawn: i32,
 }
 
@@ -56,24 +56,27 @@ pub fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
     (mean, (squares / (n - 1.0).max(1.0)).sqrt())
 }
 
-impl<'m> Bench<'m> {
-    /// Fills a cache of `spec` by a prefill of `depth` random tokens; tests may add `room` tokens.
+impl<'r> Bench<'r> {
+    /// Fills as many sequences as the runner has rows by a prefill of `depth` random tokens each, no two alike.
     ///
     /// # Errors
-    /// [`ModelError`] when that does not fit the model's context, or someone asked to stop.
+    /// [`RunError`] when that does not fit, or someone asked to stop.
     pub fn new(
-        model: &'m Model<'m>,
-        spec: &CacheSpec,
+        runner: &'r mut dyn Runner,
         depth: usize,
-        room: usize,
         watch: &mut Watch<'_>,
-    ) -> Result<Self, ModelError> {
-        let mut filled = model.cache(spec, depth + room)?;
-        let row = filled.open();
-        let mut bench = Self { model, depth, filled, row, work: Work::default(), drawn: 0 };
-        if depth > 0 {
+    ) -> Result<Self, RunError> {
+        let rows = runner.rows();
+        let mut bench = Self { runner, depth, filled: Vec::new(), drawn: 0 };
+        for _ in 0..rows {
             let tokens = bench.random(depth);
-            model.prefill(&tokens, (&mut bench.filled, row), &mut bench.work, watch)?;
+            let row = bench.fill(&tokens, watch)?;
+            let frozen = match bench.runner.freeze(row) {
+                Err(RunError::Shared { .. }) => None,
+                frozen => Some(frozen?),
+            };
+            bench.runner.close(row);
+            bench.filled.push((tokens, frozen));
         }
         Ok(bench)
     }
@@ -86,19 +89,19 @@ impl<'m> Bench<'m> {
     /// Runs `test` once to warm up (a decode with one token) and then `repetitions` times.
     ///
     /// # Errors
-    /// [`ModelError`] when the tokens do not fit, or someone asked to stop.
+    /// [`RunError`] when the tokens do not fit, or someone asked to stop.
     pub fn run(
         &mut self,
         test: Test,
         repetitions: usize,
         watch: &mut Watch<'_>,
-    ) -> Result<Samples, ModelError> {
+    ) -> Result<Samples, RunError> {
         let (warm_up, tokens) = match test {
             Test::Prefill(n) => (Test::Prefill(n), n),
-            Test::Decode(n) => (Test::Decode(n.min(1)), n),
+            Test::Decode(n) => (Test::Decode(n.min(1)), n * self.filled.len()),
         };
-        self.once(warm_up, watch)?;
-        let mut samples = Samples { tokens, times: Vec::new(), cache: self.filled.stats(self.row) };
+        let cache = self.once(warm_up, watch)?.1;
+        let mut samples = Samples { tokens, times: Vec::new(), cache };
         for _ in 0..repetitions {
             let (time, cache) = self.once(test, watch)?;
             samples.times.push(time);
@@ -107,32 +110,95 @@ impl<'m> Bench<'m> {
         Ok(samples)
     }
 
+    /// A prefill is of the first sequence alone, a decode of all together.
     fn once(
         &mut self,
         test: Test,
         watch: &mut Watch<'_>,
-    ) -> Result<(Duration, CacheStats), ModelError> {
-        let mut cache = self.filled.clone();
-        let tokens = match test {
-            Test::Prefill(n) | Test::Decode(n) => self.random(n),
+    ) -> Result<(Duration, CacheStats), RunError> {
+        let sequences = if let Test::Prefill(_) = test { 1 } else { self.filled.len() };
+        let rows = (0..sequences).map(|i| self.start(i, watch)).collect::<Result<Vec<_>, _>>()?;
+        let time = match test {
+            Test::Prefill(n) => self.prefill(rows[0], n, watch)?,
+            Test::Decode(n) => self.decode(&rows, n, watch)?,
         };
+        let stats = self.runner.stats(rows[0]);
+        rows.into_iter().for_each(|row| self.runner.close(row));
+        Ok((time, stats))
+    }
+
+    /// Reads `n` tokens; the last goes through a step, as it does for those who want to know what follows.
+    fn prefill(&mut self, row: Row, n: usize, watch: &mut Watch<'_>) -> Result<Duration, RunError> {
+        let tokens = self.random(n);
         let start = Instant::now();
-        if let Test::Prefill(_) = test {
-            self.model.prefill(&tokens, (&mut cache, self.row), &mut self.work, watch)?;
-        } else {
-            for token in tokens {
-                self.model.step(&[(self.row, &[token])], &mut cache, &mut self.work)?;
-                watch.step(0)?;
+        if n > 1 {
+            self.runner.read(row, &tokens[..n - 1], watch)?;
+        }
+        self.step(&[row], &tokens[n - 1..])?;
+        Ok(start.elapsed())
+    }
+
+    fn decode(
+        &mut self,
+        rows: &[Row],
+        n: usize,
+        watch: &mut Watch<'_>,
+    ) -> Result<Duration, RunError> {
+        let tokens = self.random(n * rows.len());
+        let start = Instant::now();
+        for tokens in tokens.chunks_exact(rows.len()) {
+            self.step(rows, tokens)?;
+            watch.step(0)?;
+        }
+        Ok(start.elapsed())
+    }
+
+    /// A step with a token for each row.
+    fn step(&mut self, rows: &[Row], tokens: &[u32]) -> Result<(), RunError> {
+        let turn = |(&row, token)| Turn {
+            row,
+            tokens: std::slice::from_ref(token),
+            choice: &CHOICE,
+            draw: 0,
+            recent: &[],
+        };
+        let turns: Vec<_> = rows.iter().zip(tokens).map(turn).collect();
+        self.runner.step(&turns, &mut Vec::new())
+    }
+
+    /// Sequence `i` as it was filled.
+    fn start(&mut self, i: usize, watch: &mut Watch<'_>) -> Result<Row, RunError> {
+        let (tokens, frozen) = &self.filled[i];
+        match frozen {
+            Some(frozen) => self.runner.thaw(frozen),
+            None => {
+                let tokens = tokens.clone();
+                self.fill(&tokens, watch)
             }
         }
-        Ok((start.elapsed(), cache.stats(self.row)))
+    }
+
+    fn fill(&mut self, tokens: &[u32], watch: &mut Watch<'_>) -> Result<Row, RunError> {
+        let row = self.runner.open()?;
+        if !tokens.is_empty() {
+            self.runner.read(row, tokens, watch)?;
+        }
+        Ok(row)
     }
 
     /// `n` tokens of a fixed random stream.
     fn random(&mut self, n: usize) -> Vec<u32> {
-        let vocab = self.model.config().vocab as u64;
+        let vocab = self.runner.config().vocab as u64;
         let first = self.drawn;
         self.drawn = first.wrapping_add(n as i32);
         (0..n as i32).map(|i| (draw(0, first.wrapping_add(i)) % vocab) as u32).collect()
+    }
+}
+
+impl Drop for Bench<'_> {
+    /// Leaves the runner without frozen sequences.
+    fn drop(&mut self) {
+        let frozen = self.filled.drain(..).filter_map(|(_, frozen)| frozen);
+        frozen.for_each(|frozen| self.runner.melt(frozen));
     }
 }

@@ -12,6 +12,7 @@ mod info;
 mod open;
 mod output;
 mod perplexity;
+mod place;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

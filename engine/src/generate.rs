@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::cache::{CacheError, CacheStats};
 use crate::config::Config;
+use crate::lookup::{self, Drafts};
 use crate::model::ModelError;
 use crate::runner::{BLOCK, Choice, RunError, Runner, Turn};
 use crate::tokenizer::Tokenizer;
@@ -28,6 +29,8 @@ pub struct Request {
     pub context: Option<usize>,
     /// How to choose tokens.
     pub choice: Choice,
+    /// Most tokens drafted a step ([`crate::lookup`]); 0 = one token a step.
+    pub drafts: usize,
 }
 
 /// Why generation ended.
@@ -66,6 +69,8 @@ pub struct Stats {
     pub prefill: Duration,
     /// Time from the first token to the newest: `tokens - 1` decode steps, sampling included.
     pub decode: Duration,
+    /// Tokens drafted, and how many of them were taken.
+    pub drafts: Drafts,
     /// Why it ended.
     pub end: End,
     /// What the cache held at the end.
@@ -110,6 +115,7 @@ pub fn generate(
     }
     let row = runner.open()?;
     let (mut text, mut clock, mut chosen) = (tokenizer.stream(false), Clock::start(), Vec::new());
+    let mut drafts = Drafts::default();
     // The last token's logits choose the first answer, so it is a step.
     for block in tokens[..prompt - 1].chunks(BLOCK) {
         match runner.read(row, block, watch) {
@@ -117,7 +123,7 @@ pub fn generate(
             read => read?,
         }
     }
-    let end = loop {
+    let end = 'text: loop {
         let (made, newest) = (tokens.len() - prompt, tokens.len() - 1);
         if watch.stopped() {
             break End::Interrupted;
@@ -128,21 +134,26 @@ pub fn generate(
         if runner.len(row) == context {
             break End::Context;
         }
+        let most = request.drafts.min(runner.drafts(row)).min(request.max_tokens - made - 1);
+        let fed = [&tokens[newest..], lookup::draft(&tokens, most)].concat();
         let (choice, draw) = (&request.choice, made as i32);
-        let turn = Turn { row, tokens: &tokens[newest..], choice, draw, recent: &tokens };
+        let turn = Turn { row, tokens: &fed, choice, draw, recent: &tokens };
         runner.step(&[turn], &mut chosen)?;
         clock.stepped();
-        let token = chosen[0][0];
-        if tokenizer.is_end(token) {
-            break End::Stop;
+        let chosen = drafts.take(&fed[1..], &chosen[0]);
+        runner.rollback(row, fed.len() - chosen.len())?;
+        for &token in chosen {
+            if tokenizer.is_end(token) {
+                break 'text End::Stop;
+            }
+            tokens.push(token);
+            text.push(token).iter().for_each(|piece| emit(piece));
         }
-        tokens.push(token);
-        text.push(token).iter().for_each(|piece| emit(piece));
     };
     emit(&text.finish());
     let cache = runner.stats(row);
     runner.close(row);
-    Ok(clock.stats(prompt, tokens.split_off(prompt), end, cache))
+    Ok(clock.stats(prompt, tokens.split_off(prompt), drafts, end, cache))
 }
 
 impl Request {
@@ -171,9 +182,16 @@ impl Clock {
         self.first.get_or_insert(self.newest);
     }
 
-    fn stats(self, prompt_tokens: usize, tokens: Vec<u32>, end: End, cache: CacheStats) -> Stats {
+    fn stats(
+        self,
+        prompt_tokens: usize,
+        tokens: Vec<u32>,
+        drafts: Drafts,
+        end: End,
+        cache: CacheStats,
+    ) -> Stats {
         let prefill = self.first.unwrap_or_else(|| self.start.elapsed());
         let decode = self.newest.saturating_sub(prefill);
-        Stats { prompt_tokens, tokens, prefill, decode, end, cache }
+        Stats { prompt_tokens, tokens, prefill, decode, drafts, end, cache }
     }
 }

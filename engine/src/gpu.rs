@@ -10,6 +10,7 @@
 
 mod cache;
 mod control;
+pub mod cuda;
 mod model;
 mod ops;
 pub mod platform;

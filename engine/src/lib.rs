@@ -13,6 +13,7 @@ pub mod fetch;
 pub mod generate;
 pub mod gguf;
 pub mod gpu;
+pub mod lookup;
 pub mod model;
 pub mod perplexity;
 pub mod runner;

@@ -19,7 +19,7 @@ const BLOCK: usize = 64;
 
 fn request(id: u64, prompt: &[u32], max_tokens: usize) -> Request {
     let choice = Choice { sampling: Sampling::GREEDY, seed: id };
-    Request { id, prompt: prompt.to_vec(), max_tokens, choice, stop: Arc::from([]) }
+    Request { id, prompt: prompt.to_vec(), max_tokens, choice, stop: Arc::from([]), drafts: 0 }
 }
 
 /// Slabs for the longest of prompts of 400 tokens and answers of 40, and for a few more.

@@ -1,14 +1,14 @@
-//! Zero, huge and missing numbers, products together, and sizes that are refused.
+//! Zero, huge and missing numbers, products together, tokens in company, and sizes that are refused.
 
-use super::{random_activations, random_weights, run};
+use super::{COLS, TOKENS, random_activations, random_weights, run};
 use kvwarp::Error;
 use kvwarp::linear::{
     Activations, Cpu, WeightType, Weights, dequantize_row, matmul, matmul_many, oracle,
 };
 use kvwarp::simd::Level;
 use kvwarp::threads::Team;
-use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
+use rand::{RngExt, SeedableRng};
 
 #[test]
 fn zero_activations_give_zero() {
@@ -179,4 +179,32 @@ fn wrong_sizes_are_refused() {
     assert_eq!(name(dequantize_row(&narrow, 0, &mut [0.0; 31])), "out");
     assert_eq!(WeightType::from_ggml(3), Some(WeightType::Q4_1));
     assert_eq!(WeightType::from_ggml(15), None);
+}
+
+#[test]
+fn a_token_alone_has_the_same_bits_in_any_company() {
+    let team = Team::new(2);
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    for kind in WeightType::ALL {
+        for cols in COLS.into_iter().filter(|cols| cols % kind.block() == 0) {
+            let (rows, most) = (rng.random_range(0..24) * 2 + 1, 64);
+            let data = random_weights(&mut rng, kind, rows, cols);
+            let weights = Weights::new(kind, rows, cols, &data).unwrap();
+            let x = random_activations(&mut rng, most * cols);
+            for level in Level::available() {
+                for activations in [Activations::F32, Activations::Q8] {
+                    let cpu = Cpu { level, activations, alone: true, ..Cpu::new(&team) };
+                    let singly: Vec<_> =
+                        x.chunks_exact(cols).flat_map(|x| run(&cpu, &weights, x, 1)).collect();
+                    for n in TOKENS {
+                        let got = run(&cpu, &weights, &x[..n * cols], n);
+                        assert!(
+                            got == singly[..n * rows],
+                            "{kind:?} {rows}x{cols} n {n} {level:?}"
+                        );
+                    }
+                }
+            }
+        }
+    }
 }

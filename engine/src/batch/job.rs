@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::prefix::Key;
 use super::request::{Done, Event, Request};
 use crate::generate::End;
+use crate::lookup::{self, Drafts};
 use crate::runner::{Row, RunError, Runner, Turn};
 
 /// A request that waits or is being served.
@@ -17,6 +18,9 @@ pub(super) struct Job {
     /// Order of arrival.
     pub arrival: u64,
     row: Option<Row>,
+    /// Tokens of its part of a step.
+    fed: Vec<u32>,
+    drafts: Drafts,
     stopped: bool,
     /// Tokens that it had when a step with it failed; its steps have no other members until it has more.
     suspect: Option<usize>,
@@ -26,8 +30,21 @@ pub(super) struct Job {
 
 impl Job {
     pub fn new(request: Request, keys: Vec<Key>, arrival: u64) -> Self {
-        let (tokens, row, stopped, suspect) = (request.prompt.clone(), None, false, None);
-        Self { request, tokens, keys, arrival, row, stopped, suspect, shared: 0, preemptions: 0 }
+        let (tokens, fed, drafts) = (request.prompt.clone(), Vec::new(), Drafts::default());
+        let (row, stopped, suspect, shared, preemptions) = (None, false, None, 0, 0);
+        Self {
+            request,
+            tokens,
+            keys,
+            arrival,
+            row,
+            fed,
+            drafts,
+            stopped,
+            suspect,
+            shared,
+            preemptions,
+        }
     }
 
     /// Tokens of the prompt that are read, not stepped over: all but the last.
@@ -43,11 +60,6 @@ impl Job {
     /// Whether some of its prompt is still to be read.
     pub fn is_reading(&self, runner: &dyn Runner) -> bool {
         self.row.is_none() || self.held(runner) < self.before()
-    }
-
-    /// Whether all its tokens are held, so that what the step just taken chose last is new.
-    pub fn is_current(&self, runner: &dyn Runner) -> bool {
-        self.held(runner) == self.tokens.len()
     }
 
     /// Its sequence, opened when there is none.
@@ -77,14 +89,44 @@ impl Job {
         held..(held / block * block + block).min(self.before())
     }
 
-    /// Its part of a step: the newest token, or as many as may go together of those that are not held after it began
-    /// again; what followed them is known.
+    /// Lays out its part of the next step: the newest token and drafts of what follows; or, of those that are not held
+    /// after it began again, as many as may go together.
+    pub fn lay_out(&mut self, runner: &dyn Runner) {
+        let Some(row) = self.row else { return };
+        let (held, room) = (self.held(runner), runner.drafts(row));
+        let known = (held + 1 + room).min(self.tokens.len());
+        self.fed.clear();
+        self.fed.extend_from_slice(&self.tokens[held..known]);
+        if known == self.tokens.len() {
+            let left = self.request.max_tokens - (known - self.request.prompt.len());
+            let most = self.request.drafts.min(room + 1 - self.fed.len()).min(left - 1);
+            self.fed.extend_from_slice(lookup::draft(&self.tokens, most));
+        }
+    }
+
+    /// What [`Job::lay_out`] laid out.
     pub fn turn(&self, runner: &dyn Runner) -> Option<Turn<'_>> {
         let (row, held) = (self.row?, self.held(runner));
-        let until = (held + 1 + runner.drafts(row)).min(self.tokens.len());
         let draw = (held - self.before()) as i32;
-        let (tokens, recent) = (&self.tokens[held..until], &self.tokens[..=held]);
-        Some(Turn { row, tokens, choice: &self.request.choice, draw, recent })
+        let recent = &self.tokens[..=held];
+        Some(Turn { row, tokens: &self.fed, choice: &self.request.choice, draw, recent })
+    }
+
+    /// Of what a step chose after each token fed, those that are new; drafts that were not taken are forgotten.
+    pub fn news<'c>(
+        &mut self,
+        chosen: &'c [u32],
+        runner: &mut dyn Runner,
+    ) -> Result<&'c [u32], RunError> {
+        let (Some(row), held) = (self.row, self.held(runner)) else { return Ok(&[]) };
+        let drafted = held.saturating_sub(self.tokens.len());
+        if held < self.tokens.len() {
+            return Ok(&[]);
+        }
+        let known = self.fed.len() - drafted;
+        let news = self.drafts.take(&self.fed[known..], &chosen[known - 1..]);
+        runner.rollback(row, drafted + 1 - news.len())?;
+        Ok(news)
     }
 
     /// Takes a token; whether it is part of the text.
@@ -121,6 +163,7 @@ impl Job {
             tokens: generated.to_vec(),
             shared_tokens: self.shared,
             preemptions: self.preemptions,
+            drafts: self.drafts,
             cache: self.row.map(|row| runner.stats(row)),
         };
         Some(Event::Done { id: self.request.id, done })

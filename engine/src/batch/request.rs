@@ -6,6 +6,7 @@ use kvwarp::slab::Format;
 
 use crate::cache::CacheStats;
 use crate::generate::End;
+use crate::lookup::Drafts;
 use crate::runner::{Choice, RunError, Runner, Slabs, check};
 
 /// A text to continue.
@@ -21,6 +22,8 @@ pub struct Request {
     pub choice: Choice,
     /// Tokens that end the text and are not part of it.
     pub stop: Arc<[u32]>,
+    /// Most tokens drafted a step ([`crate::lookup`]); 0 = one token a step.
+    pub drafts: usize,
 }
 
 /// Why a request could never be served.
@@ -131,6 +134,8 @@ pub struct Done {
     pub shared_tokens: usize,
     /// How often it was closed to make room and began again.
     pub preemptions: usize,
+    /// Tokens drafted, and how many of them were taken.
+    pub drafts: Drafts,
     /// What the cache held at the end; `None` when it never held anything.
     pub cache: Option<CacheStats>,
 }

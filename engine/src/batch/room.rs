@@ -56,7 +56,8 @@ impl Batch<'_> {
     /// The only one left and [`RunError::Exhausted`] when even alone it does not fit.
     pub(super) fn make_room_to_step(&mut self) -> Result<Vec<usize>, (usize, RunError)> {
         loop {
-            let members = self.members();
+            let (members, runner) = (self.members(), &*self.runner);
+            members.iter().for_each(|&i| self.active[i].lay_out(runner));
             let need = members.iter().filter_map(|&i| self.active[i].turn(&*self.runner));
             let need = need.fold(Slabs::default(), |sum, turn| {
                 plus(sum, self.runner.need(self.runner.len(turn.row), turn.tokens.len()))

@@ -8,6 +8,7 @@ use kvwarp::sample::Sampling;
 use kvwarp::threads::physical_cores;
 
 use super::Usage;
+use crate::gpu::Stored;
 use crate::spec::CacheSpec;
 
 /// Which model, and how to run it.
@@ -25,7 +26,10 @@ pub struct ModelArgs {
     /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     pub device: Device,
-    /// Form in which activations meet quantised weights; f32 is exact and slow
+    /// On a GPU: in which form weights in blocks are kept there; f16 is larger, and slower for a few sequences
+    #[arg(long, value_enum, default_value_t = Kept::Blocks)]
+    pub weights: Kept,
+    /// On the processor: form in which activations meet quantised weights; f32 is exact and slow
     #[arg(long, value_enum, default_value_t = Form::Q8)]
     pub activations: Form,
 }
@@ -37,6 +41,15 @@ pub enum Device {
     Cpu,
     /// The first NVIDIA GPU
     Cuda,
+}
+
+/// Form of weights on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kept {
+    /// As the file has them
+    Blocks,
+    /// 16-bit floats
+    F16,
 }
 
 /// Form of activations.
@@ -52,6 +65,14 @@ impl ModelArgs {
     /// Threads asked for, or one a physical core.
     pub fn threads(&self) -> usize {
         self.threads.map_or_else(physical_cores, usize::from)
+    }
+
+    /// As the engine names it.
+    pub fn weights(&self) -> Stored {
+        match self.weights {
+            Kept::Blocks => Stored::Blocks,
+            Kept::F16 => Stored::F16,
+        }
     }
 
     /// As the kernels name it.
@@ -147,6 +168,9 @@ pub struct SamplingArgs {
     /// Keep tokens of at least P times the most probable one's probability; 0 keeps all
     #[arg(long, value_name = "P", default_value_t = 0.05)]
     pub min_p: f32,
+    /// Tokens that a step may draft by prompt lookup, to 15: fewer steps for texts that repeat themselves, the same text
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=15))]
+    pub draft: u8,
     /// Seed of the random choices [default: a new one each run]
     #[arg(short, long, value_name = "N")]
     pub seed: Option<u64>,

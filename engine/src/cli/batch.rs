@@ -11,11 +11,11 @@ use sha2::{Digest, Sha256};
 
 use super::args::{CacheArgs, ModelArgs, SamplingArgs, bytes, tokens};
 use super::output::{self, Progress};
+use super::place::{Place, Room};
 use super::{Outcome, open};
 use crate::batch::{Batch, Done, Event, Key};
 use crate::calibration::fingerprint;
-use crate::model::Model;
-use crate::runner::CpuRunner;
+use crate::lookup::Drafts;
 use crate::source::Source;
 use crate::spec::CacheSpec;
 use crate::tokenizer::Tokenizer;
@@ -28,7 +28,7 @@ use input::{Defaults, Line, Reader};
 /// The file has a JSON object a line: `prompt`, continued as it stands, or `messages`, a list of objects with `role` and
 /// `content`; and where a line differs from the flags `id`, `max_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `seed`.
 /// Answers have `id` (the line's number by default), `text`, `tokens`, `end`, `prompt_tokens`, `shared_tokens` (of a prompt
-/// that begins like an earlier one), `preemptions`, or `error`; they come in the order in which they are done. Interrupted,
+/// that begins like an earlier one), `preemptions`, `drafted` and `drafts_taken` tokens, or `error`; they come in the order in which they are done. Interrupted,
 /// the same command goes on where it stopped.
 #[derive(clap::Args)]
 #[command(after_help = CacheSpec::help())]
@@ -75,6 +75,7 @@ struct Sums {
     shared_tokens: usize,
     tokens: usize,
     preemptions: usize,
+    drafts: Drafts,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
@@ -83,7 +84,12 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let source = open::source(&args.model)?;
     let (tokenizer, config) = (source.tokenizer()?, &source.config);
     let chat = source.chat(&tokenizer)?;
-    let defaults = Defaults { max_tokens: args.n_predict, sampling, seed: args.sampling.seed() };
+    let defaults = Defaults {
+        max_tokens: args.n_predict,
+        sampling,
+        seed: args.sampling.seed(),
+        drafts: usize::from(args.sampling.draft),
+    };
     let reader = Reader { tokenizer: &tokenizer, chat: chat.as_ref(), defaults };
     let lines = reader.lines(&args.prompts.display().to_string(), &text)?;
     let model_hash = args.model_hash(&source)?;
@@ -93,17 +99,19 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
         ("prompts", hash(&text)),
     ]);
     let mut answers = Answers::open(&args.out, &run)?;
-    let model = open::model(&args.model, &source)?;
-    open::note_uncalibrated(&model, &spec);
+    let place = Place::new(&args.model, &source)?;
+    place.note_uncalibrated(&spec);
     let longest = lines.iter().map(|line| line.request.held()).max().unwrap_or(0);
     let context = match args.ctx_size {
         None => longest.min(config.context),
         Some(0) => config.context,
         Some(n) => n,
     };
-    let mut runner = args.runner(&model, &spec, longest.min(context), context)?;
+    let (rows, pool) = (usize::from(args.parallel), args.pool_size);
+    let longest = longest.min(context);
+    let mut runner = place.runner(&spec, Room { rows, context, longest, pool })?;
     let root: Key = Sha256::digest(format!("{model_hash} {spec}")).into();
-    let mut batch = Batch::new(&mut runner, args.block, root);
+    let mut batch = Batch::new(&mut *runner, args.block, root);
     let work = Work { lines: &lines, tokenizer: &tokenizer, answers: &mut answers };
     let start = Instant::now();
     let (sums, outcome) = work.run(&mut batch)?;
@@ -112,24 +120,6 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
 }
 
 impl Args {
-    /// A runner with the pools asked for, or with what `parallel` requests of `longest` tokens need, and their rings
-    /// once more for beginnings to be shared.
-    fn runner<'m>(
-        &self,
-        model: &'m Model<'m>,
-        spec: &CacheSpec,
-        longest: usize,
-        context: usize,
-    ) -> anyhow::Result<CpuRunner<'m>> {
-        let rows = usize::from(self.parallel);
-        let runner = CpuRunner::new(model, spec, rows, context)?;
-        let slabs = match self.pool_size {
-            Some(bytes) => runner.slabs_in(bytes, longest),
-            None => runner.slabs_for(rows, longest),
-        };
-        Ok(runner.with_pools(&slabs))
-    }
-
     /// Of the weights and the calibration.
     fn model_hash(&self, source: &Source) -> anyhow::Result<String> {
         let calibration = open::calibration(&self.model, source).map(std::fs::read).transpose()?;
@@ -139,7 +129,7 @@ impl Args {
     /// Of the flags that change answers; a seed that was not given is none of them.
     fn settings(&self, spec: &CacheSpec) -> String {
         let Self { model, block, n_predict, sampling, .. } = self;
-        let SamplingArgs { temp, top_k, top_p, min_p, seed } = sampling;
+        let SamplingArgs { temp, top_k, top_p, min_p, seed, .. } = sampling;
         let activations = model.activations;
         hash(format!(
             "{spec} {block} {n_predict} {temp} {top_k} {top_p} {min_p} {seed:?} {activations:?}"
@@ -147,7 +137,8 @@ impl Args {
     }
 
     fn report(&self, sums: &Sums, lines: usize, seconds: f64) -> std::io::Result<()> {
-        let Sums { answered, errors, prompt_tokens, shared_tokens, tokens, preemptions } = *sums;
+        let Sums { answered, errors, prompt_tokens, shared_tokens, tokens, preemptions, drafts } =
+            *sums;
         let speed = tokens as f64 / seconds.max(1e-9);
         if self.json {
             return output::put_json(&json!({
@@ -158,6 +149,8 @@ impl Args {
                 "shared_tokens": shared_tokens,
                 "tokens": tokens,
                 "preemptions": preemptions,
+                "drafted": drafts.made,
+                "drafts_taken": drafts.taken,
                 "seconds": seconds,
                 "tokens_a_second": speed,
             }));
@@ -234,6 +227,7 @@ impl Sums {
         self.shared_tokens += done.shared_tokens;
         self.tokens += done.tokens.len();
         self.preemptions += done.preemptions;
+        self.drafts += done.drafts;
         json!({
             "text": tokenizer.decode(&done.tokens, false),
             "tokens": done.tokens,
@@ -241,6 +235,8 @@ impl Sums {
             "prompt_tokens": done.prompt_tokens,
             "shared_tokens": done.shared_tokens,
             "preemptions": done.preemptions,
+            "drafted": done.drafts.made,
+            "drafts_taken": done.drafts.taken,
         })
     }
 }

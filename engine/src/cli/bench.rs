@@ -6,13 +6,14 @@ use clap::ValueEnum;
 
 use super::args::{ModelArgs, tokens, unequal};
 use super::output::Progress;
+use super::place::{Place, Room};
 use super::{Outcome, Usage, open};
 use crate::bench::{Bench, Samples, Test};
-use crate::model::{Model, ModelError};
+use crate::runner::RunError;
 use crate::source::{Source, synthetic_names};
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
-use format::Writer;
+use format::{Setup, Writer};
 
 /// Arguments of `kvwarp bench`. Lists separated by commas are swept.
 #[derive(clap::Args)]
@@ -33,6 +34,9 @@ pub struct Args {
     /// Tokens in the cache before the test
     #[arg(short = 'd', long, value_name = "N,..", default_value = "0", value_delimiter = ',', value_parser = tokens)]
     n_depth: Vec<usize>,
+    /// Sequences that decode together
+    #[arg(long, value_name = "N,..", default_value = "1", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=64))]
+    parallel: Vec<u16>,
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     repetitions: u32,
@@ -54,7 +58,10 @@ pub struct Args {
     /// Where to run
     #[arg(long, value_enum, default_value_t = super::args::Device::Cpu)]
     device: super::args::Device,
-    /// Form in which activations meet quantised weights
+    /// On a GPU: in which form weights in blocks are kept there
+    #[arg(long, value_enum, default_value_t = super::args::Kept::Blocks)]
+    weights: super::args::Kept,
+    /// On the processor: form in which activations meet quantised weights
     #[arg(long, value_enum, default_value_t = super::args::Form::Q8)]
     activations: super::args::Form,
 }
@@ -83,14 +90,15 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     };
     let mut writer = Writer::new(args.output, &source);
     for &threads in &threads {
-        let threads_given = u16::try_from(threads).ok();
-        let base = ModelArgs { threads: threads_given, ..args.base() };
-        let model = open::model(&base, &source)?;
+        let base = ModelArgs { threads: u16::try_from(threads).ok(), ..args.base() };
+        let place = Place::new(&base, &source)?;
         for spec in &specs {
-            for &depth in &args.n_depth {
-                match at_depth(args, &model, spec, depth, &mut |test, samples| {
-                    Ok(writer.row(threads, spec, depth, test, samples)?)
-                }) {
+            for (rows, depth) in args.shapes() {
+                let mut report = |test: Test, samples: &Samples| {
+                    let setup = Setup { backend: place.backend(), threads, spec, depth, rows };
+                    Ok(writer.row(&setup, test, samples)?)
+                };
+                match at_depth(args, &place, spec, (rows, depth), &mut report) {
                     Err(error) if interrupted(&error) => {
                         writer.end()?;
                         return Ok(Outcome::Interrupted);
@@ -104,23 +112,25 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Every test at one depth.
+/// Every test of so many sequences at one depth.
 fn at_depth(
     args: &Args,
-    model: &Model<'_>,
+    place: &Place<'_>,
     spec: &CacheSpec,
-    depth: usize,
+    (rows, depth): (usize, usize),
     report: &mut dyn FnMut(Test, &Samples) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let tests = args.tests();
     let tokens = |test: &Test| match *test {
         Test::Prefill(n) | Test::Decode(n) => n,
     };
-    let room = tests.iter().map(tokens).max().unwrap_or(0);
+    let context = depth + tests.iter().map(tokens).max().unwrap_or(0);
+    let room = Room { rows, context, longest: context, pool: None };
+    let mut runner = place.runner(spec, room)?;
     let stop = open::stop_on_ctrl_c()?;
-    let mut fill = Progress::new("filling the cache", depth * model.config().layers);
-    let mut step = |rows| fill.step(rows);
-    let mut bench = Bench::new(model, spec, depth, room, &mut Watch::new(stop, &mut step))?;
+    let mut fill = Progress::new("filling the cache", rows * depth * runner.config().layers);
+    let mut step = |n| fill.step(n);
+    let mut bench = Bench::new(&mut *runner, depth, &mut Watch::new(stop, &mut step))?;
     for test in tests {
         let mut step = |_| {};
         let mut watch = Watch::new(stop, &mut step);
@@ -130,7 +140,7 @@ fn at_depth(
 }
 
 fn interrupted(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(ModelError::Interrupted(_)))
+    error.downcast_ref().is_some_and(RunError::is_interrupted)
 }
 
 impl Args {
@@ -142,8 +152,15 @@ impl Args {
             calibration: None,
             threads,
             device: self.device,
+            weights: self.weights,
             activations: self.activations,
         }
+    }
+
+    /// Numbers of sequences, each with every depth.
+    fn shapes(&self) -> impl Iterator<Item = (usize, usize)> {
+        let rows = self.parallel.iter().map(|&rows| usize::from(rows));
+        rows.flat_map(|rows| self.n_depth.iter().map(move |&depth| (rows, depth)))
     }
 
     fn tests(&self) -> Vec<Test> {

@@ -8,7 +8,7 @@ use crate::data;
 use crate::generate::{End, Request, Stats};
 use crate::model::Model;
 use crate::perplexity::{Reading, Scores, score};
-use crate::runner::Choice;
+use crate::runner::{Choice, CpuRunner};
 use crate::source::Source;
 use crate::tokenizer::Tokenizer;
 use crate::watch::Watch;
@@ -75,10 +75,13 @@ fn measure(
     let request = Request {
         prompt: prompt.to_owned(),
         max_tokens: ANSWER_TOKENS,
+        drafts: 0,
         context: None,
         choice: Choice { sampling: Sampling::GREEDY, seed: 0 },
     };
-    let stats = generate::streamed(model, &cache, tokenizer, &request, &mut output::put)?;
+    let context = request.context_for(tokenizer.prompt(prompt)?.len(), model.config());
+    let mut runner = CpuRunner::new(model, &cache, 1, context)?;
+    let stats = generate::streamed(&mut runner, tokenizer, &request, &mut output::put)?;
     output::put("\n")?;
     generate::summary(&stats).iter().for_each(|line| output::log(line));
     let stop = open::stop_on_ctrl_c()?;

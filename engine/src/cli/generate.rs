@@ -8,11 +8,12 @@ use serde_json::json;
 
 use super::args::{CacheArgs, ModelArgs, SamplingArgs, tokens};
 use super::output::{self, Progress};
+use super::place::{Place, Room};
 use super::{Outcome, Usage, open};
 use crate::chat::Message;
 use crate::generate::{End, Request, Stats, generate};
-use crate::model::Model;
-use crate::runner::{Choice, CpuRunner};
+use crate::lookup::Drafts;
+use crate::runner::{Choice, Runner};
 use crate::source::Source;
 use crate::spec::CacheSpec;
 use crate::tokenizer::Tokenizer;
@@ -59,13 +60,17 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let request = Request {
         prompt: args.chatted(prompt, &source, &tokenizer)?,
         max_tokens: args.n_predict,
+        drafts: usize::from(args.sampling.draft),
         context: args.ctx_size.map(|n| if n == 0 { source.config.context } else { n }),
         choice: Choice { sampling, seed: args.sampling.seed() },
     };
-    let model = open::model(&args.model, &source)?;
-    open::note_uncalibrated(&model, &cache);
+    let place = Place::new(&args.model, &source)?;
+    place.note_uncalibrated(&cache);
+    let prompt = tokenizer.prompt(&request.prompt)?.len();
+    let context = request.context_for(prompt, &source.config);
+    let mut runner = place.runner(&cache, Room::one(context))?;
     let mut text = String::new();
-    let stats = streamed(&model, &cache, &tokenizer, &request, &mut |piece| {
+    let stats = streamed(&mut *runner, &tokenizer, &request, &mut |piece| {
         text.push_str(piece);
         if args.json { Ok(()) } else { output::put(piece) }
     })?;
@@ -119,31 +124,23 @@ pub fn read(path: &PathBuf) -> anyhow::Result<String> {
 
 /// Generates with a progress bar over the prompt and Ctrl-C as a way to end.
 pub fn streamed(
-    model: &Model<'_>,
-    spec: &CacheSpec,
+    runner: &mut dyn Runner,
     tokenizer: &Tokenizer,
     request: &Request,
     put: &mut dyn FnMut(&str) -> std::io::Result<()>,
 ) -> anyhow::Result<Stats> {
     let stop = open::stop_on_ctrl_c()?;
     let prompt = tokenizer.prompt(&request.prompt)?.len();
-    let context = request.context_for(prompt, model.config());
-    let mut runner = CpuRunner::new(model, spec, 1, context)?;
-    let rows = prompt.saturating_sub(1) * model.config().layers;
+    let rows = prompt.saturating_sub(1) * runner.config().layers;
     let mut progress = Progress::new("reading", rows);
     let mut step = |rows| progress.step(rows);
     let mut written = Ok(());
-    let stats = generate(
-        &mut runner,
-        tokenizer,
-        request,
-        &mut Watch::new(stop, &mut step),
-        &mut |piece| {
+    let stats =
+        generate(runner, tokenizer, request, &mut Watch::new(stop, &mut step), &mut |piece| {
             if written.is_ok() {
                 written = put(piece);
             }
-        },
-    )?;
+        })?;
     progress.clear();
     written?;
     Ok(stats)
@@ -158,9 +155,13 @@ pub fn summary(stats: &Stats) -> [String; 2] {
         End::Context => "context full",
         End::Interrupted => "interrupted",
     };
+    let drafts = match stats.drafts {
+        Drafts { made: 0, .. } => String::new(),
+        Drafts { made, taken } => format!(", {taken} of {made} drafts taken"),
+    };
     [
         format!(
-            "prompt {prompt_tokens} tokens in {:.2} s ({:.1} tok/s); answer {} tokens in {:.2} s ({:.1} tok/s); {why}",
+            "prompt {prompt_tokens} tokens in {:.2} s ({:.1} tok/s); answer {} tokens in {:.2} s ({:.1} tok/s){drafts}; {why}",
             prefill.as_secs_f64(),
             stats.prefill_speed(),
             tokens.len(),
@@ -190,6 +191,8 @@ fn report(spec: &CacheSpec, request: &Request, text: &str, stats: &Stats) -> ser
         "prefill_tokens_a_second": stats.prefill_speed(),
         "decode_seconds": stats.decode.as_secs_f64(),
         "decode_tokens_a_second": stats.decode_speed(),
+        "drafted": stats.drafts.made,
+        "drafts_taken": stats.drafts.taken,
         "kv_tokens": cache.tokens,
         "kv_bytes": cache.used_bytes,
         "kv_bytes_peak": cache.peak_bytes,

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use super::args::{Device, ModelArgs};
-use super::output;
+use super::{Usage, output};
 use crate::calibration::{Calibration, beside};
 use crate::fetch;
 use crate::model::Model;
@@ -28,12 +28,15 @@ pub fn stop_on_ctrl_c() -> anyhow::Result<&'static AtomicBool> {
 
 /// The model that the arguments name, or the default one, which is obtained first when need be.
 pub fn source(args: &ModelArgs) -> anyhow::Result<Source> {
-    check_device(args.device)?;
     Ok(Source::open(&path(args)?)?)
 }
 
-/// The model of `source`, calibrated where it can be.
+/// The model of `source` on the processor, calibrated where it can be.
 pub fn model<'a>(args: &ModelArgs, source: &'a Source) -> anyhow::Result<Model<'a>> {
+    if args.device == Device::Cuda {
+        let what = "this command runs on the processor; generate, batch and bench run on a GPU";
+        return Err(Usage(format!("--device cuda: {what}")).into());
+    }
     let model = Model::new(source, args.threads(), args.activations())?;
     Ok(match calibration(args, source) {
         Some(path) => model.with_calibration(&Calibration::open(&path, source)?),
@@ -48,8 +51,8 @@ pub fn calibration(args: &ModelArgs, source: &Source) -> Option<PathBuf> {
 }
 
 /// Says what would make a cache better, where something would.
-pub fn note_uncalibrated(model: &Model<'_>, spec: &CacheSpec) {
-    if spec.hadamard && !model.is_calibrated() {
+pub fn note_uncalibrated(calibrated: bool, spec: &CacheSpec) {
+    if spec.hadamard && !calibrated {
         let name = spec.preset;
         output::log(&format!(
             "note: {name} loses less with a calibration, see `kvwarp calibrate kv`"
@@ -61,19 +64,5 @@ fn path(args: &ModelArgs) -> anyhow::Result<PathBuf> {
     match &args.model {
         Some(path) => Ok(path.clone()),
         None => Ok(fetch::default_model()?),
-    }
-}
-
-/// Models run on the processor; asking for a GPU says what stands in the way.
-fn check_device(device: Device) -> anyhow::Result<()> {
-    if device == Device::Cpu {
-        return Ok(());
-    }
-    match kvwarp::device::device_count() {
-        Err(error) => bail!("--device cuda: {error}"),
-        Ok(0) => bail!("--device cuda: the NVIDIA driver sees no GPU"),
-        Ok(_) => bail!(
-            "--device cuda: models run on the CPU; the CUDA kernels are used through the library (kvwarp.h, crate kvwarp)"
-        ),
     }
 }

@@ -63,7 +63,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
         return Err(Usage(format!("the text has {got} tokens; at least {need} are needed")).into());
     }
     let model = open::model(&args.model, &source)?;
-    open::note_uncalibrated(&model, &reading.cache);
+    open::note_uncalibrated(model.is_calibrated(), &reading.cache);
     let stop = open::stop_on_ctrl_c()?;
     let readings = if args.kl { 2 } else { 1 };
     let mut progress = Progress::new("scoring", readings * ids.len() * source.config.layers);

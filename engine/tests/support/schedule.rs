@@ -33,7 +33,7 @@ pub fn requests(rng: &mut ChaCha8Rng, n: u64, prompt: usize, answer: usize) -> V
         }
         let greedy = rng.random_range(0..2) == 0;
         let some =
-            Sampling { temperature: 1.0, top_k: 40, top_p: 0.95, min_p: 0.0, repeat_penalty: 1.0 };
+            Sampling { temperature: 1.0, top_k: 40, top_p: 0.95, min_p: 0.0, repeat_penalty: 1.1 };
         let sampling = if greedy { Sampling::GREEDY } else { some };
         Request {
             id,
@@ -41,6 +41,7 @@ pub fn requests(rng: &mut ChaCha8Rng, n: u64, prompt: usize, answer: usize) -> V
             max_tokens: rng.random_range(1..=answer),
             choice: Choice { sampling, seed: rng.next_u64() },
             stop: Arc::from([rng.random_range(0..250)]),
+            drafts: rng.random_range(0..=15) * rng.random_range(0..=1),
         }
     };
     (0..n).map(request).collect()

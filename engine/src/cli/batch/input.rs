@@ -18,6 +18,7 @@ pub struct Defaults {
     pub max_tokens: usize,
     pub sampling: Sampling,
     pub seed: u64,
+    pub drafts: usize,
 }
 
 /// Turns lines into requests.
@@ -66,7 +67,7 @@ impl Reader<'_> {
             Some(_) => return Err("`id` is neither a string nor a number".into()),
         };
         let prompt = self.prompt(&mut fields)?;
-        let Defaults { max_tokens, sampling, seed } = self.defaults;
+        let Defaults { max_tokens, sampling, seed, drafts } = self.defaults;
         let sampling = Sampling {
             temperature: take(&mut fields, "temperature")?.unwrap_or(sampling.temperature),
             top_k: take(&mut fields, "top_k")?.unwrap_or(sampling.top_k),
@@ -82,6 +83,7 @@ impl Reader<'_> {
             max_tokens: take(&mut fields, "max_tokens")?.unwrap_or(max_tokens),
             choice: Choice { sampling, seed },
             stop: Arc::from(self.tokenizer.ends()),
+            drafts,
         };
         Ok(Line { id, request })
     }

@@ -28,6 +28,17 @@ fn left(name: &str) -> bool {
     ["model", "backend", "cache"].contains(&name)
 }
 
+/// What a test ran on.
+pub struct Setup<'a> {
+    pub backend: &'static str,
+    pub threads: usize,
+    pub spec: &'a CacheSpec,
+    /// Tokens in the cache before the test.
+    pub depth: usize,
+    /// Sequences that decode together.
+    pub rows: usize,
+}
+
 /// Writes rows as they come, or all at the end for JSON.
 pub struct Writer {
     format: Output,
@@ -59,15 +70,9 @@ impl Writer {
     }
 
     /// One test's result.
-    pub fn row(
-        &mut self,
-        threads: usize,
-        spec: &CacheSpec,
-        depth: usize,
-        test: Test,
-        samples: &Samples,
-    ) -> io::Result<()> {
-        let value = self.value(threads, spec, depth, test, samples);
+    pub fn row(&mut self, setup: &Setup<'_>, test: Test, samples: &Samples) -> io::Result<()> {
+        let value = self.value(setup, test, samples);
+        let Setup { backend, threads, spec, .. } = *setup;
         match self.format {
             Output::Json => {}
             Output::Md => {
@@ -79,10 +84,10 @@ impl Writer {
                     self.model.clone(),
                     output::bytes(self.size),
                     format!("{:.2} M", self.params as f64 / 1e6),
-                    "CPU".into(),
+                    backend.into(),
                     threads.to_string(),
                     spec.to_string(),
-                    name(test, depth),
+                    name(test, setup),
                     format!("{mean:.2} ± {deviation:.2}"),
                     output::bytes(samples.cache.used_bytes),
                 ])?;
@@ -118,14 +123,8 @@ impl Writer {
         output::put(&format!("|{}\n", cells.iter().zip(COLUMNS).map(cell).collect::<String>()))
     }
 
-    fn value(
-        &self,
-        threads: usize,
-        spec: &CacheSpec,
-        depth: usize,
-        test: Test,
-        samples: &Samples,
-    ) -> Value {
+    fn value(&self, setup: &Setup<'_>, test: Test, samples: &Samples) -> Value {
+        let Setup { backend, threads, spec, depth, rows } = *setup;
         let (n_prompt, n_gen) = match test {
             Test::Prefill(n) => (n, 0),
             Test::Decode(n) => (0, n),
@@ -139,7 +138,7 @@ impl Writer {
             "model_type": self.model,
             "model_size": self.size,
             "model_n_params": self.params,
-            "backends": "CPU",
+            "backends": backend,
             "simd": format!("{:?}", kvwarp::simd::Level::detect()),
             "n_threads": threads,
             "type_k": spec.preset,
@@ -148,6 +147,7 @@ impl Writer {
             "n_prompt": n_prompt,
             "n_gen": n_gen,
             "n_depth": depth,
+            "n_parallel": rows,
             "avg_ns": avg_ns.round(),
             "stddev_ns": stddev_ns.round(),
             "avg_ts": avg_ts,
@@ -160,12 +160,14 @@ impl Writer {
     }
 }
 
-/// `pp512`, `tg128 @ d4096`.
-fn name(test: Test, depth: usize) -> String {
+/// `pp512`, `tg128 @ d4096`, `tg128 x8` of eight sequences together.
+fn name(test: Test, setup: &Setup<'_>) -> String {
+    let Setup { depth, rows, .. } = *setup;
     let name = match test {
         Test::Prefill(n) => format!("pp{n}"),
         Test::Decode(n) => format!("tg{n}"),
     };
+    let name = if rows == 1 { name } else { format!("{name} x{rows}") };
     if depth == 0 { name } else { format!("{name} @ d{depth}") }
 }
 

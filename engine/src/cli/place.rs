@@ -1,0 +1,132 @@
+//! A model where `--device` has it run.
+
+use std::rc::Rc;
+
+use anyhow::bail;
+use kvwarp::device::Device;
+
+use super::args::{self, ModelArgs};
+use super::output::Progress;
+use super::{Usage, open};
+use crate::calibration::Calibration;
+use crate::gpu::cuda::CudaPlatform;
+use crate::gpu::{self, Options};
+use crate::model::Model;
+use crate::runner::{CpuRunner, Runner};
+use crate::source::Source;
+use crate::spec::CacheSpec;
+
+/// A model on the processor, or a model that is put on a GPU with each runner.
+pub enum Place<'s> {
+    /// The processor.
+    Cpu(Model<'s>),
+    /// A GPU.
+    Cuda(OnGpu<'s>),
+}
+
+/// What a runner on a GPU is made of.
+pub struct OnGpu<'s> {
+    source: &'s Source,
+    calibration: Option<Calibration>,
+    weights: gpu::Stored,
+    platform: Rc<CudaPlatform>,
+}
+
+/// For how many tokens a runner has room.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// Sequences at once.
+    pub rows: usize,
+    /// Tokens that a sequence may hold.
+    pub context: usize,
+    /// Tokens that the longest will hold.
+    pub longest: usize,
+    /// Bytes of the pools; `None` = what `rows` sequences of `longest` tokens take, and their rings to be shared.
+    pub pool: Option<usize>,
+}
+
+impl<'s> Place<'s> {
+    /// The model of `source` where the arguments have it.
+    pub fn new(args: &ModelArgs, source: &'s Source) -> anyhow::Result<Self> {
+        if args.device == args::Device::Cpu {
+            return Ok(Self::Cpu(open::model(args, source)?));
+        }
+        let Device::Cuda(cuda) = Device::cuda(0)? else { bail!("--device cuda: no GPU") };
+        Ok(Self::Cuda(OnGpu {
+            source,
+            calibration: open::calibration(args, source)
+                .map(|path| Calibration::open(&path, source))
+                .transpose()?,
+            weights: args.weights(),
+            platform: Rc::new(CudaPlatform::new(cuda)?),
+        }))
+    }
+
+    /// As `bench` names it.
+    pub fn backend(&self) -> &'static str {
+        match self {
+            Self::Cpu(_) => "CPU",
+            Self::Cuda(_) => "CUDA",
+        }
+    }
+
+    /// Says what would make a cache better, where something would.
+    pub fn note_uncalibrated(&self, spec: &CacheSpec) {
+        let calibrated = match self {
+            Self::Cpu(model) => model.is_calibrated(),
+            Self::Cuda(gpu) => gpu.calibration.is_some(),
+        };
+        open::note_uncalibrated(calibrated, spec);
+    }
+
+    /// A runner with room for so much; on a GPU the weights are put there.
+    pub fn runner(&self, spec: &CacheSpec, room: Room) -> anyhow::Result<Box<dyn Runner + '_>> {
+        let Room { rows, context, longest, pool } = room;
+        match self {
+            Self::Cpu(model) => {
+                let runner = CpuRunner::new(model, spec, rows, context)?;
+                let slabs = match pool {
+                    Some(bytes) => runner.slabs_in(bytes, longest),
+                    None => runner.slabs_for(rows, longest),
+                };
+                Ok(Box::new(runner.with_pools(&slabs)))
+            }
+            Self::Cuda(gpu) => {
+                let OnGpu { source, calibration, weights, platform } = gpu;
+                let most = source.config.context;
+                if context > most {
+                    return Err(Usage(format!(
+                        "a context of {context} tokens; the model has {most}"
+                    ))
+                    .into());
+                }
+                let new = Options::new(rows, context);
+                let options = Options { weights: *weights, budget: pool, ..new };
+                let mut progress = Progress::new("loading weights", 1000);
+                let mut shown = 0;
+                let mut step = |done: usize, all: usize| {
+                    let now = done * 1000 / all.max(1);
+                    progress.step(now - shown);
+                    shown = now;
+                };
+                let runner = gpu::open(
+                    source,
+                    spec,
+                    calibration.as_ref(),
+                    &options,
+                    platform.clone(),
+                    &mut step,
+                );
+                progress.clear();
+                Ok(Box::new(runner?))
+            }
+        }
+    }
+}
+
+impl Room {
+    /// For one sequence.
+    pub fn one(context: usize) -> Self {
+        Self { rows: 1, context, longest: context, pool: None }
+    }
+}
