@@ -82,7 +82,8 @@ impl Cache {
             slab_bytes,
             pools: Default::default(),
             slots: std::array::from_fn(|_| Slots::new(0)),
-            rings: Buffer::new(platform, "recent tokens", rings)?,
+            // Kernels read slabs whole, also those that are partly written.
+            rings: Buffer::zeroed(platform, "recent tokens", rings)?,
             table: Buffer::new(
                 platform,
                 "page tables",

@@ -80,7 +80,7 @@ impl Prompt {
         let words = Words::of(tokens, tokens.div_ceil(piece)).total(tokens);
         Ok(Self {
             x: Buffer::new(platform, "a prompt's residual stream", 4 * tokens * width)?,
-            ring: Buffer::new(platform, "a layer's keys and values", kv_heads * slabs * slab)?,
+            ring: Buffer::zeroed(platform, "a layer's keys and values", kv_heads * slabs * slab)?,
             words: Buffer::new(platform, "a prompt's tokens", 4 * words)?,
             tokens,
             slabs,

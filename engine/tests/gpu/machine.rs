@@ -14,8 +14,8 @@ use kvwarp_engine::gpu::platform::{GpuError, Platform, Replay, Result};
 
 use crate::simt::{Buf, Simt};
 
-/// Something enqueued.
-type Work = Rc<dyn Fn()>;
+/// Something enqueued; gives its status.
+type Work = Rc<dyn Fn() -> i32>;
 
 thread_local! {
     static SIMT: Cell<Option<&'static Simt>> = const { Cell::new(None) };
@@ -23,11 +23,17 @@ thread_local! {
 }
 
 /// Runs work, or keeps it where a recording is being made.
-fn enqueue(work: Work) {
+fn enqueue(work: Work) -> i32 {
     let kept = RECORDING.with_borrow_mut(|list| list.as_mut().map(|list| list.push(work.clone())));
-    if kept.is_none() {
+    if kept.is_none() { work() } else { 0 }
+}
+
+/// The same of what cannot fail.
+fn enqueue_sure(work: impl Fn() + 'static) {
+    enqueue(Rc::new(move || {
         work();
-    }
+        0
+    }));
 }
 
 fn simt() -> &'static Simt {
@@ -52,12 +58,12 @@ macro_rules! ops {
                 }
                 enqueue(Rc::new(move || {
                     // SAFETY: as above.
-                    let done = simt().check(unsafe { run(&params, stream) });
-                    if let Err(report) = done {
-                        panic!("{}: {report}\n{params:?}", stringify!($op));
+                    let status = unsafe { run(&params, stream) };
+                    if let Err(report) = simt().check(status) {
+                        eprintln!("{}: {report}\n{params:?}", stringify!($op));
                     }
-                }));
-                0
+                    status
+                }))
             }
         )*
 
@@ -204,7 +210,7 @@ impl Platform for Machine {
 
     fn zero(&self, at: u64, bytes: usize) -> Result<()> {
         let memory = self.memory(at, bytes);
-        enqueue(Rc::new(move || memory.write(&vec![0; bytes])));
+        enqueue_sure(move || memory.write(&vec![0; bytes]));
         Ok(())
     }
 
@@ -214,7 +220,7 @@ impl Platform for Machine {
         for row in 0..rows {
             let from = self.memory(from + (row * from_pitch) as u64, width);
             let to = self.memory(to + (row * to_pitch) as u64, width);
-            enqueue(Rc::new(move || to.write(&from.read())));
+            enqueue_sure(move || to.write(&from.read()));
         }
         Ok(())
     }
@@ -225,7 +231,7 @@ impl Platform for Machine {
         let x = self.memory(x, 2 * tokens * cols);
         let weight = self.memory(weight, 2 * rows * cols);
         let y = self.memory(y, y_bytes * tokens * rows);
-        enqueue(Rc::new(move || {
+        enqueue_sure(move || {
             let (x, weight) = (x.floats(KVW_F16), weight.floats(KVW_F16));
             let old = if accumulate { y.floats(y_dtype) } else { vec![0.0; tokens * rows] };
             let dot = |i: usize| {
@@ -238,7 +244,7 @@ impl Platform for Machine {
                 _ => sums.flat_map(f32::to_le_bytes).collect(),
             };
             y.write(&bytes);
-        }));
+        });
         Ok(())
     }
 
@@ -262,7 +268,7 @@ struct Recording(Vec<Work>);
 
 impl Replay for Recording {
     fn launch(&self) -> Result<()> {
-        self.0.iter().for_each(|work| work());
+        self.0.iter().for_each(|work| assert_eq!(work(), 0));
         Ok(())
     }
 }
