@@ -2,7 +2,7 @@
 //!
 //! A [`Gpu`] is a [`crate::runner::Runner`] on a [`platform::Platform`]: CUDA in the program, in tests the CPU executor of
 //! the kernels' sources. A step writes one block of numbers, enqueues the same launches whatever lengths are, recorded once
-//! for each [`control::Grid`], and reads the chosen tokens; nothing else waits. Rows of activations are f16, the residual
+//! for each shape of a step, and reads the chosen tokens; nothing else waits. Rows of activations are f16, the residual
 //! stream and sums f32.
 //!
 //! How products are summed depends on the rows of a step (one, up to sixteen, more), so what a sequence is given may
