@@ -17,15 +17,14 @@ use kvwarp_engine::runner::{Choice, Row, Runner, Turn};
 use kvwarp_engine::source::Source;
 use kvwarp_engine::watch::Watch;
 
-use crate::machine::Machine;
-
 /// The greedy choice.
 pub const GREEDY: Choice = Choice { sampling: Sampling::GREEDY, seed: 0 };
 
-/// A model of `fixtures`.
+/// A model of `fixtures`, from a bundle of its own folder.
 pub fn fixture(name: &str) -> Source {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
-    Source::open(&folder).unwrap()
+    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let folder = std::env::var_os("KVW_BUNDLE").map_or_else(here, Into::into);
+    Source::open(&folder.join("fixtures").join(name)).unwrap()
 }
 
 /// With `watch`, which nobody stops.
@@ -46,9 +45,9 @@ pub fn on_device(
     spec: &str,
     calibration: Option<&Calibration>,
     options: &Options,
-    machine: &Rc<Machine>,
+    machine: &Rc<impl Platform + 'static>,
 ) -> Gpu {
-    let platform: Rc<dyn Platform> = Rc::<Machine>::clone(machine);
+    let platform: Rc<dyn Platform> = machine.clone();
     let mut shares = Vec::new();
     let mut progress = |done: usize, total: usize| shares.push((done, total));
     let spec = spec.parse().unwrap();
