@@ -3,14 +3,11 @@
 
 use std::time::{Duration, Instant};
 
-use kvwarp::sample::{Sampling, draw};
+use kvwarp::sample::draw;
 
 use crate::cache::CacheStats;
 use crate::runner::{Choice, Frozen, Row, RunError, Runner, Turn};
 use crate::watch::Watch;
-
-/// Logits are computed and a token is chosen, as whoever decodes does.
-const CHOICE: Choice = Choice { sampling: Sampling::GREEDY, seed: 0 };
 
 /// What to measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,7 +155,7 @@ impl<'r> Bench<'r> {
         let turn = |(&row, token)| Turn {
             row,
             tokens: std::slice::from_ref(token),
-            choice: &CHOICE,
+            choice: &Choice::GREEDY,
             draw: 0,
             recent: &[],
         };

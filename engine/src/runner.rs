@@ -41,6 +41,13 @@ pub struct Choice {
     pub sampling: Sampling,
     /// Fixes every random draw.
     pub seed: u64,
+    /// Newest tokens that a repetition penalty looks at, at most 256.
+    pub last: usize,
+}
+
+impl Choice {
+    /// Always the most probable token.
+    pub const GREEDY: Self = Self { sampling: Sampling::GREEDY, seed: 0, last: 0 };
 }
 
 /// One sequence's part in a step.
@@ -62,8 +69,10 @@ pub struct Turn<'a> {
 impl Turn<'_> {
     /// What the penalty on what follows `tokens[i]` looks at, oldest first.
     pub fn seen(&self, i: usize) -> Vec<u32> {
-        let seen = [self.recent, &self.tokens[1..=i]].concat();
-        seen[seen.len().saturating_sub(MAX_RECENT)..].to_vec()
+        let last = self.choice.last.min(MAX_RECENT);
+        let drafts = &self.tokens[(i + 1).saturating_sub(last).max(1)..=i];
+        let before = self.recent.len().saturating_sub(last - drafts.len());
+        [&self.recent[before..], drafts].concat()
     }
 }
 

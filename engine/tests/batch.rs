@@ -5,7 +5,6 @@ mod support;
 use std::path::Path;
 
 use kvwarp::linear::Activations;
-use kvwarp::sample::Sampling;
 use kvwarp::slab::Format;
 use kvwarp_engine::cache::Cache;
 use kvwarp_engine::model::{Model, Work};
@@ -18,7 +17,7 @@ use support::program::fixture;
 use support::schedule::{alone, requests, run, watched};
 
 const BLOCK: usize = 64;
-const CHOICE: Choice = Choice { sampling: Sampling::GREEDY, seed: 0 };
+const CHOICE: Choice = Choice::GREEDY;
 
 fn tiny(name: &str) -> Source {
     Source::open(Path::new(&fixture(name))).unwrap()

@@ -202,7 +202,7 @@ fn tokens_are_drawn_as_on_the_cpu() {
     let mut gpu = on_device(&source, "f16", None, &options(2), &machine);
     let sampling =
         Sampling { temperature: 0.9, top_k: 40, top_p: 0.95, min_p: 0.01, repeat_penalty: 1.3 };
-    let choice = Choice { sampling, seed: 1 << 40 | 5 };
+    let choice = Choice { sampling, seed: 1 << 40 | 5, last: 256 };
     let (a, b, recent) = (gpu.open().unwrap(), gpu.open().unwrap(), text(1, 300));
     for (draw, tokens) in [(0, [1, 2, 3]), (3, [4, 5, 6])] {
         let plain = Turn { row: a, tokens: &tokens, choice: &GREEDY, draw, recent: &[] };

@@ -11,7 +11,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvwarp::linear::Activations;
-use kvwarp::sample::Sampling;
 use kvwarp_engine::model::{Model, Work};
 use kvwarp_engine::perplexity::{Reading, score};
 use kvwarp_engine::runner::{Choice, CpuRunner, Runner, Turn};
@@ -126,7 +125,7 @@ fn greedy(model: &Model<'_>, spec: &str, prompt: &[u32], n: usize) -> Vec<u32> {
     let (stop, mut step, row) = (AtomicBool::new(false), |_| {}, runner.open().unwrap());
     let (mut tokens, mut chosen) = (prompt.to_vec(), Vec::new());
     runner.read(row, &prompt[..prompt.len() - 1], &mut Watch::new(&stop, &mut step)).unwrap();
-    let choice = Choice { sampling: Sampling::GREEDY, seed: 0 };
+    let choice = Choice::GREEDY;
     for _ in 0..n {
         let newest = &tokens[tokens.len() - 1..];
         let turn = Turn { row, tokens: newest, choice: &choice, draw: 0, recent: &tokens };

@@ -4,7 +4,6 @@ mod support;
 
 use std::sync::Arc;
 
-use kvwarp::sample::Sampling;
 use kvwarp_engine::batch::{Batch, Event, Prefixes, Request};
 use kvwarp_engine::generate::End;
 use kvwarp_engine::runner::{Choice, Frozen, Runner};
@@ -18,7 +17,7 @@ use support::schedule::{alone, requests, run, watched};
 const BLOCK: usize = 64;
 
 fn request(id: u64, prompt: &[u32], max_tokens: usize) -> Request {
-    let choice = Choice { sampling: Sampling::GREEDY, seed: id };
+    let choice = Choice { seed: id, ..Choice::GREEDY };
     Request { id, prompt: prompt.to_vec(), max_tokens, choice, stop: Arc::from([]), drafts: 0 }
 }
 

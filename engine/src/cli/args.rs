@@ -9,6 +9,7 @@ use kvwarp::threads::physical_cores;
 
 use super::Usage;
 use crate::gpu::Stored;
+use crate::runner::Choice;
 use crate::spec::CacheSpec;
 
 /// Which model, and how to run it.
@@ -168,6 +169,12 @@ pub struct SamplingArgs {
     /// Keep tokens of at least P times the most probable one's probability; 0 keeps all
     #[arg(long, value_name = "P", default_value_t = 0.05)]
     pub min_p: f32,
+    /// Divide the positive logits of recent tokens by X and multiply the others; 1 leaves them
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub repeat_penalty: f32,
+    /// Recent tokens that --repeat-penalty looks at, to 256
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub repeat_last_n: u16,
     /// Tokens that a step may draft by prompt lookup, to 15: fewer steps for texts that repeat themselves, the same text
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=15))]
     pub draft: u8,
@@ -177,15 +184,15 @@ pub struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    /// What the kernel takes.
-    pub fn sampling(&self) -> Result<Sampling, Usage> {
-        let Self { temp: temperature, top_k, top_p, min_p, .. } = *self;
-        let sampling = Sampling { temperature, top_k, top_p, min_p, repeat_penalty: 1.0 };
-        sampling.check().map(|()| sampling).map_err(|error| Usage(error.to_string()))
+    /// How tokens are chosen, with the seed given or one from the clock.
+    pub fn choice(&self) -> Result<Choice, Usage> {
+        let Self { temp: temperature, top_k, top_p, min_p, repeat_penalty, .. } = *self;
+        let sampling = Sampling { temperature, top_k, top_p, min_p, repeat_penalty };
+        sampling.check().map_err(|error| Usage(error.to_string()))?;
+        Ok(Choice { sampling, seed: self.seed(), last: usize::from(self.repeat_last_n) })
     }
 
-    /// The seed given, or one from the clock.
-    pub fn seed(&self) -> u64 {
+    fn seed(&self) -> u64 {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         self.seed.unwrap_or_else(|| now.map_or(0, |time| time.as_nanos() as u64 >> 10))
     }

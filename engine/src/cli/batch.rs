@@ -26,7 +26,8 @@ use input::{Defaults, Line, Reader};
 /// Arguments of `kvwarp batch`.
 ///
 /// The file has a JSON object a line: `prompt`, continued as it stands, or `messages`, a list of objects with `role` and
-/// `content`; and where a line differs from the flags `id`, `max_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `seed`.
+/// `content`; and where a line differs from the flags `id`, `max_tokens`, `temperature`, `top_k`, `top_p`, `min_p`,
+/// `repeat_penalty`, `seed`.
 /// Answers have `id` (the line's number by default), `text`, `tokens`, `end`, `prompt_tokens`, `shared_tokens` (of a prompt
 /// that begins like an earlier one), `preemptions`, `drafted` and `drafts_taken` tokens, or `error`; they come in the order in which they are done. Interrupted,
 /// the same command goes on where it stopped.
@@ -79,17 +80,13 @@ struct Sums {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
-    let (spec, sampling) = (args.cache.spec()?, args.sampling.sampling()?);
+    let (spec, choice) = (args.cache.spec()?, args.sampling.choice()?);
     let text = super::generate::read(&args.prompts)?;
     let source = open::source(&args.model)?;
     let (tokenizer, config) = (source.tokenizer()?, &source.config);
     let chat = source.chat(&tokenizer)?;
-    let defaults = Defaults {
-        max_tokens: args.n_predict,
-        sampling,
-        seed: args.sampling.seed(),
-        drafts: usize::from(args.sampling.draft),
-    };
+    let defaults =
+        Defaults { max_tokens: args.n_predict, choice, drafts: usize::from(args.sampling.draft) };
     let reader = Reader { tokenizer: &tokenizer, chat: chat.as_ref(), defaults };
     let lines = reader.lines(&args.prompts.display().to_string(), &text)?;
     let model_hash = args.model_hash(&source)?;
@@ -129,10 +126,11 @@ impl Args {
     /// Of the flags that change answers; a seed that was not given is none of them.
     fn settings(&self, spec: &CacheSpec) -> String {
         let Self { model, block, n_predict, sampling, .. } = self;
-        let SamplingArgs { temp, top_k, top_p, min_p, seed, .. } = sampling;
+        let SamplingArgs { temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, .. } =
+            sampling;
         let activations = model.activations;
         hash(format!(
-            "{spec} {block} {n_predict} {temp} {top_k} {top_p} {min_p} {seed:?} {activations:?}"
+            "{spec} {block} {n_predict} {temp} {top_k} {top_p} {min_p} {repeat_penalty} {repeat_last_n} {seed:?} {activations:?}"
         ))
     }
 

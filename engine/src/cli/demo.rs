@@ -12,7 +12,6 @@ use crate::runner::{Choice, CpuRunner};
 use crate::source::Source;
 use crate::tokenizer::Tokenizer;
 use crate::watch::Watch;
-use kvwarp::sample::Sampling;
 
 /// Arguments without a command.
 #[derive(clap::Args)]
@@ -77,7 +76,7 @@ fn measure(
         max_tokens: ANSWER_TOKENS,
         drafts: 0,
         context: None,
-        choice: Choice { sampling: Sampling::GREEDY, seed: 0 },
+        choice: Choice::GREEDY,
     };
     let context = request.context_for(tokenizer.prompt(prompt)?.len(), model.config());
     let mut runner = CpuRunner::new(model, &cache, 1, context)?;

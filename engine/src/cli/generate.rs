@@ -13,7 +13,7 @@ use super::{Outcome, Usage, open};
 use crate::chat::Message;
 use crate::generate::{End, Request, Stats, generate};
 use crate::lookup::Drafts;
-use crate::runner::{Choice, Runner};
+use crate::runner::Runner;
 use crate::source::Source;
 use crate::spec::CacheSpec;
 use crate::tokenizer::Tokenizer;
@@ -53,7 +53,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
-    let (cache, sampling) = (args.cache.spec()?, args.sampling.sampling()?);
+    let (cache, choice) = (args.cache.spec()?, args.sampling.choice()?);
     let prompt = args.prompt()?;
     let source = open::source(&args.model)?;
     let tokenizer = source.tokenizer()?;
@@ -62,7 +62,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
         max_tokens: args.n_predict,
         drafts: usize::from(args.sampling.draft),
         context: args.ctx_size.map(|n| if n == 0 { source.config.context } else { n }),
-        choice: Choice { sampling, seed: args.sampling.seed() },
+        choice,
     };
     let place = Place::new(&args.model, &source)?;
     place.note_uncalibrated(&cache);

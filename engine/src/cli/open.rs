@@ -28,6 +28,9 @@ pub fn stop_on_ctrl_c() -> anyhow::Result<&'static AtomicBool> {
 
 /// The model that the arguments name, or the default one, which is obtained first when need be.
 pub fn source(args: &ModelArgs) -> anyhow::Result<Source> {
+    if args.device == Device::Cuda {
+        kvwarp::device::device_count().context("--device cuda")?;
+    }
     Ok(Source::open(&path(args)?)?)
 }
 

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use kvwarp::device::Device;
 
 use super::args::{self, ModelArgs};
@@ -51,7 +51,10 @@ impl<'s> Place<'s> {
         if args.device == args::Device::Cpu {
             return Ok(Self::Cpu(open::model(args, source)?));
         }
-        let Device::Cuda(cuda) = Device::cuda(0)? else { bail!("--device cuda: no GPU") };
+        let cuda = match Device::cuda(0).context("--device cuda")? {
+            Device::Cuda(cuda) => cuda,
+            Device::Cpu => bail!("--device cuda: no GPU"),
+        };
         Ok(Self::Cuda(OnGpu {
             source,
             calibration: open::calibration(args, source)

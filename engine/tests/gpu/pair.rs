@@ -5,7 +5,6 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
 use kvwarp::linear::Activations;
-use kvwarp::sample::Sampling;
 use kvwarp::slab::{Format, TOKENS, decode};
 use kvwarp_engine::cache::Cache;
 use kvwarp_engine::calibration::Calibration;
@@ -18,7 +17,7 @@ use kvwarp_engine::source::Source;
 use kvwarp_engine::watch::Watch;
 
 /// The greedy choice.
-pub const GREEDY: Choice = Choice { sampling: Sampling::GREEDY, seed: 0 };
+pub const GREEDY: Choice = Choice::GREEDY;
 
 /// A model of `fixtures`, from a bundle of its own folder.
 pub fn fixture(name: &str) -> Source {

@@ -24,6 +24,8 @@ const WINDOW: usize = 64;
 struct Held {
     len: usize,
     state: u64,
+    /// `state` before each token of the last step.
+    past: Vec<u64>,
     table: Vec<Entry>,
     /// A call with it failed: it can only be closed.
     broken: bool,
@@ -174,7 +176,10 @@ impl Runner for Fake {
         for turn in turns {
             let mut recent = turn.recent.iter().fold(0, |sum, &token| mix(sum, u64::from(token)));
             let mut chosen = Vec::new();
+            self.row(turn.row).past.clear();
             for (i, &token) in turn.tokens.iter().enumerate() {
+                let before = self.row(turn.row).state;
+                self.row(turn.row).past.push(before);
                 self.append(turn.row, token);
                 if i > 0 {
                     recent = mix(recent, u64::from(token));
@@ -190,8 +195,14 @@ impl Runner for Fake {
         Ok(())
     }
 
-    fn rollback(&mut self, _: Row, _: usize) -> Result<(), RunError> {
-        unreachable!("no drafts are made")
+    fn rollback(&mut self, row: Row, n: usize) -> Result<(), RunError> {
+        let held = self.row(row);
+        for _ in 0..n {
+            held.state = held.past.pop().expect("a token of the last step");
+            held.len -= 1;
+        }
+        assert!(held.table.len() <= packed_slabs(held.len, WINDOW), "a slab was packed for drafts");
+        Ok(())
     }
 
     fn drafts(&self, row: Row) -> usize {
@@ -218,8 +229,13 @@ impl Runner for Fake {
     fn thaw(&mut self, frozen: &Frozen) -> Result<Row, RunError> {
         let state = self.frozen[&frozen.entries];
         let table = frozen.entries[..packed_slabs(frozen.len, WINDOW)].to_vec();
-        let row =
-            self.insert(Held { len: frozen.len, state, table: table.clone(), broken: false })?;
+        let row = self.insert(Held {
+            past: Vec::new(),
+            len: frozen.len,
+            state,
+            table: table.clone(),
+            broken: false,
+        })?;
         for (format, slot) in table.iter().filter_map(|entry| entry.get()) {
             self.slots[format as usize].share(slot as u32);
         }

@@ -39,7 +39,7 @@ pub fn requests(rng: &mut ChaCha8Rng, n: u64, prompt: usize, answer: usize) -> V
             id,
             prompt: tokens,
             max_tokens: rng.random_range(1..=answer),
-            choice: Choice { sampling, seed: rng.next_u64() },
+            choice: Choice { sampling, seed: rng.next_u64(), last: 64 },
             stop: Arc::from([rng.random_range(0..250)]),
             drafts: rng.random_range(0..=15) * rng.random_range(0..=1),
         }

@@ -16,8 +16,7 @@ use crate::tokenizer::Tokenizer;
 /// What a line that does not say otherwise gets.
 pub struct Defaults {
     pub max_tokens: usize,
-    pub sampling: Sampling,
-    pub seed: u64,
+    pub choice: Choice,
     pub drafts: usize,
 }
 
@@ -34,8 +33,18 @@ pub struct Line {
     pub request: Request,
 }
 
-const FIELDS: [&str; 9] =
-    ["id", "prompt", "messages", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed"];
+const FIELDS: [&str; 10] = [
+    "id",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repeat_penalty",
+    "seed",
+];
 
 impl Reader<'_> {
     /// Every line of `text`; empty ones are passed over. Ids are different.
@@ -67,13 +76,14 @@ impl Reader<'_> {
             Some(_) => return Err("`id` is neither a string nor a number".into()),
         };
         let prompt = self.prompt(&mut fields)?;
-        let Defaults { max_tokens, sampling, seed, drafts } = self.defaults;
+        let Defaults { max_tokens, ref choice, drafts } = self.defaults;
+        let Choice { sampling, seed, last } = *choice;
         let sampling = Sampling {
             temperature: take(&mut fields, "temperature")?.unwrap_or(sampling.temperature),
             top_k: take(&mut fields, "top_k")?.unwrap_or(sampling.top_k),
             top_p: take(&mut fields, "top_p")?.unwrap_or(sampling.top_p),
             min_p: take(&mut fields, "min_p")?.unwrap_or(sampling.min_p),
-            ..sampling
+            repeat_penalty: take(&mut fields, "repeat_penalty")?.unwrap_or(sampling.repeat_penalty),
         };
         sampling.check().map_err(|e| e.to_string())?;
         let seed = take(&mut fields, "seed")?.unwrap_or(seed.wrapping_add(number as u64));
@@ -81,7 +91,7 @@ impl Reader<'_> {
             id: place,
             prompt: self.tokenizer.prompt(&prompt).map_err(|e| e.to_string())?,
             max_tokens: take(&mut fields, "max_tokens")?.unwrap_or(max_tokens),
-            choice: Choice { sampling, seed },
+            choice: Choice { sampling, seed, last },
             stop: Arc::from(self.tokenizer.ends()),
             drafts,
         };
