@@ -120,7 +120,12 @@ fn at_depth(
     (rows, depth): (usize, usize),
     report: &mut dyn FnMut(Test, &Samples) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let tests = args.tests();
+    let mut tests = args.tests();
+    // A prefill is of one sequence, however many there are to decode.
+    tests.retain(|test| matches!(test, Test::Decode(_)) || Some(&rows) == args.rows().first());
+    if tests.is_empty() {
+        return Ok(());
+    }
     let tokens = |test: &Test| match *test {
         Test::Prefill(n) | Test::Decode(n) => n,
     };
@@ -157,10 +162,15 @@ impl Args {
         }
     }
 
+    /// Numbers of sequences.
+    fn rows(&self) -> Vec<usize> {
+        self.parallel.iter().map(|&rows| usize::from(rows)).collect()
+    }
+
     /// Numbers of sequences, each with every depth.
     fn shapes(&self) -> impl Iterator<Item = (usize, usize)> {
-        let rows = self.parallel.iter().map(|&rows| usize::from(rows));
-        rows.flat_map(|rows| self.n_depth.iter().map(move |&depth| (rows, depth)))
+        let depths = |rows| self.n_depth.iter().map(move |&depth| (rows, depth));
+        self.rows().into_iter().flat_map(depths)
     }
 
     fn tests(&self) -> Vec<Test> {

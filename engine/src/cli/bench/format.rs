@@ -165,9 +165,9 @@ fn name(test: Test, setup: &Setup<'_>) -> String {
     let Setup { depth, rows, .. } = *setup;
     let name = match test {
         Test::Prefill(n) => format!("pp{n}"),
+        Test::Decode(n) if rows > 1 => format!("tg{n} x{rows}"),
         Test::Decode(n) => format!("tg{n}"),
     };
-    let name = if rows == 1 { name } else { format!("{name} x{rows}") };
     if depth == 0 { name } else { format!("{name} @ d{depth}") }
 }
 
