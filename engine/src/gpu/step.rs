@@ -34,15 +34,18 @@ impl Gpu {
         Ok(turns.iter().map(of).collect())
     }
 
-    /// Enqueues a step, by its recording where the platform has them.
+    /// Enqueues a step: the first of its shape as it is, which loads the kernels and libraries that a recording could
+    /// not wait for, and later ones by a recording where the platform has them.
     fn launch(&mut self, grid: Grid) -> Result<()> {
-        if !self.recorded.contains_key(&grid) {
-            let replay = self.platform.record(&mut || self.body(grid))?;
-            self.recorded.insert(grid, replay);
-        }
-        match &self.recorded[&grid] {
-            Some(replay) => replay.launch(),
-            None => self.body(grid),
+        match self.recorded.get(&grid) {
+            Some(Some(replay)) => replay.launch(),
+            Some(None) => self.body(grid),
+            None => {
+                self.body(grid)?;
+                let replay = self.platform.record(&mut || self.body(grid))?;
+                self.recorded.insert(grid, replay);
+                Ok(())
+            }
         }
     }
 
