@@ -87,6 +87,7 @@ fn what_cannot_be_done_exits_with_1_and_one_line() {
         (&["info", "-m", &truncated], &["truncated.gguf", "tensor count"]),
         (&["info"], &["--model"]),
         (&["generate", "-m", &model, "-p", "x", "--device", "cuda"], &["--device cuda"]),
+        (&["bench", "--synthetic", "llama-3-8b", "--device", "cuda"], &["--device cuda"]),
         (&["perplexity", "-m", &model, "-f", &held, "-c", "1M"], &["1M"]),
         (&["perplexity", "-m", &model, "-f", &held, "-c", "100k"], &["102400", "limit"]),
         (&["bench", "-m", &model, "-p", "8", "-n", "0", "-d", "200k"], &["204808", "limit"]),

@@ -81,7 +81,10 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let specs = args.specs()?;
     let base = args.base();
     let source = match &args.synthetic {
-        Some(shape) => Source::synthetic(shape)?,
+        Some(shape) => {
+            open::check_device(base.device)?;
+            Source::synthetic(shape)?
+        }
         None => open::source(&base)?,
     };
     let threads: Vec<_> = match args.threads[..] {

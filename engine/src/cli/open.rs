@@ -28,10 +28,16 @@ pub fn stop_on_ctrl_c() -> anyhow::Result<&'static AtomicBool> {
 
 /// The model that the arguments name, or the default one, which is obtained first when need be.
 pub fn source(args: &ModelArgs) -> anyhow::Result<Source> {
-    if args.device == Device::Cuda {
+    check_device(args.device)?;
+    Ok(Source::open(&path(args)?)?)
+}
+
+/// Says what stands in the way of a GPU that is asked for, before anything takes its time.
+pub fn check_device(device: Device) -> anyhow::Result<()> {
+    if device == Device::Cuda {
         kvwarp::device::device_count().context("--device cuda")?;
     }
-    Ok(Source::open(&path(args)?)?)
+    Ok(())
 }
 
 /// The model of `source` on the processor, calibrated where it can be.
