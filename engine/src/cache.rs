@@ -27,7 +27,7 @@ use crate::runner::Row;
 use crate::spec::CacheSpec;
 use bytes::AlignedBytes;
 use head::Head;
-pub use plan::Plan;
+pub use plan::{Plan, need};
 pub use stats::{CacheStats, full_bytes};
 
 /// The part of a model's shape that a cache depends on.

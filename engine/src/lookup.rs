@@ -10,6 +10,9 @@ const SHORTEST: usize = 2;
 
 /// What followed the latest earlier occurrence of the longest run of newest tokens, `most` tokens at most.
 pub fn draft(tokens: &[u32], most: usize) -> &[u32] {
+    if most == 0 {
+        return &[];
+    }
     for run in (SHORTEST..=LONGEST.min(tokens.len().saturating_sub(1))).rev() {
         let (before, newest) = (&tokens[..tokens.len() - 1], &tokens[tokens.len() - run..]);
         if let Some(at) = before.windows(run).rposition(|earlier| earlier == newest) {

@@ -249,12 +249,7 @@ impl<'a> Model<'a> {
     /// Rows of the embedding, `[tokens, width]`.
     fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
         let Config { width, vocab, .. } = *self.config;
-        if tokens.is_empty() {
-            return Err(ModelError::Empty);
-        }
-        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab) {
-            return Err(ModelError::Token { token, vocab });
-        }
+        ModelError::check_tokens(tokens, vocab)?;
         let mut x = vec![0.0; tokens.len() * width];
         for (x, &token) in x.chunks_exact_mut(width).zip(tokens) {
             linear::dequantize_row(&self.embedding, token as usize, x)?;

@@ -148,6 +148,23 @@ impl RunError {
     }
 }
 
+/// Slabs of both.
+pub fn plus(a: Slabs, b: Slabs) -> Slabs {
+    std::array::from_fn(|i| a[i] + b[i])
+}
+
+/// Slabs that a turn takes of `runner`.
+///
+/// # Errors
+/// [`RunError::Turn`] where it has no tokens or more than it may.
+pub(crate) fn need_of(runner: &dyn Runner, turn: &Turn<'_>) -> Result<Slabs, RunError> {
+    let (tokens, most) = (turn.tokens.len(), 1 + runner.drafts(turn.row));
+    if tokens == 0 || tokens > most {
+        return Err(RunError::Turn { tokens, most });
+    }
+    Ok(runner.need(runner.len(turn.row), tokens))
+}
+
 /// Whether `free` slabs are as many as `need`.
 ///
 /// # Errors

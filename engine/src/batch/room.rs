@@ -1,7 +1,7 @@
 //! Who gets slabs: prefixes are melted first, then the youngest gives way.
 
 use super::Batch;
-use crate::runner::{Row, RunError, Slabs, check};
+use crate::runner::{Row, RunError, Slabs, check, plus};
 
 impl Batch<'_> {
     /// Whether the first who waits could read all its tokens beside what the others have still to read; prefixes that
@@ -129,8 +129,4 @@ impl Batch<'_> {
             }
         }
     }
-}
-
-fn plus(a: Slabs, b: Slabs) -> Slabs {
-    std::array::from_fn(|i| a[i] + b[i])
 }

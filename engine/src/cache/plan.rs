@@ -6,6 +6,7 @@ use half::f16;
 use kvwarp::slab::Format;
 
 use super::head::Rules;
+use crate::runner::Slabs;
 use crate::spec::CacheSpec;
 
 /// Heads are counted over all layers, `layer * kv_heads + head`.
@@ -34,10 +35,28 @@ impl Plan {
         }
     }
 
+    /// Store of head `h`.
+    pub fn store(&self, spec: &CacheSpec, h: usize) -> Format {
+        self.stores.as_ref().map_or(spec.store, |stores| stores[h])
+    }
+
     /// Rules of head `h`, of `d` channels.
     pub(super) fn rules<'a>(&'a self, spec: &CacheSpec, h: usize, d: usize) -> Rules<'a> {
         let feedback = self.feedback.as_ref().map(|rows| &rows[h * d * d..(h + 1) * d * d]);
-        let store = self.stores.as_ref().map_or(spec.store, |stores| stores[h]);
+        let store = self.store(spec, h);
         Rules { store, ..Rules::new(spec, feedback) }
     }
+}
+
+/// Slabs that a sequence of `len` tokens takes for `n` more, with heads of these stores.
+pub fn need(stores: impl Iterator<Item = Format>, spec: &CacheSpec, len: usize, n: usize) -> Slabs {
+    let mut need = Slabs::default();
+    for store in stores {
+        let rules = Rules { store, ..Rules::new(spec, None) };
+        for ((format, after), (_, before)) in rules.slabs(len + n).into_iter().zip(rules.slabs(len))
+        {
+            need[format as usize] += after - before;
+        }
+    }
+    need
 }

@@ -4,7 +4,7 @@ use kvwarp::pages::{Entry, Pools, packed_slabs, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
 
 use super::head::{ring_slot, take};
-use super::{Cache, CacheError, Sequence, give, open_mut};
+use super::{Cache, CacheError, Sequence, give, need, open_mut};
 use crate::runner::{Frozen, Row, Slabs};
 
 impl Cache {
@@ -29,15 +29,8 @@ impl Cache {
 
     /// Slabs that a sequence of `len` tokens takes for `n` more.
     pub fn need(&self, len: usize, n: usize) -> Slabs {
-        let mut need = [0; Format::ALL.len()];
-        for h in 0..self.shape.layers * self.shape.kv_heads {
-            let rules = self.plan.rules(&self.spec, h, self.shape.head_dim);
-            let (before, after) = (rules.slabs(len), rules.slabs(len + n));
-            for ((format, after), (_, before)) in after.into_iter().zip(before) {
-                need[format as usize] += after - before;
-            }
-        }
-        need
+        let heads = 0..self.shape.layers * self.shape.kv_heads;
+        need(heads.map(|h| self.plan.store(&self.spec, h)), &self.spec, len, n)
     }
 
     /// Whether a sequence of `len` tokens takes `n` more without packing any.

@@ -27,10 +27,9 @@ use input::{Defaults, Line, Reader};
 ///
 /// The file has a JSON object a line: `prompt`, continued as it stands, or `messages`, a list of objects with `role` and
 /// `content`; and where a line differs from the flags `id`, `max_tokens`, `temperature`, `top_k`, `top_p`, `min_p`,
-/// `repeat_penalty`, `seed`.
-/// Answers have `id` (the line's number by default), `text`, `tokens`, `end`, `prompt_tokens`, `shared_tokens` (of a prompt
-/// that begins like an earlier one), `preemptions`, `drafted` and `drafts_taken` tokens, or `error`; they come in the order in which they are done. Interrupted,
-/// the same command goes on where it stopped.
+/// `repeat_penalty`, `seed`. Answers have `id` (the line's number by default), `text`, `tokens`, `end`, `prompt_tokens`,
+/// `shared_tokens` (of a prompt that begins like an earlier one), `preemptions`, `drafted` and `drafts_taken` tokens, or
+/// `error`; they come in the order in which they are done. Interrupted, the same command goes on where it stopped.
 #[derive(clap::Args)]
 #[command(after_help = CacheSpec::help())]
 pub struct Args {

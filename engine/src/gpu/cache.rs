@@ -12,7 +12,7 @@ use kvwarp::pages::{Entry, Slots, packed_slabs, ring_slabs};
 use kvwarp::slab::{Format, Layout, Meta, TOKENS};
 
 use super::platform::{Buffer, GpuError, Platform, Result};
-use crate::cache::{CacheStats, Plan, Shape};
+use crate::cache::{CacheStats, Plan, Shape, need};
 use crate::runner::{Row, RunError, Slabs};
 use crate::spec::CacheSpec;
 
@@ -69,7 +69,7 @@ impl Cache {
         }
         let stride = shape.context.div_ceil(TOKENS);
         let rings = heads * rows * ring_slabs(spec.window) * slab_bytes[0];
-        let stores = plan.stores.as_ref().map_or_else(|| vec![spec.store; heads], |s| s.to_vec());
+        let stores = (0..heads).map(|h| plan.store(spec, h)).collect();
         let feedback = plan.feedback.as_ref().map(|rows| {
             Buffer::of(platform, "weights of rounding errors", bytemuck::cast_slice(rows))
         });
@@ -95,8 +95,8 @@ impl Cache {
         })
     }
 
-    /// Makes the pools, by what sequences of the whole context take, each frozen once: of `budget` bytes, or of what `rows` sequences may
-    /// need where there is no budget, as far as `free` bytes go.
+    /// Makes the pools, by what sequences of the whole context take, each frozen once: of `budget` bytes, or of what
+    /// `rows` sequences may need where there is no budget, as far as `free` bytes go.
     pub fn fund(&mut self, budget: Option<usize>, free: usize) -> Result<()> {
         let mut full = self.need(0, self.shape.context);
         full[Format::F16 as usize] += self.ring_slabs() * self.stores.len();
@@ -194,13 +194,7 @@ impl Cache {
 
     /// Slabs that a sequence of `len` tokens takes for `n` more.
     pub fn need(&self, len: usize, n: usize) -> Slabs {
-        let (from, to) =
-            (packed_slabs(len, self.spec.window), packed_slabs(len + n, self.spec.window));
-        let sinks = self.spec.sinks.div_ceil(TOKENS).clamp(from, to) - from;
-        let mut need = Slabs::default();
-        need[Format::F16 as usize] = sinks * self.stores.len();
-        self.stores.iter().for_each(|&store| need[store as usize] += to - from - sinks);
-        need
+        need(self.stores.iter().copied(), &self.spec, len, n)
     }
 
     /// Slabs that freezing a sequence of `len` tokens takes.

@@ -5,7 +5,7 @@ use super::platform::GpuError;
 use crate::cache::{CacheError, CacheStats};
 use crate::config::Config;
 use crate::model::ModelError;
-use crate::runner::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check};
+use crate::runner::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check, need_of, plus};
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 use kvwarp::pages::packed_slabs;
@@ -22,13 +22,7 @@ impl From<GpuError> for RunError {
 impl Gpu {
     /// That tokens are of the vocabulary and fit after what `row` holds.
     fn fits(&self, row: Row, tokens: &[u32]) -> Result<(), ModelError> {
-        let vocab = self.net.config.vocab;
-        if tokens.is_empty() {
-            return Err(ModelError::Empty);
-        }
-        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab) {
-            return Err(ModelError::Token { token, vocab });
-        }
+        ModelError::check_tokens(tokens, self.net.config.vocab)?;
         let (need, context) = (self.cache.len(row) + tokens.len(), self.context());
         match need > context {
             true => Err(CacheError::Full { need, context }.into()),
@@ -39,14 +33,9 @@ impl Gpu {
     fn check_turns(&self, turns: &[Turn<'_>]) -> Result<(), RunError> {
         let mut need = Slabs::default();
         for turn in turns {
-            let (tokens, most) = (turn.tokens.len(), 1 + self.drafts(turn.row));
-            if tokens == 0 || tokens > most {
-                return Err(RunError::Turn { tokens, most });
-            }
+            need = plus(need, need_of(self, turn)?);
             self.fits(turn.row, turn.tokens)?;
             turn.choice.sampling.check()?;
-            let more = self.cache.need(self.cache.len(turn.row), tokens);
-            need.iter_mut().zip(more).for_each(|(need, more)| *need += more);
         }
         check(&need, &self.free())
     }

@@ -38,3 +38,19 @@ pub enum ModelError {
     #[error("interrupted")]
     Interrupted(#[from] Interrupted),
 }
+
+impl ModelError {
+    /// That there are tokens, all of a vocabulary of `vocab`.
+    ///
+    /// # Errors
+    /// [`ModelError::Empty`], [`ModelError::Token`].
+    pub(crate) fn check_tokens(tokens: &[u32], vocab: usize) -> Result<(), Self> {
+        if tokens.is_empty() {
+            return Err(Self::Empty);
+        }
+        match tokens.iter().find(|&&token| token as usize >= vocab) {
+            Some(&token) => Err(Self::Token { token, vocab }),
+            None => Ok(()),
+        }
+    }
+}

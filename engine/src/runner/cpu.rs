@@ -3,7 +3,7 @@
 use kvwarp::sample;
 use kvwarp::slab::Format;
 
-use super::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check};
+use super::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check, need_of, plus};
 use crate::cache::{Cache, CacheStats};
 use crate::config::Config;
 use crate::model::{Model, ModelError, Work};
@@ -140,12 +140,7 @@ impl Runner for CpuRunner<'_> {
     fn step(&mut self, turns: &[Turn<'_>], out: &mut Vec<Vec<u32>>) -> Result<(), RunError> {
         let mut need = Slabs::default();
         for turn in turns {
-            let (tokens, most) = (turn.tokens.len(), 1 + self.drafts(turn.row));
-            if tokens == 0 || tokens > most {
-                return Err(RunError::Turn { tokens, most });
-            }
-            let more = self.need(self.len(turn.row), tokens);
-            need.iter_mut().zip(more).for_each(|(need, more)| *need += more);
+            need = plus(need, need_of(self, turn)?);
         }
         check(&need, &self.free())?;
         let tokens: Vec<_> = turns.iter().map(|turn| (turn.row, turn.tokens)).collect();
