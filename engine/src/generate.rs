@@ -21,8 +21,8 @@ use crate::watch::Watch;
 /// What to generate from, and how.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Text to start from, special tokens by their names.
-    pub prompt: String,
+    /// Tokens to start from, at least one.
+    pub prompt: Vec<u32>,
     /// Most tokens to generate.
     pub max_tokens: usize,
     /// Most tokens that the cache may hold; `None` = the prompt and `max_tokens`, within the model's limit.
@@ -97,7 +97,7 @@ fn speed(n: usize, time: Duration) -> f64 {
 /// ends the text.
 ///
 /// # Errors
-/// [`RunError`] when the prompt cannot be encoded or does not fit, or the runner refuses.
+/// [`RunError`] when the prompt is empty or does not fit, or the runner refuses.
 pub fn generate(
     runner: &mut dyn Runner,
     tokenizer: &Tokenizer,
@@ -105,7 +105,7 @@ pub fn generate(
     watch: &mut Watch<'_>,
     emit: &mut dyn FnMut(&str),
 ) -> Result<Stats, RunError> {
-    let mut tokens = tokenizer.prompt(&request.prompt).map_err(ModelError::from)?;
+    let mut tokens = request.prompt.clone();
     let (prompt, context) = (tokens.len(), runner.context());
     if prompt == 0 {
         return Err(ModelError::Empty.into());
@@ -157,8 +157,9 @@ pub fn generate(
 }
 
 impl Request {
-    /// Tokens that the cache must be able to hold for a prompt of `prompt` tokens.
-    pub fn context_for(&self, prompt: usize, config: &Config) -> usize {
+    /// Tokens that the cache of a model must be able to hold.
+    pub fn context_for(&self, config: &Config) -> usize {
+        let prompt = self.prompt.len();
         let needed = (prompt + self.max_tokens).min(config.context);
         self.context.unwrap_or(needed.max(prompt))
     }

@@ -8,6 +8,7 @@ use kvwarp::sample::Sampling;
 use kvwarp::threads::physical_cores;
 
 use super::Usage;
+use crate::config::Config;
 use crate::gpu::Stored;
 use crate::runner::Choice;
 use crate::spec::CacheSpec;
@@ -181,6 +182,28 @@ pub struct SamplingArgs {
     /// Seed of the random choices [default: a new one each run]
     #[arg(short, long, value_name = "N")]
     pub seed: Option<u64>,
+}
+
+/// What answers are kept in, how long they may be and how they come about.
+#[derive(clap::Args)]
+pub struct AnswerArgs {
+    #[command(flatten)]
+    pub cache: CacheArgs,
+    /// Most tokens of a prompt and its answer; 0 is the model's limit [default: as many as needed]
+    #[arg(short, long, alias = "max-model-len", value_name = "N", value_parser = tokens)]
+    pub ctx_size: Option<usize>,
+    /// Most tokens to generate for a prompt
+    #[arg(short, long, value_name = "N", default_value = "256", value_parser = tokens)]
+    pub n_predict: usize,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+impl AnswerArgs {
+    /// The context asked for, 0 being the model's.
+    pub fn context(&self, config: &Config) -> Option<usize> {
+        self.ctx_size.map(|n| if n == 0 { config.context } else { n })
+    }
 }
 
 impl SamplingArgs {

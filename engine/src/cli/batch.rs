@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::args::{CacheArgs, ModelArgs, SamplingArgs, bytes, tokens};
+use super::args::{AnswerArgs, ModelArgs, SamplingArgs, bytes, tokens};
 use super::output::{self, Progress};
 use super::place::{Place, Room};
 use super::{Outcome, open};
@@ -52,15 +52,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value = "2k", value_parser = tokens)]
     block: usize,
     #[command(flatten)]
-    cache: CacheArgs,
-    /// Most tokens of a prompt and its answer; 0 is the model's limit [default: as many as needed]
-    #[arg(short, long, alias = "max-model-len", value_name = "N", value_parser = tokens)]
-    ctx_size: Option<usize>,
-    /// Most tokens to generate for a prompt
-    #[arg(short, long, value_name = "N", default_value = "256", value_parser = tokens)]
-    n_predict: usize,
-    #[command(flatten)]
-    sampling: SamplingArgs,
+    answer: AnswerArgs,
     /// Print a JSON object with the summary instead of a line on stderr
     #[arg(long)]
     json: bool,
@@ -79,13 +71,13 @@ struct Sums {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
-    let (spec, choice) = (args.cache.spec()?, args.sampling.choice()?);
+    let AnswerArgs { cache, n_predict, sampling, .. } = &args.answer;
+    let (spec, choice) = (cache.spec()?, sampling.choice()?);
     let text = super::generate::read(&args.prompts)?;
     let source = open::source(&args.model)?;
     let (tokenizer, config) = (source.tokenizer()?, &source.config);
     let chat = source.chat(&tokenizer)?;
-    let defaults =
-        Defaults { max_tokens: args.n_predict, choice, drafts: usize::from(args.sampling.draft) };
+    let defaults = Defaults { max_tokens: *n_predict, choice, drafts: usize::from(sampling.draft) };
     let reader = Reader { tokenizer: &tokenizer, chat: chat.as_ref(), defaults };
     let lines = reader.lines(&args.prompts.display().to_string(), &text)?;
     let model_hash = args.model_hash(&source)?;
@@ -98,11 +90,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let place = Place::new(&args.model, &source)?;
     place.note_uncalibrated(&spec);
     let longest = lines.iter().map(|line| line.request.held()).max().unwrap_or(0);
-    let context = match args.ctx_size {
-        None => longest.min(config.context),
-        Some(0) => config.context,
-        Some(n) => n,
-    };
+    let context = args.answer.context(config).unwrap_or(longest.min(config.context));
     let (rows, pool) = (usize::from(args.parallel), args.pool_size);
     let longest = longest.min(context);
     let mut runner = place.runner(&spec, Room { rows, context, longest, pool })?;
@@ -124,7 +112,7 @@ impl Args {
 
     /// Of the flags that change answers; a seed that was not given is none of them.
     fn settings(&self, spec: &CacheSpec) -> String {
-        let Self { model, block, n_predict, sampling, .. } = self;
+        let Self { model, block, answer: AnswerArgs { n_predict, sampling, .. }, .. } = self;
         let SamplingArgs { temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, .. } =
             sampling;
         let activations = model.activations;

@@ -72,13 +72,13 @@ fn measure(
 ) -> anyhow::Result<Option<Column>> {
     let cache: crate::spec::CacheSpec = spec.parse()?;
     let request = Request {
-        prompt: prompt.to_owned(),
+        prompt: tokenizer.prompt(prompt)?,
         max_tokens: ANSWER_TOKENS,
         drafts: 0,
         context: None,
         choice: Choice::GREEDY,
     };
-    let context = request.context_for(tokenizer.prompt(prompt)?.len(), model.config());
+    let context = request.context_for(model.config());
     let mut runner = CpuRunner::new(model, &cache, 1, context)?;
     let stats = generate::streamed(&mut runner, tokenizer, &request, &mut output::put)?;
     output::put("\n")?;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use serde_json::json;
 
-use super::args::{CacheArgs, ModelArgs, SamplingArgs, tokens};
+use super::args::{AnswerArgs, ModelArgs};
 use super::output::{self, Progress};
 use super::place::{Place, Room};
 use super::{Outcome, Usage, open};
@@ -38,36 +38,28 @@ pub struct Args {
     #[arg(long)]
     no_chat: bool,
     #[command(flatten)]
-    cache: CacheArgs,
-    /// Most tokens of prompt and answer; 0 is the model's limit [default: as many as needed]
-    #[arg(short, long, alias = "max-model-len", value_name = "N", value_parser = tokens)]
-    ctx_size: Option<usize>,
-    /// Most tokens to generate
-    #[arg(short, long, value_name = "N", default_value = "256", value_parser = tokens)]
-    n_predict: usize,
-    #[command(flatten)]
-    sampling: SamplingArgs,
+    answer: AnswerArgs,
     /// Print one JSON object at the end instead of the text
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
-    let (cache, choice) = (args.cache.spec()?, args.sampling.choice()?);
+    let AnswerArgs { cache, n_predict, sampling, .. } = &args.answer;
+    let (cache, choice) = (cache.spec()?, sampling.choice()?);
     let prompt = args.prompt()?;
     let source = open::source(&args.model)?;
     let tokenizer = source.tokenizer()?;
     let request = Request {
-        prompt: args.chatted(prompt, &source, &tokenizer)?,
-        max_tokens: args.n_predict,
-        drafts: usize::from(args.sampling.draft),
-        context: args.ctx_size.map(|n| if n == 0 { source.config.context } else { n }),
+        prompt: tokenizer.prompt(&args.chatted(prompt, &source, &tokenizer)?)?,
+        max_tokens: *n_predict,
+        drafts: usize::from(sampling.draft),
+        context: args.answer.context(&source.config),
         choice,
     };
     let place = Place::new(&args.model, &source)?;
     place.note_uncalibrated(&cache);
-    let prompt = tokenizer.prompt(&request.prompt)?.len();
-    let context = request.context_for(prompt, &source.config);
+    let context = request.context_for(&source.config);
     let mut runner = place.runner(&cache, Room::one(context))?;
     let mut text = String::new();
     let stats = streamed(&mut *runner, &tokenizer, &request, &mut |piece| {
@@ -130,8 +122,7 @@ pub fn streamed(
     put: &mut dyn FnMut(&str) -> std::io::Result<()>,
 ) -> anyhow::Result<Stats> {
     let stop = open::stop_on_ctrl_c()?;
-    let prompt = tokenizer.prompt(&request.prompt)?.len();
-    let rows = prompt.saturating_sub(1) * runner.config().layers;
+    let rows = request.prompt.len().saturating_sub(1) * runner.config().layers;
     let mut progress = Progress::new("reading", rows);
     let mut step = |rows| progress.step(rows);
     let mut written = Ok(());
