@@ -53,6 +53,16 @@ impl Words {
     }
 }
 
+/// Some rows of a block in a layer.
+struct Piece<'a> {
+    prompt: &'a Prompt,
+    block: &'a Block,
+    layer: usize,
+    /// First row, of the block's.
+    first: usize,
+    rows: usize,
+}
+
 /// A block on its way through the layers.
 struct Block {
     row: Row,
@@ -166,9 +176,10 @@ impl Gpu {
             let rows = self.piece.min(block.tokens - first);
             let x = prompt.x.at() + (4 * first * net.config.width) as u64;
             net.project(layer, x, prompt.at(block.words.positions) + 4 * first as u64, rows)?;
-            self.fill(prompt, block, index, first, rows)?;
+            let piece = Piece { prompt, block, layer: index, first, rows };
+            self.fill(&piece)?;
             if !last {
-                self.attend_piece(prompt, block, index, first, rows)?;
+                self.attend_piece(&piece)?;
                 net.finish(layer, x, rows)?;
             }
             watch.step(rows)?;
@@ -194,41 +205,30 @@ impl Gpu {
         cache
     }
 
-    /// Address of the first rows of the piece of `rows` rows.
-    fn firsts(&self, prompt: &Prompt, block: &Block, rows: usize) -> u64 {
-        prompt.at(block.words.firsts[usize::from(rows < self.piece)])
+    /// Address of a piece's first rows.
+    fn firsts(&self, piece: &Piece<'_>) -> u64 {
+        let is_last = usize::from(piece.rows < self.piece);
+        piece.prompt.at(piece.block.words.firsts[is_last])
     }
 
-    fn fill(
-        &self,
-        prompt: &Prompt,
-        block: &Block,
-        layer: usize,
-        first: usize,
-        rows: usize,
-    ) -> Result<()> {
+    fn fill(&self, piece: &Piece<'_>) -> Result<()> {
+        let &Piece { prompt, block, layer, first, rows } = piece;
         let cache = self.staged(prompt, block, layer, first);
         let mut params = self.net.packing(KVW_PACK_FILL, cache, rows);
-        params.cu_tokens = at(self.firsts(prompt, block, rows));
+        params.cu_tokens = at(self.firsts(piece));
         params.max_tokens = rows as i32;
         self.net.ops.run(|k| &k.kv_pack, &params)
     }
 
-    fn attend_piece(
-        &self,
-        prompt: &Prompt,
-        block: &Block,
-        layer: usize,
-        first: usize,
-        rows: usize,
-    ) -> Result<()> {
+    fn attend_piece(&self, piece: &Piece<'_>) -> Result<()> {
+        let &Piece { prompt, block, layer, first, rows } = piece;
         // One row is dense with its keys, which attention need not know.
         let params = params!(kvw_prefill_attn_params {
             q_heads: self.net.config.heads as i32,
             cache: self.staged(prompt, block, layer, first),
             q: at(self.net.queries(rows)),
             out: at(self.net.work.mix.at()),
-            cu_tokens: at(self.firsts(prompt, block, rows)),
+            cu_tokens: at(self.firsts(piece)),
             tokens: rows as i32,
             max_tokens: rows as i32,
             sliding_window: self.sliding_window(),
