@@ -22,17 +22,44 @@ constexpr int ERRORS = 8;
      prefix "less than the op's _workspace() asks for",                                                      \
      prefix "the CPU executor stopped the kernel; simt_last_error() says why"},
 
-#define KVW_FIELD_ROW(name) KVW_ROW(#name ": ")
-constexpr const char* MEANINGS[][ERRORS] = {KVW_ROW("") KVW_FIELDS(KVW_FIELD_ROW)};
-static_assert(sizeof MEANINGS / sizeof *MEANINGS == size_t(kvw::Field::COUNT), "a row a field");
+// Every field that a _check may refuse; tests/layout.rs compares.
+// clang-format off
+#define KVW_FIELDS(X)                                                                                     \
+    X(params) X(struct_size) X(accumulate) X(bias) X(cols) X(count) X(ctas) X(cu_tokens) X(dtype)         \
+    X(edits) X(entries) X(eps) X(feedback) X(first) X(gate) X(group) X(hadamard) X(head_dim) X(heads)     \
+    X(history) X(history_lens) X(history_stride) X(ids) X(in_stride) X(indptr) X(inv_freq) X(k) X(k_norm) \
+    X(k_norm_stride) X(k_stride) X(kivi_exact) X(kv_heads) X(least) X(lens) X(lens_heads) X(logits)       \
+    X(lse) X(lse_rows) X(max_edits) X(max_slabs) X(max_tokens) X(meta) X(min_p) X(op) X(out) X(out_dtype) \
+    X(out_stride) X(packed) X(pairing) X(penalty) X(pools) X(positions) X(q) X(q_heads) X(q_len) X(range) \
+    X(reserved) X(ring) X(ring_slabs) X(rotation) X(rows) X(scale) X(seeds) X(seqs) X(sinks)              \
+    X(sliding_window) X(softcap) X(steps) X(table) X(table_heads) X(table_stride) X(temperature)          \
+    X(tokens) X(top_k) X(top_p) X(up) X(v) X(v_stride) X(vocab) X(weight) X(width) X(window) X(workspace) \
+    X(workspace_bytes) X(x) X(x_stride) X(y) X(y_dtype)
+// clang-format on
+
+struct Field {
+    int number;
+    const char* meanings[ERRORS];
+};
+#define KVW_FIELD_ROW(name) {kvw::field_number(#name), KVW_ROW(#name ": ")},
+constexpr Field FIELDS[] = {{0, KVW_ROW("")}, KVW_FIELDS(KVW_FIELD_ROW)};
+
+constexpr bool distinct() {
+    for (const Field& a : FIELDS)
+        for (const Field* b = FIELDS; b != &a; b++)
+            if (a.number == b->number) return false;
+    return true;
+}
+static_assert(distinct(), "two fields have one number: rename one");
 
 } // namespace
 
 const char* kvw_status_str(kvw_status s) {
     if (s > 0) return cudaGetErrorString(static_cast<cudaError_t>(s));
-    int field = -(s / 16), error = -(s % 16);
-    bool known = field < int(kvw::Field::COUNT) && error < ERRORS && (error > 0 || field == 0);
-    return known ? MEANINGS[field][error] : "unknown status";
+    int number = -(s / 16), error = -(s % 16);
+    for (const Field& field : FIELDS)
+        if (field.number == number && error < ERRORS && (error > 0 || number == 0)) return field.meanings[error];
+    return "unknown status";
 }
 
 kvw_status kvw_device_count(int32_t* count) {

@@ -43,5 +43,5 @@ fn a_c_program_links_and_runs_without_a_driver() {
     std::fs::remove_file(&program).unwrap();
     let text = String::from_utf8_lossy(&ran.stdout);
     assert!(ran.status.success(), "{text}");
-    assert!(text.starts_with("abi 1\nslab 6144\nrefused -33 struct_size: "), "{text}");
+    assert!(text.starts_with("abi 1\nslab 6144\nrefused -1 struct_size: "), "{text}");
 }

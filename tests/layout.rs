@@ -47,6 +47,38 @@ fn a_family_has_its_files_and_its_line_in_each_index() {
     }
 }
 
+/// What `status.cu` has words for is what the `_check`s refuse.
+#[test]
+fn every_refused_field_has_its_words() {
+    let (mut pending, mut refused) = (vec![PathBuf::from("csrc")], vec!["params", "struct_size"]);
+    let mut sources = Vec::new();
+    while let Some(dir) = pending.pop() {
+        for path in fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
+            match path.extension().and_then(|x| x.to_str()) {
+                _ if path.is_dir() => pending.push(path),
+                Some("cu" | "cuh") if !path.ends_with("fields.cuh") => sources.push(read(path)),
+                _ => {}
+            }
+        }
+    }
+    for source in &sources {
+        for statement in
+            source.split(';').filter(|s| s.contains("KVW_REQUIRE") || s.contains("KVW_OPTIONAL("))
+        {
+            let field = statement.trim_end_matches(')').rsplit(", ").next().unwrap();
+            refused.extend((field.len() < 32).then_some(field));
+        }
+    }
+    let status = sources.iter().find(|s| s.contains("define KVW_FIELDS(X)")).unwrap();
+    let list =
+        status.split("KVW_FIELDS(X)").nth(1).unwrap().split("// clang-format").next().unwrap();
+    let mut known: Vec<_> =
+        list.split("X(").skip(1).map(|name| name.split(')').next().unwrap()).collect();
+    [&mut known, &mut refused].map(|names| names.sort_unstable());
+    refused.dedup();
+    assert_eq!(known, refused);
+}
+
 #[test]
 fn files_stay_small() {
     let limits = [("csrc", 400), ("src", 300), ("tests", 300), ("benches", 300), ("engine", 300)];

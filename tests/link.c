@@ -14,7 +14,7 @@ int main(void) {
 
     printf("abi %d\n", (int)kvw_abi_version());
     printf("slab %zu\n", kvw_slab_bytes(KVW_SLAB_Q2, 128, 32, KVW_META_F16));
-    printf("refused %d %s\n", (int)refused, kvw_status_str(refused));
+    printf("refused %d %s\n", (int)KVW_ERR_OF(refused), kvw_status_str(refused));
     printf("devices %d %s\n", (int)devices, kvw_status_str(found));
     return KVW_ERR_OF(refused) == KVW_ERR_STRUCT ? 0 : 1;
 }
