@@ -18,6 +18,8 @@ mod prefill_attn;
 mod quality;
 #[cfg_attr(not(kvw_cuda), allow(dead_code, reason = "only a GPU is recorded"))]
 mod record;
+mod token_score;
+mod token_select;
 
 use anyhow::{Context, Result, anyhow};
 use args::Args;
@@ -81,6 +83,8 @@ fn main() -> Result<()> {
     linear::run(&mut cpu);
     paged_attn::run(&mut cpu);
     prefill_attn::run(&mut cpu);
+    token_score::run(&mut cpu);
+    token_select::run(&mut cpu);
     cpu.final_summary();
     Ok(())
 }

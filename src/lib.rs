@@ -25,6 +25,7 @@ pub mod page_table;
 pub mod paged_attn;
 pub mod pages;
 pub mod prefill_attn;
+mod rank;
 pub mod rms_norm;
 pub mod rope_select;
 pub mod sample;
@@ -32,5 +33,7 @@ pub mod simd;
 pub mod slab;
 pub mod swiglu;
 pub mod threads;
+pub mod token_score;
+pub mod token_select;
 
 pub use error::{Error, Result};

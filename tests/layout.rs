@@ -65,7 +65,7 @@ fn every_refused_field_has_its_words() {
         for statement in
             source.split(';').filter(|s| s.contains("KVW_REQUIRE") || s.contains("KVW_OPTIONAL("))
         {
-            let field = statement.trim_end_matches(')').rsplit(", ").next().unwrap();
+            let field = statement.trim_end_matches(')').rsplit(',').next().unwrap().trim_start();
             refused.extend((field.len() < 32).then_some(field));
         }
     }
@@ -74,7 +74,7 @@ fn every_refused_field_has_its_words() {
         status.split("KVW_FIELDS(X)").nth(1).unwrap().split("// clang-format").next().unwrap();
     let mut known: Vec<_> =
         list.split("X(").skip(1).map(|name| name.split(')').next().unwrap()).collect();
-    [&mut known, &mut refused].map(|names| names.sort_unstable());
+    [&mut known, &mut refused].into_iter().for_each(|names| names.sort_unstable());
     refused.dedup();
     assert_eq!(known, refused);
 }

@@ -1,56 +1,47 @@
-//! Blocks of `M` query rows (tokens times heads): scores, online softmax, values.
-//!
-//! A matrix of a block is cut into panels of 32 columns, `[panel][M][32]`, so that a product is a loop over
-//! the panels of its left factor with `M` x 32 sums in registers.
+//! Blocks of `M` query rows: scores, online softmax, values.
 
 #![allow(clippy::needless_range_loop)] // Constant counts, indices into several arrays at once.
 
+use super::rows::{PANEL, Rows, Scores, add_product};
 use super::tile::Tile;
-use crate::lanes::{Lanes, Row};
-use crate::slab::TOKENS;
-
-/// Columns of a panel.
-pub(super) const PANEL: usize = 32;
+use crate::lanes::Lanes;
 
 /// `M` query rows and what they have seen so far.
-pub(super) struct Block<const M: usize> {
-    /// Scaled queries, `[D / 32][M][32]`.
-    pub queries: Vec<[[f32; PANEL]; M]>,
-    /// Weighted values, the same.
+pub(crate) struct Block<const M: usize> {
+    pub rows: Rows<M>,
+    /// Weighted values, `[D / 32][M][32]`; none where only log-sum-exps are wanted.
     pub out: Vec<[[f32; PANEL]; M]>,
     /// Largest score, base 2.
     pub top: [f32; M],
     /// Sum of weights.
     pub sum: [f32; M],
-    /// First token that a row sees, and the one after its last.
-    pub seen: [(usize, usize); M],
 }
 
 impl<const M: usize> Block<M> {
-    pub fn new(head_dim: usize) -> Self {
-        let zero = vec![[[0.0; PANEL]; M]; head_dim / PANEL];
+    /// Of `values` channels, 0 or D.
+    pub fn new(head_dim: usize, values: usize) -> Self {
         Self {
-            queries: zero.clone(),
-            out: zero,
+            rows: Rows::new(head_dim),
+            out: vec![[[0.0; PANEL]; M]; values / PANEL],
             top: [f32::NEG_INFINITY; M],
             sum: [0.0; M],
-            seen: [(0, 0); M],
         }
+    }
+
+    /// Natural log-sum-exp of a row's scores so far.
+    pub fn lse(&self, row: usize) -> f32 {
+        (self.top[row] + self.sum[row].log2()) * std::f32::consts::LN_2
     }
 
     /// Adds the tokens of one slab, the first of them `start`. `V` vectors wide sums.
     #[inline(always)]
     pub fn see<L: Lanes, const V: usize>(&mut self, l: L, tile: &Tile, start: usize) {
-        let end = start + TOKENS;
-        if self.seen.iter().all(|&(first, last)| last <= start || first >= end) {
+        if !self.rows.see(start) {
             return;
         }
-        let mut scores = [[[0.0; PANEL]; M]; TOKENS / PANEL];
-        for (panel, scores) in scores.iter_mut().enumerate() {
-            add_product::<L, M, V>(l, &self.queries, &tile.keys, TOKENS / 16, panel, scores);
-        }
+        let mut scores = self.rows.scores::<L, V>(l, &tile.keys, start);
         for row in 0..M {
-            self.softmax(l, row, start, &mut scores);
+            self.softmax(l, row, &mut scores);
         }
         let width = self.out.len() * PANEL / 16;
         for (panel, out) in self.out.iter_mut().enumerate() {
@@ -60,21 +51,7 @@ impl<const M: usize> Block<M> {
 
     /// Scores of one row to weights; what was summed before is scaled to the new maximum.
     #[inline(always)]
-    fn softmax<L: Lanes>(
-        &mut self,
-        l: L,
-        row: usize,
-        start: usize,
-        scores: &mut [[[f32; PANEL]; M]; TOKENS / PANEL],
-    ) {
-        let (first, last) = self.seen[row];
-        if first > start || last < start + TOKENS {
-            for (i, score) in scores.iter_mut().flat_map(|panel| &mut panel[row]).enumerate() {
-                if start + i < first || start + i >= last {
-                    *score = f32::NEG_INFINITY;
-                }
-            }
-        }
+    fn softmax<L: Lanes>(&mut self, l: L, row: usize, scores: &mut Scores<M>) {
         let mut top = l.splat(self.top[row]);
         for panel in scores.iter() {
             for x in panel[row].as_chunks::<16>().0 {
@@ -104,41 +81,5 @@ impl<const M: usize> Block<M> {
             self.top[row] = top;
         }
         self.sum[row] += sum;
-    }
-}
-
-/// `out += a * b`, `a` in panels, `b` `[_][width]` rows of sixteen columns, of which panel `panel`.
-#[inline(always)]
-fn add_product<L: Lanes, const M: usize, const V: usize>(
-    l: L,
-    a: &[[[f32; PANEL]; M]],
-    b: &[Row<f32>],
-    width: usize,
-    panel: usize,
-    out: &mut [[f32; PANEL]; M],
-) {
-    for first in (0..PANEL / 16).step_by(V) {
-        let mut sums = [[l.splat(0.0); V]; M];
-        for row in 0..M {
-            for v in 0..V {
-                sums[row][v] = l.get(&out[row].as_chunks().0[first + v]);
-            }
-        }
-        let mut rows = b.chunks_exact(width);
-        for a in a {
-            for (k, b) in (0..PANEL).zip(&mut rows) {
-                let b = &b[panel * PANEL / 16 + first..][..V];
-                for row in 0..M {
-                    for v in 0..V {
-                        sums[row][v] = l.fma(l.splat(a[row][k]), l.get(&b[v].0), sums[row][v]);
-                    }
-                }
-            }
-        }
-        for row in 0..M {
-            for v in 0..V {
-                l.put(&mut out[row].as_chunks_mut().0[first + v], sums[row][v]);
-            }
-        }
     }
 }

@@ -5,22 +5,20 @@
 //! cache ([`block`]). A row's result does not depend on how rows are shared out.
 
 use super::Mask;
-use super::block::{Block, PANEL};
+use super::block::Block;
+use super::chunk::{Chunk, Shape, check_len};
+use super::rows::{Blocked, Blocks, PANEL};
 use super::tile::Tile;
-use crate::error::{Error, Result};
-use crate::lanes::{self, Kernel, Lanes};
+use crate::error::Result;
+use crate::lanes::{self, Lanes};
 use crate::paged_attn::slabs::Slab;
-use crate::paged_attn::{MAX_GROUP, check_head};
 use crate::pages::HeadView;
 use crate::simd::Level;
 use crate::slab::TOKENS;
 use crate::threads::Team;
-use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 const OP: &str = "prefill_attn";
-/// Query rows a task: enough to pay for decoding the slabs, few enough to stay in the second-level cache.
-const TASK_ROWS: usize = 384;
 
 /// Where the log-sum-exp of the newest rows goes.
 pub struct LseRows<'a> {
@@ -58,48 +56,6 @@ struct Out(*mut f32);
 // SAFETY: tasks write disjoint elements: each query and kv head belongs to one task.
 unsafe impl Sync for Out {}
 
-/// What the arguments come to.
-struct Shape {
-    head_dim: usize,
-    /// Query heads a kv head, G, and in all, H * G.
-    group: usize,
-    q_heads: usize,
-    /// Of `q . k`, base 2.
-    scale: f32,
-    mask: Mask,
-    /// Queries.
-    n: usize,
-}
-
-fn unsupported<T>(field: &'static str, got: usize, supported: &'static str) -> Result<T> {
-    Err(Error::Unsupported { op: OP, field, got: got.to_string(), supported })
-}
-
-impl Shape {
-    fn of(q: &[f32], n: usize, heads: &[HeadView<'_>], scale: f32, mask: Mask) -> Result<Self> {
-        let Some(head_dim) = heads.first().map(HeadView::head_dim) else {
-            return unsupported("heads", 0, "at least 1");
-        };
-        let q_heads = q.len() / (n.max(1) * head_dim);
-        let group = q_heads / heads.len();
-        let whole = q.len() == n * heads.len() * group * head_dim;
-        if !whole || n > 0 && (group == 0 || group > MAX_GROUP) {
-            return unsupported("q", q.len(), "n times 1 to 16 rows of D for each kv head");
-        }
-        for head in heads {
-            if head.head_dim() != head_dim {
-                return unsupported("head_dim", head.head_dim(), "the same for every head");
-            }
-            if head.len < n {
-                return unsupported("len", head.len, "at least n");
-            }
-            check_head(OP, head)?;
-        }
-        let scale = if scale == 0.0 { (head_dim as f32).powf(-0.5) } else { scale };
-        Ok(Self { head_dim, group, q_heads, scale: scale * std::f32::consts::LOG2_E, mask, n })
-    }
-}
-
 /// Attention of the newest `n` tokens: `q` and `out` `[n, H * G, D]` with one [`HeadView`] a kv head that already
 /// holds them; row `i` is token `len - n + i` and sees the tokens up to itself. `scale` 0 for `1 / sqrt(D)`.
 #[allow(clippy::too_many_arguments)]
@@ -114,10 +70,10 @@ pub fn cpu(
     lse: Option<LseRows<'_>>,
     scratch: &mut Scratch,
 ) -> Result<()> {
-    let shape = Shape::of(q, n, heads, scale, mask)?;
-    check_len("out", q.len(), out.len())?;
+    let shape = Shape::of(OP, q, n, heads, scale)?;
+    check_len(OP, "out", q.len(), out.len())?;
     if let Some(lse) = &lse {
-        check_len("lse", lse.rows * shape.q_heads, lse.out.len())?;
+        check_len(OP, "lse", lse.rows * shape.q_heads, lse.out.len())?;
     }
     if n == 0 {
         return Ok(());
@@ -126,9 +82,8 @@ pub fn cpu(
     while tiles.len() < team.workers() {
         tiles.push(Mutex::default());
     }
-    // At least two tasks a worker, and late queries, which see most, first.
-    let fair = (n * heads.len()).div_ceil(2 * team.workers());
-    let queries = (TASK_ROWS / shape.group).min(fair.max(16));
+    // Late queries, which see most, first.
+    let queries = shape.chunk(heads.len(), team.workers());
     let tasks = n.div_ceil(queries);
     all_lse.resize(tasks * heads.len() * queries * shape.group, 0.0);
     let todo = (0..tasks).rev().flat_map(|task| (0..heads.len()).map(move |h| (task, h)));
@@ -139,8 +94,9 @@ pub fn cpu(
         let mut tile = tiles[worker].lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(((task, h), lse)) = take() {
             let range = task * queries..n.min((task + 1) * queries);
-            let task = Task { shape: &shape, q, head: &heads[h], h, range, out: &rows };
-            lanes::dispatch(*level, (task, &mut *tile, lse));
+            let chunk = Chunk { shape: &shape, q, head: &heads[h], h, range };
+            let task = Task { chunk, mask, out: &rows };
+            lanes::dispatch(*level, Blocks((task, &mut *tile, lse)));
         }
     });
     if let Some(lse) = lse {
@@ -157,99 +113,52 @@ pub fn cpu(
     Ok(())
 }
 
-fn check_len(buffer: &'static str, need: usize, got: usize) -> Result<()> {
-    if got == need { Ok(()) } else { Err(Error::Len { op: OP, buffer, need, got }) }
-}
-
-/// Some queries of one kv head.
+/// A chunk of queries.
 struct Task<'a> {
-    shape: &'a Shape,
-    q: &'a [f32],
-    head: &'a HeadView<'a>,
-    h: usize,
-    range: Range<usize>,
+    chunk: Chunk<'a>,
+    mask: Mask,
     out: &'a Out,
 }
 
-impl Kernel for (Task<'_>, &mut Tile, &mut [f32]) {
+impl Blocked for (Task<'_>, &mut Tile, &mut [f32]) {
     #[inline(always)]
-    fn run<L: Lanes>(self, l: L) {
+    fn run<L: Lanes, const M: usize, const V: usize>(self, l: L) {
         let (task, tile, lse) = self;
-        // Sums that fill the registers: 24 of 32, 12 pairs of 16, 2 fours of 16.
-        if L::HEADS >= 4 {
-            task.run::<L, 12, 2>(l, tile, lse);
-        } else if L::HEADS >= 2 {
-            task.run::<L, 6, 1>(l, tile, lse);
-        } else {
-            task.run::<L, 2, 1>(l, tile, lse);
+        let (chunk, mut blocks) = (&task.chunk, task.blocks::<M>());
+        let end = chunk.end(chunk.range.end - 1);
+        let first = task.mask.first(chunk.end(chunk.range.start));
+        for i in first / TOKENS..end.div_ceil(TOKENS) {
+            let Some(slab) = Slab::of(chunk.head, i) else { continue };
+            tile.decode(l, slab, chunk.head);
+            for block in &mut blocks {
+                block.see::<L, V>(l, tile, slab.start);
+            }
+        }
+        for (row, lse) in lse[..chunk.rows()].iter_mut().enumerate() {
+            let block = &blocks[row / M];
+            task.write(row, block, row % M);
+            *lse = block.lse(row % M);
         }
     }
 }
 
 impl Task<'_> {
-    #[inline(always)]
-    fn run<L: Lanes, const M: usize, const V: usize>(
-        &self,
-        l: L,
-        tile: &mut Tile,
-        lse: &mut [f32],
-    ) {
-        let mut blocks = self.blocks::<M>();
-        let end = self.position(self.range.end - 1) + 1;
-        let first = self.shape.mask.first(self.position(self.range.start) + 1);
-        for i in first / TOKENS..end.div_ceil(TOKENS) {
-            let Some(slab) = Slab::of(self.head, i) else { continue };
-            let (start, plain) = (slab.start, self.head.pools.plain_layout(slab.layout.format));
-            tile.decode(l, slab, plain, (self.head.len - start).min(TOKENS));
-            for block in &mut blocks {
-                block.see::<L, V>(l, tile, start);
-            }
-        }
-        for (b, block) in blocks.iter().enumerate() {
-            for row in 0..M.min(self.rows() - b * M) {
-                let at = b * M + row;
-                self.write(at, block, row);
-                lse[at] = (block.top[row] + block.sum[row].log2()) * std::f32::consts::LN_2;
-            }
-        }
-    }
-
-    /// Rows of this task: queries, heads within.
-    fn rows(&self) -> usize {
-        self.range.len() * self.shape.group
-    }
-
-    /// The token that query `i` is.
-    fn position(&self, i: usize) -> usize {
-        self.head.len - self.shape.n + i
-    }
-
-    /// Element of `q` and `out` where row `row` of this task starts.
-    fn at(&self, row: usize) -> usize {
-        let (query, g) = (self.range.start + row / self.shape.group, row % self.shape.group);
-        (query * self.shape.q_heads + self.h * self.shape.group + g) * self.shape.head_dim
-    }
-
     /// The rows in blocks; the last may have rows that see nothing.
     fn blocks<const M: usize>(&self) -> Vec<Block<M>> {
-        let d = self.shape.head_dim;
-        let mut blocks: Vec<_> = (0..self.rows().div_ceil(M)).map(|_| Block::new(d)).collect();
-        for row in 0..self.rows() {
-            let (block, r) = (&mut blocks[row / M], row % M);
-            let end = self.position(self.range.start + row / self.shape.group) + 1;
-            block.seen[r] = (self.shape.mask.first(end), end);
-            let q = self.q[self.at(row)..][..d].as_chunks::<PANEL>().0;
-            for (to, from) in block.queries.iter_mut().zip(q) {
-                to[r] = from.map(|x| x * self.shape.scale);
-            }
+        let (chunk, d) = (&self.chunk, self.chunk.shape.head_dim);
+        let mut blocks: Vec<_> = (0..chunk.rows().div_ceil(M)).map(|_| Block::new(d, d)).collect();
+        for row in 0..chunk.rows() {
+            let (rows, end) = (&mut blocks[row / M].rows, chunk.row_end(row));
+            chunk.put(row, rows);
+            rows.seen[row % M] = (self.mask.first(end), end);
         }
         blocks
     }
 
     fn write<const M: usize>(&self, row: usize, block: &Block<M>, r: usize) {
-        let d = self.shape.head_dim;
-        // SAFETY: `at` is a row of `out`, which has the length of `q`, and a row belongs to one task.
-        let out = unsafe { std::slice::from_raw_parts_mut(self.out.0.add(self.at(row)), d) };
+        let (d, index) = (self.chunk.shape.head_dim, self.chunk.index(row));
+        // SAFETY: `index` is a row of `out`, which has the length of `q`, and a row belongs to one task.
+        let out = unsafe { std::slice::from_raw_parts_mut(self.out.0.add(index * d), d) };
         let inverse = if block.sum[r] == 0.0 { 0.0 } else { 1.0 / block.sum[r] };
         for (to, from) in out.as_chunks_mut::<PANEL>().0.iter_mut().zip(&block.out) {
             *to = from[r].map(|x| x * inverse);

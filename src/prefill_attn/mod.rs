@@ -4,10 +4,12 @@
 //! tokens before it and itself. The chunk's own K and V are f16 slabs in the ring (a long staging ring, `packed`
 //! explicit); what came before lies behind the page table, in any format.
 
-mod block;
+pub(crate) mod block;
+pub(crate) mod chunk;
 mod cpu;
 mod oracle;
-mod tile;
+pub(crate) mod rows;
+pub(crate) mod tile;
 
 pub use crate::paged_attn::Mask;
 pub use cpu::{LseRows, Scratch, cpu};

@@ -5,11 +5,12 @@
 use crate::lanes::{Lanes, Line, Row};
 use crate::paged_attn::plain::Room;
 use crate::paged_attn::slabs::{Quads, Slab};
-use crate::slab::{Format, Layout, TOKENS};
+use crate::pages::HeadView;
+use crate::slab::{Format, TOKENS};
 
 /// One decoded slab.
 #[derive(Default)]
-pub(super) struct Tile {
+pub(crate) struct Tile {
     /// `[D][64]`: a row is a tile of tokens.
     pub keys: Vec<Row<f32>>,
     /// `[64][D]`: a row is sixteen channels.
@@ -20,33 +21,61 @@ pub(super) struct Tile {
 }
 
 impl Tile {
-    /// Decodes `slab`, which the kernels read as `plain`. Values of tokens from `held` on become 0: they may be
-    /// NaN, which no weight silences.
+    /// Decodes `slab` of `head`. Values of tokens past the head's length become 0: they may be NaN, which no weight
+    /// silences.
     #[inline(always)]
-    pub fn decode<L: Lanes>(&mut self, l: L, slab: Slab<'_>, plain: &Layout, held: usize) {
+    pub fn decode<L: Lanes>(&mut self, l: L, slab: Slab<'_>, head: &HeadView<'_>) {
+        let held = (head.len - slab.start).min(TOKENS);
+        self.plain(l, slab, head, |tile, slab| {
+            tile.keys(l, slab);
+            tile.values(l, slab);
+            tile.values[held * slab.layout.head_dim / 16..].fill(Row::default());
+        });
+    }
+
+    /// Decodes the keys of `slab` of `head` alone.
+    #[inline(always)]
+    pub fn decode_keys<L: Lanes>(&mut self, l: L, slab: Slab<'_>, head: &HeadView<'_>) {
+        self.plain(l, slab, head, |tile, slab| tile.keys(l, slab));
+    }
+
+    /// Calls `body` with the slab as the decoders read it.
+    #[inline(always)]
+    fn plain<L: Lanes>(
+        &mut self,
+        l: L,
+        slab: Slab<'_>,
+        head: &HeadView<'_>,
+        body: impl FnOnce(&mut Self, &Slab<'_>),
+    ) {
         let mut room = std::mem::take(&mut self.room);
         let (lines, _) = room.lines(slab.layout, 1);
         let mut slab = slab;
-        slab.make_plain(l, plain, lines);
-        self.decode_plain(l, &slab, held);
+        slab.make_plain(l, head.pools.plain_layout(slab.layout.format), lines);
+        body(self, &slab);
         self.room = room;
     }
 
     #[inline(always)]
-    fn decode_plain<L: Lanes>(&mut self, l: L, slab: &Slab<'_>, held: usize) {
-        let rows = slab.layout.head_dim / 16;
-        self.keys.resize(TOKENS * rows, Row::default());
-        self.values.resize(TOKENS * rows, Row::default());
+    fn keys<L: Lanes>(&mut self, l: L, slab: &Slab<'_>) {
+        self.keys.resize(TOKENS * slab.layout.head_dim / 16, Row::default());
         if slab.layout.format == Format::F16 {
             self.half_keys(l, slab);
-            self.half_values(l, slab);
         } else {
             self.convert_meta(l, slab.k_meta);
             self.code_keys(l, slab);
+        }
+    }
+
+    #[inline(always)]
+    fn values<L: Lanes>(&mut self, l: L, slab: &Slab<'_>) {
+        self.values.resize(TOKENS * slab.layout.head_dim / 16, Row::default());
+        if slab.layout.format == Format::F16 {
+            self.half_values(l, slab);
+        } else {
             self.convert_meta(l, slab.v_meta);
             self.code_values(l, slab);
         }
-        self.values[held * rows..].fill(Row::default());
     }
 
     #[inline(always)]

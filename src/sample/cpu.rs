@@ -3,6 +3,7 @@
 use super::{Sampling, check, penalised};
 use crate::error::Result;
 use crate::exp::exp;
+use crate::rank::key;
 use std::cmp::Reverse;
 
 /// Weight of the most probable token.
@@ -54,15 +55,9 @@ fn weight(x: f32, max: f32, scale: f32) -> u64 {
     (e * ONE) as u64
 }
 
-/// Greater is better: a larger logit, then a lower id. NaN is below `-inf`; the zeros are equal.
+/// Greater is better: a larger logit, then a lower id.
 fn rank(id: usize, x: f32) -> u64 {
-    let bits = (x + 0.0).to_bits();
-    let key = match (x.is_nan(), x.is_sign_negative() && x != 0.0) {
-        (true, _) => 0,
-        (false, true) => !bits,
-        (false, false) => bits | 1 << 31,
-    };
-    u64::from(key) << 32 | u64::from(!(id as u32))
+    u64::from(key(x)) << 32 | u64::from(!(id as u32))
 }
 
 fn id(rank: u64) -> u32 {
