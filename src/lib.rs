@@ -16,6 +16,7 @@ mod exp;
 pub mod ffi;
 pub mod hadamard;
 pub mod kernels;
+pub mod kv_gather;
 pub mod kv_pack;
 mod lanes;
 #[cfg(kvw_cuda)]
@@ -29,6 +30,7 @@ mod rank;
 pub mod rms_norm;
 pub mod rope_select;
 pub mod sample;
+pub mod sim_evict;
 pub mod simd;
 pub mod slab;
 pub mod swiglu;

@@ -15,6 +15,7 @@ mod formats;
 #[path = "../benches/goals.rs"]
 mod goals;
 mod hadamard;
+mod kv_gather;
 mod kv_pack;
 mod kv_pack_cpu;
 mod layout;
@@ -31,6 +32,7 @@ mod rope_select;
 mod rounding;
 mod sample;
 mod sass;
+mod sim_evict;
 mod simd;
 mod simt;
 mod simt_self;

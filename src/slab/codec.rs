@@ -234,6 +234,22 @@ pub fn v_value(layout: &Layout, slab: &[u8], token: usize, channel: usize) -> f3
     value(layout, slab, (layout.v_codes() + byte, shift), 1, meta)
 }
 
+/// The smallest and the largest that codes of the group of K of `token` can stand for in `channel`; `None` where there are
+/// no groups.
+pub fn k_bounds(layout: &Layout, slab: &[u8], token: usize, channel: usize) -> Option<(f32, f32)> {
+    let at = layout.k_scale_at(token, channel);
+    let (scale, min) = (at, at + layout.k_minima());
+    let (scale, min) = match (layout.format, layout.meta) {
+        (Format::F16 | Format::Fp8, _) => return None,
+        (_, Meta::F16) => (get16(slab, scale), get16(slab, min)),
+        (_, Meta::U8) => {
+            let steps = Steps::of(layout, slab)[0];
+            (steps.scale(slab[scale]), steps.minimum(slab[min]))
+        }
+    };
+    Some((min, (max_code(layout) as f32).mul_add(scale, min)))
+}
+
 /// The element at `at`, of K (0) or V (1); bytes of its scale and minimum.
 fn value(
     layout: &Layout,

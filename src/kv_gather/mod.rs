@@ -1,0 +1,9 @@
+//! Tokens that an eviction leaves, gathered: f16 rows of slabs move to the front of a ring.
+//!
+//! Slots ascend, so a token never moves to a later place, and one ring may be source and destination.
+
+mod cpu;
+mod oracle;
+
+pub use cpu::{compact, cpu};
+pub use oracle::oracle;
