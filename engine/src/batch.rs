@@ -41,9 +41,10 @@ pub struct Batch<'r> {
 
 impl<'r> Batch<'r> {
     /// Takes charge of a runner without open sequences. Prompts are read in blocks of `block` tokens, rounded up to whole
-    /// slabs; `root` stands for all else that decides what a sequence holds: model, spec, calibration.
+    /// slabs, or whole where the spec chooses among their tokens; `root` stands for all else that decides what a sequence holds: model, spec, calibration.
     pub fn new(runner: &'r mut dyn Runner, block: usize, root: Key) -> Self {
-        let block = block.max(1).next_multiple_of(kvwarp::slab::TOKENS);
+        let whole = runner.spec().selects().then(|| runner.spec().block());
+        let block = whole.unwrap_or_else(|| block.max(1).next_multiple_of(kvwarp::slab::TOKENS));
         let (capacity, prefixes) = (runner.free(), Prefixes::new(root, block));
         let (active, waiting) = (Vec::new(), VecDeque::new());
         Self { runner, block, capacity, active, waiting, prefixes, arrivals: 0 }

@@ -6,10 +6,12 @@
 //!
 //! Newest tokens live in a ring of f16 slabs, one ring a head; slabs that leave the window are packed into the pool of
 //! the spec's format and found through the head's table. A prefill works on one layer at a time: [`Cache::stage`] lays
-//! that layer's ring out long enough for the whole prompt, [`Cache::fill`] appends to it, and [`Cache::compress`] packs
-//! what has left the window, so only one layer is ever held uncompressed.
+//! that layer's ring out long enough for the whole prompt, [`Cache::fill`] appends to it, [`Cache::keep`] drops the tokens
+//! that a policy does not choose, and [`Cache::compress`] packs what has left the window, so only one layer is ever held
+//! uncompressed, unless a policy needs all of them before it can choose.
 
 mod bytes;
+mod evict;
 mod head;
 mod kivi;
 mod plan;
@@ -88,8 +90,10 @@ pub struct Cache {
     pools: Pools,
     /// By row.
     sequences: Vec<Option<Sequence>>,
-    /// The rings of the layer that is being prefilled; empty between prefills.
-    staging: AlignedBytes,
+    /// The rings of each layer that is being prefilled; empty between prefills.
+    staging: Vec<AlignedBytes>,
+    /// A buffer of staging that is not in use.
+    spare: AlignedBytes,
 }
 
 impl Cache {
@@ -107,8 +111,9 @@ impl Cache {
     /// As [`Cache::new`].
     pub fn planned(spec: &CacheSpec, shape: Shape, plan: Plan) -> Result<Self, CacheError> {
         let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
-        let (sequences, staging) = (Vec::new(), AlignedBytes::default());
-        let mut cache = Self { shape, spec: *spec, plan, pools, sequences, staging };
+        let (sequences, spare) = (Vec::new(), AlignedBytes::default());
+        let staging = vec![AlignedBytes::default(); shape.layers];
+        let mut cache = Self { shape, spec: *spec, plan, pools, sequences, staging, spare };
         cache.reserve(&cache.need(0, shape.context));
         Ok(cache)
     }
@@ -145,6 +150,11 @@ impl Cache {
     /// Position of the next token of `row`.
     pub fn position(&self, row: Row) -> usize {
         self.sequence(row).position
+    }
+
+    /// Tokens that each head of `layer` of `row` holds.
+    pub fn lens(&self, row: Row, layer: usize) -> impl Iterator<Item = usize> {
+        self.sequence(row).heads[self.range(layer)].iter().map(|head| head.len)
     }
 
     /// Most tokens that a sequence may hold.

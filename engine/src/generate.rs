@@ -14,7 +14,7 @@ use crate::cache::{CacheError, CacheStats};
 use crate::config::Config;
 use crate::lookup::{self, Drafts};
 use crate::model::ModelError;
-use crate::runner::{BLOCK, Choice, RunError, Runner, Turn};
+use crate::runner::{Choice, RunError, Runner, Turn};
 use crate::tokenizer::Tokenizer;
 use crate::watch::Watch;
 
@@ -117,7 +117,7 @@ pub fn generate(
     let (mut text, mut clock, mut chosen) = (tokenizer.stream(false), Clock::start(), Vec::new());
     let mut drafts = Drafts::default();
     // The last token's logits choose the first answer, so it is a step.
-    for block in tokens[..prompt - 1].chunks(BLOCK) {
+    for block in tokens[..prompt - 1].chunks(runner.spec().block()) {
         match runner.read(row, block, watch) {
             Err(e) if e.is_interrupted() => break,
             read => read?,

@@ -16,6 +16,7 @@ pub mod gpu;
 pub mod lookup;
 pub mod model;
 pub mod perplexity;
+pub mod policy;
 pub mod runner;
 pub mod safetensors;
 pub mod source;

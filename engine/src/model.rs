@@ -7,11 +7,12 @@
 
 mod error;
 mod layers;
+mod read;
 mod rows;
 mod step;
 mod work;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use half::f16;
 use kvwarp::linear::{Activations, Cpu, matmul};
@@ -23,24 +24,19 @@ use kvwarp::{linear, rms_norm};
 use crate::cache::{Cache, Plan, Shape};
 use crate::calibration::Calibration;
 use crate::config::{self, Config};
+use crate::policy::{self, Repeat};
 use crate::runner::Row;
 use crate::source::Source;
 use crate::spec::CacheSpec;
-use crate::watch::Watch;
 pub use error::ModelError;
 use layers::Layer;
 pub(crate) use layers::matrix;
 use step::{Of, Piece};
 pub use work::Work;
 
-/// Rows of a prompt that pass through a layer together: enough to use each weight many times while it is in cache,
-/// few enough that their activations stay small.
-const ROWS: usize = 256;
-/// Rows of logits computed together: 64 rows of 49,152 are 12.6 MB.
-const LOGIT_ROWS: usize = 64;
-
 /// A model whose weights stay in the mapped file.
 pub struct Model<'a> {
+    source: &'a Source,
     config: &'a Config,
     embedding: linear::Weights<'a>,
     layers: Vec<Layer<'a>>,
@@ -56,6 +52,8 @@ pub struct Model<'a> {
     feedback: Option<Arc<[f16]>>,
     /// Heads of all layers, those that lose most first ([`Calibration::losers`]).
     losers: Vec<usize>,
+    /// How it is asked to say a text again; made when it is first needed.
+    repeat: OnceLock<Repeat>,
 }
 
 impl<'a> Model<'a> {
@@ -76,6 +74,7 @@ impl<'a> Model<'a> {
         };
         let layer = |n| Layer::new(&source.weights, config, n);
         Ok(Self {
+            source,
             config,
             embedding,
             layers: (0..config.layers).map(layer).collect::<Result<_, _>>()?,
@@ -91,6 +90,7 @@ impl<'a> Model<'a> {
             activations,
             feedback: None,
             losers: Vec::new(),
+            repeat: OnceLock::new(),
         })
     }
 
@@ -136,6 +136,7 @@ impl<'a> Model<'a> {
         if context > limit {
             return Err(ModelError::Context { asked: context, limit });
         }
+        policy::check(spec, self.config, context)?;
         Ok(Cache::planned(spec, self.shape(context), self.plan(spec))?)
     }
 
@@ -149,72 +150,6 @@ impl<'a> Model<'a> {
     pub fn plan(&self, spec: &CacheSpec) -> Plan {
         let heads = self.config.layers * self.config.kv_heads;
         Plan::new(spec, heads, &self.losers, self.feedback.clone())
-    }
-
-    /// Reads `tokens` after what `row` holds; the logits of the last are then in `work`.
-    ///
-    /// # Errors
-    /// [`ModelError`]; after one `row` must be closed.
-    pub fn prefill(
-        &self,
-        tokens: &[u32],
-        (cache, row): (&mut Cache, Row),
-        work: &mut Work,
-        watch: &mut Watch<'_>,
-    ) -> Result<(), ModelError> {
-        let x = self.read(tokens, (cache, row), work, watch)?;
-        self.logits(&x[x.len() - self.config.width..], false, work)
-    }
-
-    /// Reads `tokens` after what `row` holds, and gives each one's logits `[vocab]` to `take`, in order.
-    ///
-    /// # Errors
-    /// As [`Model::prefill`].
-    pub fn score(
-        &self,
-        tokens: &[u32],
-        (cache, row): (&mut Cache, Row),
-        work: &mut Work,
-        watch: &mut Watch<'_>,
-        take: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), ModelError> {
-        let x = self.read(tokens, (cache, row), work, watch)?;
-        for x in x.chunks(LOGIT_ROWS * self.config.width) {
-            self.logits(x, false, work)?;
-            work.logits.chunks_exact(self.config.vocab).for_each(&mut *take);
-            watch.step(0)?;
-        }
-        Ok(())
-    }
-
-    /// All layers over `tokens`, layer by layer; returns the residual stream `[tokens, width]`.
-    ///
-    /// # Errors
-    /// As [`Model::prefill`].
-    pub fn read(
-        &self,
-        tokens: &[u32],
-        (cache, row): (&mut Cache, Row),
-        work: &mut Work,
-        watch: &mut Watch<'_>,
-    ) -> Result<Vec<f32>, ModelError> {
-        let (n, width) = (tokens.len(), self.config.width);
-        let mut x = self.embed(tokens)?;
-        let first = cache.advance(row, n)?;
-        let angles = self.angles(first..first + n);
-        for (index, layer) in self.layers.iter().enumerate() {
-            cache.stage(row, index, n);
-            for (i, x) in x.chunks_mut(ROWS * width).enumerate() {
-                let rows = x.len() / width;
-                let piece =
-                    Piece { x, angles: &angles, first: i * ROWS, rows, of: Of::Prompt(row) };
-                self.layer(index, layer, piece, cache, work)?;
-                watch.step(rows)?;
-            }
-            cache.compress(row, index, &self.team)?;
-        }
-        cache.unstage();
-        Ok(x)
     }
 
     /// Reads the few tokens of each of `turns` after what its row holds, those of a row in order; the logits of all of

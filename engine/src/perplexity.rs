@@ -65,7 +65,16 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(model: &'a Model<'a>, spec: &CacheSpec, context: usize) -> Result<Self, ModelError> {
+    fn new(
+        model: &'a Model<'a>,
+        (spec, prefix): (&CacheSpec, usize),
+        context: usize,
+    ) -> Result<Self, ModelError> {
+        if spec.selects() && spec.lag().is_none() && prefix == 0 {
+            let problem =
+                "tokens are chosen among those of a prefix; give one with --prefix".into();
+            return Err(ModelError::Policy { spec: *spec, problem });
+        }
         let mut cache = model.cache(spec, context)?;
         let row = cache.open();
         Ok(Self { model, cache, row, work: Work::default() })
@@ -113,7 +122,7 @@ pub fn score(
     watch: &mut Watch<'_>,
 ) -> Result<Scores, ModelError> {
     let (parts, targets) = parts(tokens, reading);
-    let mut reader = Reader::new(model, &reading.cache, tokens.len())?;
+    let mut reader = Reader::new(model, (&reading.cache, reading.prefix), tokens.len())?;
     let (mut nll, mut targets) = (Vec::with_capacity(tokens.len()), targets.iter());
     let mut take = |logits: &[f32]| nll.extend(targets.next().map(|&t| surprise(logits, t)));
     for part in parts {
@@ -133,7 +142,7 @@ pub fn compare(
     watch: &mut Watch<'_>,
 ) -> Result<(Scores, Distance), ModelError> {
     let (parts, targets) = parts(tokens, reading);
-    let reader = |spec| Reader::new(model, spec, tokens.len());
+    let reader = |spec| Reader::new(model, (spec, reading.prefix), tokens.len());
     let (mut exact, mut reader) = (reader(&CacheSpec::default())?, reader(&reading.cache)?);
     let (mut nll, mut targets) = (Vec::with_capacity(tokens.len()), targets.iter());
     let (mut f16, mut kl, mut agree) = (0.0, 0.0, 0);

@@ -79,10 +79,24 @@ impl Turn<'_> {
 /// A sequence as it was at one moment, to continue from; its slabs stay taken until [`Runner::melt`].
 #[derive(Debug, PartialEq, Eq)]
 pub struct Frozen {
-    /// Tokens held.
+    /// Tokens given.
     pub len: usize,
-    /// `[layers * kv_heads, ceil(len / 64)]`: packed slabs as the sequence has them, then f16 copies of its ring.
+    /// What each head holds; empty where no token can have been dropped, so that all hold `len`.
+    pub heads: Vec<Held>,
+    /// Of each head, `[layers * kv_heads]`, `ceil(tokens / 64)`: packed slabs as the sequence has them, then f16 copies of its
+    /// ring.
     pub entries: Vec<Entry>,
+}
+
+/// What one kv head of a sequence holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// Tokens.
+    pub len: usize,
+    /// Slabs that have left the ring.
+    pub packed: usize,
+    /// Tokens at the start that a policy has chosen and does not choose among again.
+    pub chosen: usize,
 }
 
 /// Why a runner refused.

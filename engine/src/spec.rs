@@ -7,10 +7,14 @@
 use std::fmt;
 use std::str::FromStr;
 
+use kvwarp::sim_evict;
 use kvwarp::slab::{Format, Meta};
 
+mod check;
 mod parts;
 
+use crate::policy::{Budget, Evict, METHODS, Method, Refine, Share, Tsp};
+use crate::runner::BLOCK;
 use parts::PARTS;
 
 /// How a cache keeps keys and values.
@@ -37,6 +41,14 @@ pub struct CacheSpec {
     pub keep: u8,
     /// Quantise K and V exactly when KIVI does, with its residual length as `window`.
     pub kivi_exact: bool,
+    /// Which of the tokens read stay; `None`: all.
+    pub evict: Option<Evict>,
+    /// Representatives of those that do not.
+    pub refine: Option<Refine>,
+    /// How many each head keeps; `None`: as the method has it.
+    pub budget: Option<Budget>,
+    /// Which tokens go deeper in a prefill; `None`: all.
+    pub tsp: Option<Tsp>,
 }
 
 impl Default for CacheSpec {
@@ -56,6 +68,8 @@ pub struct SpecError {
     pub problem: String,
 }
 
+/// More tokens than any context has.
+const WHOLE: usize = 1 << 30;
 /// KIVI's residual length and group, the default of the quantised stores.
 const KIVI_WINDOW: usize = 128;
 const KIVI_GROUP: usize = 32;
@@ -73,6 +87,10 @@ const fn kivi(preset: &'static str, store: Format, window: usize) -> CacheSpec {
         range: 100,
         keep: 0,
         kivi_exact: false,
+        evict: None,
+        refine: None,
+        budget: None,
+        tsp: None,
     }
 }
 
@@ -106,6 +124,40 @@ impl CacheSpec {
         (heads * usize::from(self.keep) + 50) / 100
     }
 
+    /// How many tokens each head keeps.
+    pub fn budget(&self) -> Budget {
+        let own = self.evict.map_or(Budget::Uniform, |evict| evict.budget());
+        self.budget.unwrap_or(own)
+    }
+
+    /// Whether some tokens that are read are dropped, or go no deeper than some layer.
+    pub fn selects(&self) -> bool {
+        let drops = self.evict.is_some_and(|evict| evict.keep != Share::ALL);
+        drops || self.tsp.is_some_and(|tsp| tsp.rate != Share::ALL)
+    }
+
+    /// Tokens of a prompt that are read together: all, where some of them are chosen.
+    pub fn block(&self) -> usize {
+        if self.selects() { WHOLE } else { BLOCK }
+    }
+
+    /// Most tokens that a head keeps, on average, of a first read of `n`.
+    pub fn stays(&self, n: usize) -> usize {
+        let Some(evict) = self.evict else { return n };
+        if let Some(lag) = self.lag() {
+            return sim_evict::kept(n, evict.options.sink.into(), lag, evict.keep.of(lag));
+        }
+        let k = evict.keep.of(n);
+        let (oldest, newest) = evict.protects(n, k);
+        k.max(oldest + newest).min(n)
+    }
+
+    /// LagKV's partition, where tokens are dropped also while decoding.
+    pub fn lag(&self) -> Option<usize> {
+        let evict = self.evict.filter(|e| e.method() == Method::Lag && e.keep != Share::ALL);
+        evict.map(|evict| usize::from(evict.options.lag))
+    }
+
     /// The preset of this name.
     pub fn preset(name: &str) -> Option<Self> {
         PRESETS.into_iter().find(|preset| preset.preset == name)
@@ -115,11 +167,19 @@ impl CacheSpec {
     pub fn help() -> String {
         let mut text = String::from(
             "PRESET is f16, q8, fp8 (e4m3), q4, q2 (2 bits with little loss; see `kvwarp calibrate`), q2-small (its smallest) \
-             or q2-kivi (KIVI's recipe). Parts, for all but f16:\n",
+             or q2-kivi (KIVI's recipe). Parts; those that choose tokens go with every preset, the others not with f16:\n",
         );
         for part in &PARTS {
-            let value = if part.accepts.is_empty() { "" } else { "=N" };
+            let value = match part.accepts {
+                "" => "",
+                _ if part.chooses => "=...",
+                _ => "=N",
+            };
             text.push_str(&format!("  {:<10}  {}\n", format!("{}{value}", part.name), part.help));
+        }
+        text.push_str("Methods of `evict`, each with the share of tokens that stay:\n");
+        for method in &METHODS {
+            text.push_str(&format!("  {:<13}  {}\n", method.name, method.help));
         }
         text
     }
@@ -137,6 +197,8 @@ impl CacheSpec {
             }
             seen.push(part);
         }
+        // LagKV looks at two partitions of f16 tokens at a time.
+        spec.window = spec.window.max(2 * spec.lag().unwrap_or(0));
         spec.check().map(|()| spec)
     }
 
@@ -146,10 +208,10 @@ impl CacheSpec {
         let Some(part) = PARTS.iter().find(|part| part.name == name) else {
             return Err(unknown("part", name, names()));
         };
-        if self.store == Format::F16 {
+        if self.store == Format::F16 && !part.chooses {
             return Err(format!("`{name}` has no effect on f16: every token is kept exactly"));
         }
-        if self.store == Format::Fp8 && !["window", "sinks"].contains(&name) {
+        if self.store == Format::Fp8 && !part.chooses && !["window", "sinks"].contains(&name) {
             return Err(format!("`{name}` has no effect on fp8: it has no scales"));
         }
         if self.store != Format::Q2 && ["range", "keep"].contains(&name) {
@@ -165,42 +227,6 @@ impl CacheSpec {
             "" => format!("`{name}` takes no value, it was given `{}`", short(value)),
             accepts => format!("`{name}` is `{}`; allowed: {accepts}", short(value)),
         })
-    }
-
-    fn check_meta(&self) -> Result<(), String> {
-        let only = |what: String| Err(format!("`meta` is `u8`; it is for {what}"));
-        match *self {
-            Self { meta: Meta::F16, .. } => Ok(()),
-            Self { store: Format::Q8, .. } => only("q4 and q2, not q8".into()),
-            Self { group: 128, .. } => only("a `group` of 32 or 64, not 128".into()),
-            Self { kivi_exact: true, .. } => only("whole slabs, not for `kivi_exact`".into()),
-            _ => Ok(()),
-        }
-    }
-
-    /// What the parts demand of each other.
-    fn check(&self) -> Result<(), String> {
-        let Self { window, group, sinks, hadamard, range, .. } = *self;
-        if self.kivi_exact && (hadamard || range < 100 || self.keep > 0) {
-            return Err(
-                "`kivi_exact` rounds as KIVI does; start from q2-kivi, or with hadamard=off".into(),
-            );
-        }
-        self.check_meta()?;
-        if !self.kivi_exact {
-            return Ok(());
-        }
-        if window == 0 || !window.is_multiple_of(group) {
-            return Err(format!(
-                "`window` is {window}; with `kivi_exact` a multiple of the group, {group}"
-            ));
-        }
-        if sinks > 0 {
-            return Err(format!(
-                "`sinks` is {sinks}; KIVI has none, so `kivi_exact` allows only 0"
-            ));
-        }
-        Ok(())
     }
 }
 
@@ -231,10 +257,11 @@ impl FromStr for CacheSpec {
 impl fmt::Display for CacheSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.preset)?;
-        let preset = Self::preset(self.preset).unwrap_or_default();
+        let mut preset = Self::preset(self.preset).unwrap_or_default();
+        preset.window = preset.window.max(2 * self.lag().unwrap_or(0));
         for part in &PARTS {
             let value = (part.write)(self);
-            if value.is_empty() && self.kivi_exact {
+            if part.accepts.is_empty() && self.kivi_exact {
                 write!(f, ",{}", part.name)?;
             } else if value != (part.write)(&preset) {
                 write!(f, ",{}={value}", part.name)?;

@@ -100,7 +100,7 @@ proptest! {
             model = [rest, used].concat();
             let full = keys[blocks - 1];
             if !prefixes.contains(&full) {
-                let frozen = Frozen { len: blocks * BLOCK, entries: vec![] };
+                let frozen = Frozen { len: blocks * BLOCK, heads: vec![], entries: vec![] };
                 prop_assert!(prefixes.insert(full, frozen).is_none());
                 model.push((which, blocks));
             }

@@ -32,6 +32,23 @@ fn spec_errors_name_the_part_and_what_is_allowed() {
         ("q2,hadamard", &["`hadamard` is ``", "on or off"]),
         ("fp8,group=64", &["`group` has no effect on fp8"]),
         ("f16,window=1", &["`window` has no effect on f16"]),
+        ("f16,evict=snap:0.5", &["`evict` is `snap:0.5`", "METHOD:SHARE"]),
+        ("f16,evict=snapkv", &["`evict` is `snapkv`", "a share of 0 to 1"]),
+        ("f16,evict=snapkv:1.5", &["`evict` is `snapkv:1.5`"]),
+        ("f16,evict=snapkv:0.5:lag=64", &["`evict` is `snapkv:0.5:lag=64`"]),
+        ("f16,evict=lagkv:0.5:lag=63", &["`evict` is `lagkv:0.5:lag=63`"]),
+        ("f16,budget=pyramid", &["`budget` has no effect without `evict`"]),
+        ("f16,refine=kvcrush:0.1", &["`refine` has no effect without `evict`"]),
+        ("f16,refine=kvcrush:0.1:median", &["`refine` is `kvcrush:0.1:median`", "alternate"]),
+        (
+            "f16,evict=lagkv:0.5,budget=global",
+            &["`lagkv` chooses within partitions", "lagkv-kvpress"],
+        ),
+        ("f16,evict=kvzip-head:0.5,budget=global", &["`kvzip-head` keeps whole heads"]),
+        ("f16,evict=kvzip:0.5,tsp=0.5", &["`kvzip` asks every layer", "`tsp`"]),
+        ("f16,budget=flat", &["`budget` is `flat`", "dynamickv"]),
+        ("f16,tsp=x:0.5", &["`tsp` is `x:0.5`", "[LAYER:]RATE"]),
+        ("q2-kivi,kivi_exact,evict=h2o:0.5", &["`kivi_exact` counts every token"]),
     ] {
         let error = spec.parse::<CacheSpec>().unwrap_err().to_string();
         assert!(parts.iter().all(|part| error.contains(part)), "{spec}: {error}");
@@ -61,6 +78,26 @@ fn specs() -> impl Strategy<Value = CacheSpec> {
     })
 }
 
+/// Parts that choose tokens, as texts.
+fn choices() -> impl Strategy<Value = String> {
+    let method = prop::sample::select(vec![
+        "lagkv-kvpress:0.25:lag=64",
+        "snapkv:0.3333:window=16:pool=7:max=1",
+        "fastkv:0.1",
+        "h2o:0",
+        "kvzip:0.3:sink=0:chunk=512",
+        "keynorm:0.5",
+        "streaming:0.5:sink=9",
+        "random:1:seed=7",
+    ]);
+    let refine =
+        prop::sample::select(vec!["", ",refine=kvcrush:0.25", ",refine=kvcrush:0.05:random"]);
+    let budget =
+        prop::sample::select(vec!["", ",budget=uniform", ",budget=prefixkv", ",budget=global"]);
+    (method, refine, budget)
+        .prop_map(|(method, refine, budget)| format!("evict={method}{refine}{budget}"))
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -70,8 +107,22 @@ proptest! {
     }
 
     #[test]
+    fn choices_survive_being_written(store in prop::sample::select(vec!["f16", "q2", "fp8"]), choice in choices()) {
+        let text = format!("{store},{choice}");
+        let spec: CacheSpec = text.parse().unwrap();
+        prop_assert_eq!(spec.to_string(), text);
+    }
+
+    #[test]
+    fn lagkv_has_room_in_the_window(lag in 1..=64usize, window in 0..3000usize) {
+        let spec: CacheSpec = format!("q2,window={window},evict=lagkv:0.5:lag={},tsp=0.5", 16 * lag).parse().unwrap();
+        prop_assert_eq!(spec.window, window.max(32 * lag));
+        prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+    }
+
+    #[test]
     fn likely_texts_are_specs_or_errors(
-        text in "(f16|q8|fp8|q4|q2|q2-kivi)(,(window|sinks|group|meta|hadamard|range|keep|kivi_exact)(=[0-9a-z-]{0,9})?){0,4}",
+        text in "(f16|q8|fp8|q4|q2|q2-kivi)(,(window|sinks|group|meta|hadamard|range|keep|kivi_exact|evict|refine|budget|tsp)(=[0-9a-z:.=-]{0,14})?){0,4}",
     ) {
         match text.parse::<CacheSpec>() {
             Ok(spec) => prop_assert_eq!(spec.to_string().parse(), Ok(spec)),

@@ -7,7 +7,7 @@ use kvwarp::slab::Format;
 use crate::cache::CacheStats;
 use crate::generate::End;
 use crate::lookup::Drafts;
-use crate::runner::{Choice, RunError, Runner, Slabs, check};
+use crate::runner::{Choice, RunError, Runner, Slabs, check, plus};
 
 /// A text to continue.
 #[derive(Debug, Clone)]
@@ -85,6 +85,12 @@ impl Request {
         self.prompt.len() + self.max_tokens.saturating_sub(1)
     }
 
+    /// Slabs that it takes in all: of its prompt, then of what follows.
+    fn need(&self, runner: &dyn Runner) -> Slabs {
+        let read = self.prompt.len() - 1;
+        plus(runner.need(0, read), runner.need(read, self.held() - read))
+    }
+
     pub(super) fn check(&self, runner: &dyn Runner, capacity: &Slabs) -> Result<(), Refusal> {
         let (vocab, context) = (runner.config().vocab, runner.context());
         let (prompt, max_tokens) = (self.prompt.len(), self.max_tokens);
@@ -98,7 +104,7 @@ impl Request {
         if self.held() > context {
             return Err(Refusal::Context { prompt, max_tokens, context });
         }
-        match check(&runner.need(0, self.held()), capacity) {
+        match check(&self.need(runner), capacity) {
             Err(RunError::Exhausted { format, need, free: have }) => {
                 let most = most(runner, capacity, self.held());
                 Err(Refusal::Pool { prompt, max_tokens, format, need, have, most })

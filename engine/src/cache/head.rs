@@ -52,6 +52,8 @@ pub struct Head {
     pub len: usize,
     /// Slabs found through the table; later ones lie in the ring.
     pub packed: usize,
+    /// Tokens at the start that a policy has chosen and does not choose among again.
+    pub chosen: usize,
     /// With `kivi_exact`, the tokens whose K and V are quantised.
     pub settled: (usize, usize),
 }

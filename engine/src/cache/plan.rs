@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::f16;
-use kvwarp::slab::Format;
+use kvwarp::slab::{Format, TOKENS};
 
 use super::head::Rules;
 use crate::runner::Slabs;
@@ -51,12 +51,29 @@ impl Plan {
 /// Slabs that a sequence of `len` tokens takes for `n` more, with heads of these stores.
 pub fn need(stores: impl Iterator<Item = Format>, spec: &CacheSpec, len: usize, n: usize) -> Slabs {
     let mut need = Slabs::default();
+    if spec.selects() {
+        return bound(stores, spec, len, n);
+    }
     for store in stores {
         let rules = Rules { store, ..Rules::new(spec, None) };
         for ((format, after), (_, before)) in rules.slabs(len + n).into_iter().zip(rules.slabs(len))
         {
             need[format as usize] += after - before;
         }
+    }
+    need
+}
+
+/// The same where tokens are dropped: at most. Heads then hold different numbers of tokens, of which only the sum is known
+/// before, so each may begin a slab more; and a slab leaves the window of a head when it will.
+fn bound(stores: impl Iterator<Item = Format>, spec: &CacheSpec, len: usize, n: usize) -> Slabs {
+    let mut need = Slabs::default();
+    for store in stores {
+        let rules = Rules { store, ..Rules::new(spec, None) };
+        let slabs = if len == 0 { spec.stays(n).div_ceil(TOKENS) + 1 } else { n.div_ceil(TOKENS) };
+        let sinks = slabs.min(rules.sink_slabs);
+        need[Format::F16 as usize] += sinks;
+        need[store as usize] += if len == 0 { slabs - sinks } else { slabs };
     }
     need
 }

@@ -3,9 +3,9 @@
 use kvwarp::pages::{Entry, Pools, packed_slabs, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
 
-use super::head::{ring_slot, take};
+use super::head::{Head, ring_slot, take};
 use super::{Cache, CacheError, Sequence, give, need, open_mut};
-use crate::runner::{Frozen, Row, Slabs};
+use crate::runner::{Frozen, Held, Row, Slabs};
 
 impl Cache {
     /// Slabs that may still be taken.
@@ -33,10 +33,14 @@ impl Cache {
         need(heads.map(|h| self.plan.store(&self.spec, h)), &self.spec, len, n)
     }
 
-    /// Whether a sequence of `len` tokens takes `n` more without packing any.
-    pub fn is_loose(&self, len: usize, n: usize) -> bool {
-        !self.spec.kivi_exact
-            && packed_slabs(len, self.spec.window) == packed_slabs(len + n, self.spec.window)
+    /// Whether `row` takes a token and `n` more after it, none of which packs a slab or has others dropped.
+    pub fn is_loose(&self, row: Row, n: usize) -> bool {
+        let packed = |len| packed_slabs(len, self.spec.window);
+        let loose = |head: &Head| {
+            packed(head.len + 1) == packed(head.len + 1 + n)
+                && self.spec.lag().is_none_or(|lag| head.len + 1 + n < head.chosen + 2 * lag)
+        };
+        !self.spec.kivi_exact && self.sequence(row).heads.iter().all(loose)
     }
 
     /// F16 slabs of the rings of a sequence.
@@ -82,25 +86,26 @@ impl Cache {
                 entries.push(Entry::new(Format::F16, slot));
             }
         }
-        Ok(Frozen { len: *position, entries })
+        let held = |head: &Head| Held { len: head.len, packed: head.packed, chosen: head.chosen };
+        Ok(Frozen { len: *position, heads: heads.iter().map(held).collect(), entries })
     }
 
     /// A new sequence that continues from what was frozen.
     pub fn thaw(&mut self, frozen: &Frozen) -> Row {
         let row = self.open();
         let (slab, ring_bytes) = (self.slab_bytes(), self.ring_bytes());
-        let Self { pools, sequences, spec, plan, shape, .. } = self;
+        let Self { pools, sequences, .. } = self;
         let sequence = open_mut(sequences, row);
         sequence.position = frozen.len;
-        let slabs = frozen.len.div_ceil(TOKENS).max(1);
-        for (h, entries) in frozen.entries.chunks_exact(slabs).enumerate() {
-            let head = &mut sequence.heads[h];
-            let packed = plan.rules(spec, h, shape.head_dim).slabs(frozen.len);
-            (head.len, head.packed) = (frozen.len, packed.iter().map(|(_, n)| n).sum());
-            entries[..head.packed].iter().for_each(|&entry| share(pools, entry));
-            head.table = entries[..head.packed].to_vec();
+        let mut rest = &frozen.entries[..];
+        for (h, &Held { len, packed, chosen }) in frozen.heads.iter().enumerate() {
+            let (entries, others) = rest.split_at(len.div_ceil(TOKENS));
+            rest = others;
+            entries[..packed].iter().for_each(|&entry| share(pools, entry));
+            let table = entries[..packed].to_vec();
+            sequence.heads[h] = Head { table, len, packed, chosen, ..Head::default() };
             let ring = sequence.rings.slice_mut(h * ring_bytes, ring_bytes);
-            for (index, entry) in entries.iter().enumerate().skip(head.packed) {
+            for (index, entry) in entries.iter().enumerate().skip(packed) {
                 let Some((format, slot)) = entry.get() else { continue };
                 let at = ring_slot(pools, ring_bytes, index);
                 ring[at..at + slab].copy_from_slice(pools.pool(format).slab(slot));

@@ -13,26 +13,50 @@ impl Cache {
     /// Lays out the ring of `layer` of `row` so that `n` more tokens fit without packing any.
     pub fn stage(&mut self, row: Row, layer: usize, n: usize) {
         let (slab, ring_bytes, range) = (self.slab_bytes(), self.ring_bytes(), self.range(layer));
-        let Self { sequences, staging, shape, .. } = self;
-        let Sequence { heads, rings, .. } = open_mut(sequences, row);
         let held = |head: &Head| (head.len + n).div_ceil(TOKENS) - head.packed;
-        let slabs = heads[range.clone()].iter().map(held).max().unwrap_or(0);
-        staging.resize(shape.kv_heads * slabs * slab);
-        for (i, h) in range.enumerate() {
-            let ring = rings.slice(h * ring_bytes, ring_bytes);
-            heads[h].move_ring(ring, staging.slice_mut(i * slabs * slab, slabs * slab), slab);
+        let heads = &self.sequence(row).heads[range.clone()];
+        let bytes = heads.iter().map(held).max().unwrap_or(0) * slab;
+        let (before, kv_heads) = (self.staged_bytes(layer), range.len());
+        if before >= bytes && before > 0 {
+            return;
         }
+        let mut to = std::mem::take(&mut self.spare);
+        to.resize(kv_heads * bytes);
+        let Sequence { heads, rings, .. } = self.sequence(row);
+        for (i, h) in range.enumerate() {
+            let from = match before {
+                0 => rings.slice(h * ring_bytes, ring_bytes),
+                _ => self.staging[layer].slice(i * before, before),
+            };
+            heads[h].move_ring(from, to.slice_mut(i * bytes, bytes), slab);
+        }
+        self.staging[layer] = to;
         self.note_peak(row);
+    }
+
+    /// Gives back what the staged `layer` has room for beyond the tokens that it holds.
+    pub fn tighten(&mut self, row: Row, layer: usize) {
+        let (slab, range, before) =
+            (self.slab_bytes(), self.range(layer), self.staged_bytes(layer));
+        let heads = &self.sequence(row).heads[range];
+        let slabs = heads.iter().map(|head| head.len.div_ceil(TOKENS) - head.packed).max();
+        let bytes = slabs.unwrap_or(0).max(1) * slab;
+        let mut to = AlignedBytes::zeroed(heads.len() * bytes);
+        for (i, head) in heads.iter().enumerate() {
+            let from = self.staging[layer].slice(i * before, before);
+            head.move_ring(from, to.slice_mut(i * bytes, bytes), slab);
+        }
+        self.staging[layer] = to;
     }
 
     /// Writes `n` tokens of every head of the staged `layer`: `k` (rotated) and `v`, each `[n, kv_heads, head_dim]`.
     pub fn fill(&mut self, row: Row, layer: usize, k: &[f32], v: &[f32], n: usize) {
         let (d, stride) = (self.shape.head_dim, self.shape.kv_heads * self.shape.head_dim);
         let f16 = *self.pools.layout(Format::F16);
-        let (bytes, range) = (self.staged_bytes(), self.range(layer));
+        let (bytes, range) = (self.staged_bytes(layer), self.range(layer));
         let Self { sequences, staging, .. } = self;
         for (i, head) in open_mut(sequences, row).heads[range].iter_mut().enumerate() {
-            let ring = staging.slice_mut(i * bytes, bytes);
+            let ring = staging[layer].slice_mut(i * bytes, bytes);
             let [k, v] = [k, v].map(|data| Rows { data: &data[i * d..], stride });
             kv_pack::fill(ring, &f16, head.len, k, v, n);
             head.len += n;
@@ -45,34 +69,37 @@ impl Cache {
     /// [`CacheError::Kernel`] when a pool is full.
     pub fn compress(&mut self, row: Row, layer: usize, team: &Team) -> Result<(), CacheError> {
         let (slab, ring_bytes, staged) =
-            (self.slab_bytes(), self.ring_bytes(), self.staged_bytes());
+            (self.slab_bytes(), self.ring_bytes(), self.staged_bytes(layer));
         let range = self.range(layer);
-        let Self { spec, plan, shape, pools, sequences, staging } = self;
+        let Self { spec, plan, shape, pools, sequences, staging, spare } = self;
         let Sequence { heads, rings, .. } = open_mut(sequences, row);
         for (i, h) in range.enumerate() {
             let rules = plan.rules(spec, h, shape.head_dim);
-            let from = staging.slice_mut(i * staged, staged);
+            let from = staging[layer].slice_mut(i * staged, staged);
             heads[h].after_fill(&rules, from, pools, team)?;
             heads[h].move_ring(from, rings.slice_mut(h * ring_bytes, ring_bytes), slab);
         }
+        *spare = std::mem::take(&mut staging[layer]);
         self.note_peak(row);
         Ok(())
     }
 
     /// Gives the memory of staging back; every staged layer must have been compressed, or its sequence be closed.
     pub fn unstage(&mut self) {
-        self.staging = AlignedBytes::default();
+        self.staging.fill(AlignedBytes::default());
+        self.spare = AlignedBytes::default();
     }
 
     /// What attention over the staged `layer` of `row` reads, a view a kv head.
     pub fn staged_views(&self, row: Row, layer: usize) -> Vec<HeadView<'_>> {
-        let bytes = self.staged_bytes();
-        let ring = |i: usize| self.staging.slice(i * bytes, bytes);
+        let bytes = self.staged_bytes(layer);
+        let ring = |i: usize| self.staging[layer].slice(i * bytes, bytes);
         let heads = self.sequence(row).heads[self.range(layer)].iter().enumerate();
         heads.map(|(i, head)| head.view(&self.pools, ring(i))).collect()
     }
 
-    fn staged_bytes(&self) -> usize {
-        self.staging.len() / self.shape.kv_heads
+    /// Bytes of the staged ring of a head of `layer`; 0 where it is not staged.
+    pub(super) fn staged_bytes(&self, layer: usize) -> usize {
+        self.staging[layer].len() / self.shape.kv_heads
     }
 }

@@ -1,7 +1,7 @@
 //! What a cache costs, counted where the memory is taken.
 
 use super::head::Rules;
-use super::{Cache, CacheError, Sequence, Shape};
+use super::{AlignedBytes, Cache, CacheError, Sequence, Shape};
 use crate::runner::Row;
 use crate::spec::CacheSpec;
 use kvwarp::pages::{Entry, Pools, ring_slabs};
@@ -39,9 +39,13 @@ impl Cache {
     }
 
     pub(super) fn note_peak(&mut self, row: Row) {
-        let bytes = self.used_bytes(self.sequence(row)) + self.staging.len();
+        let bytes = self.used_bytes(self.sequence(row)) + self.staged();
         let sequence = self.sequence_mut(row);
         sequence.peak = sequence.peak.max(bytes);
+    }
+
+    fn staged(&self) -> usize {
+        self.staging.iter().map(AlignedBytes::len).sum()
     }
 
     fn used_bytes(&self, sequence: &Sequence) -> usize {
@@ -59,7 +63,8 @@ impl Cache {
             let tables = sequence.heads.iter().map(|head| head.table.capacity());
             sequence.rings.capacity() + tables.sum::<usize>() * size_of::<Entry>()
         });
-        pools + self.staging.capacity() + sequences.sum::<usize>()
+        let staging = self.staging.iter().map(AlignedBytes::capacity).sum::<usize>();
+        pools + staging + self.spare.capacity() + sequences.sum::<usize>()
     }
 }
 

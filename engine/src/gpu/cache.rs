@@ -60,6 +60,10 @@ impl Cache {
             let what = "`kivi_exact` quantises slabs in part, for parity tests on the CPU";
             return Err(GpuError::Unsupported(what.into()));
         }
+        if spec.selects() {
+            let what = "`evict` and `tsp` choose tokens on the processor only; leave --device out";
+            return Err(GpuError::Unsupported(what.into()));
+        }
         let heads = shape.layers * shape.kv_heads;
         let mut slab_bytes = [0; Format::ALL.len()];
         for (format, bytes) in Format::ALL.into_iter().zip(&mut slab_bytes) {

@@ -1,6 +1,7 @@
 //! What can go wrong in a forward pass.
 
 use crate::cache::CacheError;
+use crate::spec::CacheSpec;
 use crate::watch::Interrupted;
 
 /// Why a forward pass stopped.
@@ -21,6 +22,14 @@ pub enum ModelError {
         asked: usize,
         /// Positions that the model was trained for.
         limit: usize,
+    },
+    /// The model cannot do what a part of the cache spec asks for.
+    #[error("cache spec `{spec}`: {problem}")]
+    Policy {
+        /// The whole spec.
+        spec: CacheSpec,
+        /// What is wrong with it for this model.
+        problem: String,
     },
     /// The text could not be turned into tokens.
     #[error(transparent)]

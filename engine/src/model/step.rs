@@ -2,6 +2,7 @@
 
 use kvwarp::linear::matmul;
 use kvwarp::pages::HeadView;
+use kvwarp::prefill_attn::LseRows;
 use kvwarp::rope_select::Angles;
 use kvwarp::{hadamard, paged_attn, prefill_attn, rms_norm, swiglu};
 
@@ -73,12 +74,21 @@ impl Model<'_> {
             Of::Prompt(row) => {
                 cache.fill(row, index, k, v, rows);
                 let (views, scratch) = (cache.staged_views(row, index), &mut work.prefill);
-                prefill_attn::cpu(team, q, rows, &views, 0.0, self.mask, mix, None, scratch)?;
+                let (lse, newest) =
+                    (&mut work.lse, work.observer.as_ref().map_or(0, |o| o.rows(rows)));
+                lse.resize(newest * self.config.heads, 0.0);
+                let wanted = (newest > 0).then_some(LseRows { out: lse, rows: newest });
+                prefill_attn::cpu(team, q, rows, &views, 0.0, self.mask, mix, wanted, scratch)?;
+                if let Some(observer) = &mut work.observer {
+                    observer.see(team, (q, rows), &work.lse, &views)?;
+                }
             }
             Of::Turns(turns) => {
                 append(cache, index, turns, k, v)?;
                 let views = views(cache, index, turns);
                 paged_attn::cpu(team, q, &views, 0.0, self.mask, mix, &mut work.decode)?;
+                drop(views);
+                settle(cache, index, turns)?;
             }
         }
         if turned {
@@ -110,6 +120,14 @@ fn append(
         cache.append(owner, layer, row(k, i, rows), row(v, i, rows))?;
     }
     Ok(())
+}
+
+/// Drops what a policy drops while decoding, now that `layer` has attended to it.
+fn settle(cache: &mut Cache, layer: usize, turns: &[(Row, usize)]) -> Result<(), CacheError> {
+    let Some(evict) = cache.spec().evict.filter(|_| cache.spec().lag().is_some()) else {
+        return Ok(());
+    };
+    turns.iter().try_for_each(|&(row, _)| cache.lag(row, layer, &evict))
 }
 
 /// What each row sees, a view a kv head: the tokens of its sequence up to its own.

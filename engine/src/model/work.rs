@@ -4,6 +4,7 @@ use kvwarp::{paged_attn, prefill_attn};
 
 use crate::calibration::Calibration;
 use crate::config::Config;
+use crate::policy::Observer;
 
 /// Buffers that live as long as a generation; a row is a token.
 #[derive(Default)]
@@ -28,6 +29,10 @@ pub struct Work {
     pub(super) logits: Vec<f32>,
     pub(super) decode: paged_attn::Scratch,
     pub(super) prefill: prefill_attn::Scratch,
+    /// Takes the queries of a prompt's layer, for a policy.
+    pub(super) observer: Option<Observer>,
+    /// Log-sum-exps that it asks for, `[rows, heads]`.
+    pub(super) lse: Vec<f32>,
     /// Takes every query.
     pub(crate) calibration: Option<Calibration>,
 }

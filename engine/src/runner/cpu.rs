@@ -155,7 +155,7 @@ impl Runner for CpuRunner<'_> {
     fn drafts(&self, row: Row) -> usize {
         let len = self.len(row);
         let room = self.context().saturating_sub(len + 1).min(TURN - 1);
-        (1..=room).take_while(|&n| self.cache.is_loose(len + 1, n)).count()
+        (1..=room).take_while(|&n| self.cache.is_loose(row, n)).count()
     }
 
     fn freeze(&mut self, row: Row) -> Result<Frozen, RunError> {

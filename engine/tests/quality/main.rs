@@ -6,6 +6,7 @@
 //! `cargo test --release -p kvwarp-engine --test quality -- --ignored` measures every preset and writes
 //! `benches/record/quality.csv`.
 
+mod choices;
 mod keys;
 mod record;
 #[path = "../support/mod.rs"]

@@ -223,7 +223,7 @@ impl Runner for Fake {
         let mut entries = table;
         (0..ring).for_each(|_| entries.push(self.take(Format::F16)));
         self.frozen.insert(entries.clone(), state);
-        Ok(Frozen { len, entries })
+        Ok(Frozen { len, heads: Vec::new(), entries })
     }
 
     fn thaw(&mut self, frozen: &Frozen) -> Result<Row, RunError> {

@@ -55,6 +55,7 @@ pub fn alone(
 ) -> Result<Vec<u32>, RunError> {
     let row = runner.open()?;
     let (mut tokens, prompt) = (request.prompt.clone(), request.prompt.len());
+    let block = if runner.spec().selects() { runner.spec().block() } else { block };
     for block in tokens[..prompt - 1].chunks(block) {
         watched(|watch| runner.read(row, block, watch))?;
     }

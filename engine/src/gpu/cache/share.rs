@@ -30,7 +30,7 @@ impl Cache {
             }
         }
         self.copy_all(&copies)?;
-        Ok(Frozen { len, entries })
+        Ok(Frozen { len, heads: Vec::new(), entries })
     }
 
     /// A new sequence that continues from `frozen`; the edits tell the device of its table.

@@ -1,0 +1,320 @@
+//! A policy at work on one read.
+
+use std::ops::Range;
+
+use kvwarp::pages::HeadView;
+use kvwarp::threads::Team;
+use kvwarp::token_select::{self, Pool};
+
+use super::budget::{self, DYNAMIC_MOST, DYNAMIC_PERIOD};
+use super::choose::{Scored, kept};
+use super::observe::{Observer, Wants};
+use super::scores::scores;
+use super::{Budget, Evict, Method, Share};
+use crate::cache::{Cache, CacheError};
+use crate::runner::Row;
+use crate::spec::CacheSpec;
+
+/// FastKV's window and its neighbours, of the scores that say which tokens go on.
+const TSP_WINDOW: usize = 8;
+const TSP_POOL: usize = 7;
+
+/// What a policy knows of a read.
+pub struct Policy {
+    spec: CacheSpec,
+    layers: usize,
+    q_heads: usize,
+    /// Tokens of the read.
+    tokens: usize,
+    /// Layers whose budgets are not settled.
+    waiting: Vec<Scored>,
+}
+
+impl Policy {
+    /// For a read of `tokens` tokens by a model of so many layers and query heads; `None` where every token stays.
+    pub fn new(spec: &CacheSpec, layers: usize, q_heads: usize, tokens: usize) -> Option<Self> {
+        let waiting = Vec::new();
+        spec.selects().then_some(Self { spec: *spec, layers, q_heads, tokens, waiting })
+    }
+
+    /// What layer `layer` has to be asked while `n` tokens pass through it, the first of them into slots `first`.
+    pub fn observer(&self, layer: usize, n: usize, first: &[usize]) -> Option<Observer> {
+        let method = self.evict().map(|evict| (evict.method(), evict.options.window));
+        let (window, wants) = match method {
+            Some((Method::Column, _)) => (0, Wants::Sums),
+            Some((Method::Window, window)) => (usize::from(window), Wants::Nothing),
+            _ => (0, Wants::Nothing),
+        };
+        let newest = if self.goes_on(layer) { window.max(TSP_WINDOW) } else { window };
+        let asks = newest > 0 || wants != Wants::Nothing;
+        asks.then(|| Observer::new((newest, wants), self.q_heads, n, first.to_vec()))
+    }
+
+    /// Whether all layers are to be read before any of them is packed.
+    pub fn waits(&self) -> bool {
+        self.evict().is_some_and(|evict| {
+            let again = matches!(evict.method(), Method::Repeat | Method::RepeatHeads);
+            again || self.spec.budget().waits()
+        })
+    }
+
+    /// The method where it says the text again.
+    pub fn repeats(&self) -> Option<&Evict> {
+        let again = |evict: &&Evict| matches!(evict.method(), Method::Repeat | Method::RepeatHeads);
+        self.evict().filter(again)
+    }
+
+    /// What hears `said` tokens say part `part` of a read of `n` again, after heads that hold `lens`.
+    pub fn listener(&self, n: usize, part: Range<usize>, said: usize, lens: &[usize]) -> Observer {
+        let sink = self.evict().map_or(0, |evict| usize::from(evict.options.sink));
+        // Heads hold the same tokens until the policy has chosen, so one list of slots serves all.
+        let len = lens.first().copied().unwrap_or(0);
+        let first = len - n;
+        let mut seen = vec![0..first + sink.min(part.start)];
+        seen.extend([first + part.start..first + part.end, len..len + said]);
+        let wants = Wants::Most { tokens: part, seen };
+        Observer::new((0, wants), self.q_heads, n, lens.iter().map(|len| len - n).collect())
+    }
+
+    /// Tokens of a read of `n` that go deeper than `layer`, ascending; `None` where all do.
+    ///
+    /// # Errors
+    /// [`CacheError::Kernel`].
+    pub fn onward(
+        &self,
+        layer: usize,
+        n: usize,
+        (team, observer): (&Team, Option<&mut Observer>),
+        heads: &[HeadView<'_>],
+    ) -> Result<Option<Vec<u32>>, CacheError> {
+        let (Some(tsp), Some(observer)) = (self.spec.tsp, observer) else { return Ok(None) };
+        let k = tsp.rate.of(self.tokens).max(TSP_WINDOW);
+        if !self.goes_on(layer) || k >= n {
+            return Ok(None);
+        }
+        let open = n - TSP_WINDOW;
+        let attention = observer.window(team, TSP_WINDOW, heads)?;
+        let mut total = vec![0.0; open];
+        // Each query head is pooled by itself, so the group may be all heads.
+        let columns: Vec<f32> =
+            attention.chunks_exact(n).flat_map(|row| &row[..open]).copied().collect();
+        token_select::pool(&columns, self.q_heads, Pool::Max, TSP_POOL, &mut total);
+        let mut onward = token_select::top_k(&total, k - TSP_WINDOW);
+        onward.extend(open as u32..n as u32);
+        Ok(Some(onward))
+    }
+
+    /// Chooses among the `n` tokens that staged layer `layer` of `row` has read, and packs what stays; or keeps their
+    /// scores until the budgets are settled.
+    ///
+    /// # Errors
+    /// [`CacheError::Kernel`].
+    pub fn after_layer(
+        &mut self,
+        (cache, row): (&mut Cache, Row),
+        (layer, n): (usize, usize),
+        observer: Option<Observer>,
+        team: &Team,
+    ) -> Result<(), CacheError> {
+        let Some(evict) = self.evict().copied() else { return cache.compress(row, layer, team) };
+        match evict.method() {
+            Method::Lag => {
+                cache.lag_staged(row, layer, &evict)?;
+                return cache.compress(row, layer, team);
+            }
+            Method::Repeat | Method::RepeatHeads => return Ok(()),
+            _ => {}
+        }
+        let views = cache.staged_views(row, layer);
+        let mut scored = self.scored(&evict, n, &views);
+        scored.scores = scores((&evict, layer), &scored, &views, observer, team)?;
+        self.take(scored, (cache, row), layer, team)
+    }
+
+    /// Takes the scores `[heads, n]` that staged layer `layer` has from saying `n` tokens again.
+    ///
+    /// # Errors
+    /// [`CacheError::Kernel`].
+    pub fn after_repeat(
+        &mut self,
+        (cache, row): (&mut Cache, Row),
+        (layer, n): (usize, usize),
+        scores: Vec<f32>,
+        team: &Team,
+    ) -> Result<(), CacheError> {
+        let Some(evict) = self.evict().copied() else { return Ok(()) };
+        let scored = self.scored(&evict, n, &cache.staged_views(row, layer));
+        self.take(Scored { scores, ..scored }, (cache, row), layer, team)
+    }
+
+    /// Settles the budgets that are not, and packs those layers.
+    ///
+    /// # Errors
+    /// [`CacheError::Kernel`].
+    pub fn finish(
+        &mut self,
+        (cache, row): (&mut Cache, Row),
+        team: &Team,
+    ) -> Result<(), CacheError> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        let chosen = self.settle();
+        for (layer, (scored, heads)) in self.waiting.iter_mut().zip(chosen).enumerate() {
+            keep(scored, heads, (cache, row), layer)?;
+            cache.compress(row, layer, team)?;
+        }
+        self.waiting.clear();
+        Ok(())
+    }
+
+    fn take(
+        &mut self,
+        mut scored: Scored,
+        (cache, row): (&mut Cache, Row),
+        layer: usize,
+        team: &Team,
+    ) -> Result<(), CacheError> {
+        let (even, heads) = (self.even(&scored), scored.heads());
+        let chosen = |k| (0..heads).map(|h| self.pick(&scored, h, k)).collect();
+        match self.spec.budget() {
+            Budget::Uniform | Budget::Pyramid => {
+                let k = match self.spec.budget() {
+                    Budget::Pyramid => budget::pyramid(even, scored.open(), layer, self.layers),
+                    _ => even,
+                };
+                let chosen: Vec<_> = chosen(k);
+                keep(&mut scored, chosen, (cache, row), layer)?;
+                return cache.compress(row, layer, team);
+            }
+            Budget::DynamicKv => {
+                let most = (0..heads).map(|h| scored.best(h, DYNAMIC_MOST * even)).collect();
+                keep(&mut scored, most, (cache, row), layer)?;
+                cache.tighten(row, layer);
+                self.waiting.push(scored);
+                if (layer + 1) % DYNAMIC_PERIOD == 0 && layer + 1 < self.layers {
+                    self.tighten((cache, row))?;
+                }
+            }
+            Budget::PrefixKv | Budget::Global => self.waiting.push(scored),
+        }
+        Ok(())
+    }
+
+    /// DynamicKV's budgets for the layers read so far, which share the whole model's.
+    fn tighten(&mut self, (cache, row): (&mut Cache, Row)) -> Result<(), CacheError> {
+        let budgets = budget::dynamic(&self.waiting, self.total());
+        for (layer, (scored, k)) in self.waiting.iter_mut().zip(budgets).enumerate() {
+            let best = (0..scored.heads()).map(|h| scored.best(h, k)).collect();
+            keep(scored, best, (cache, row), layer)?;
+            cache.tighten(row, layer);
+        }
+        Ok(())
+    }
+
+    /// What each head of each waiting layer keeps.
+    fn settle(&self) -> Vec<Vec<Vec<u32>>> {
+        let waiting = &self.waiting;
+        let by = |budgets: Vec<usize>| {
+            let heads =
+                |(l, k): (&Scored, usize)| (0..l.heads()).map(|h| self.pick(l, h, k)).collect();
+            waiting.iter().zip(budgets).map(heads).collect()
+        };
+        let Some(evict) = self.evict() else { return Vec::new() };
+        if evict.method() == Method::RepeatHeads {
+            return self.whole_heads();
+        }
+        match self.spec.budget() {
+            Budget::PrefixKv => by(budget::prefix(waiting, self.total())),
+            Budget::DynamicKv => by(budget::dynamic(waiting, self.total())),
+            Budget::Global => {
+                let total = waiting.iter().map(|l| l.heads() * self.even(l)).sum();
+                let strictly = evict.method() == Method::Repeat;
+                let chosen = budget::global(waiting, total, strictly);
+                let layer = |(l, heads): (&Scored, Vec<Vec<u32>>)| {
+                    heads
+                        .into_iter()
+                        .enumerate()
+                        .map(|(h, best)| match &self.spec.refine {
+                            Some(refine) => l.refined(h, best.len(), refine),
+                            None => l.protected(best),
+                        })
+                        .collect()
+                };
+                waiting.iter().zip(chosen).map(layer).collect()
+            }
+            Budget::Uniform | Budget::Pyramid => by(waiting.iter().map(|l| self.even(l)).collect()),
+        }
+    }
+
+    /// KVzip's head mode: heads that any token of them stands out in keep everything, the others what is protected.
+    fn whole_heads(&self) -> Vec<Vec<Vec<u32>>> {
+        let best = |l: &Scored, h| l.of(h).iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let all = self.waiting.iter().flat_map(|l| (0..l.heads()).map(move |h| best(l, h)));
+        let all: Vec<f32> = all.collect();
+        let share = self.evict().map_or(Share::ALL, |evict| evict.keep);
+        let chosen = token_select::top_k(&all, share.of(all.len()));
+        let mut number = 0..all.len() as u32;
+        let mut head = |l: &Scored| {
+            let whole = number.next().is_some_and(|i| chosen.binary_search(&i).is_ok());
+            l.protected(if whole { (0..l.open() as u32).collect() } else { Vec::new() })
+        };
+        self.waiting.iter().map(|l| (0..l.heads()).map(|_| head(l)).collect()).collect()
+    }
+
+    fn pick(&self, scored: &Scored, h: usize, k: usize) -> Vec<u32> {
+        match &self.spec.refine {
+            Some(refine) => scored.refined(h, k, refine),
+            None => scored.best(h, k),
+        }
+    }
+
+    fn scored(&self, evict: &Evict, n: usize, heads: &[HeadView<'_>]) -> Scored {
+        let protects = evict.protects(n, kept(evict.keep, self.tokens, n));
+        let held = vec![(0..n as u32).collect(); heads.len()];
+        Scored {
+            n,
+            scores: Vec::new(),
+            protects,
+            held,
+            first: heads.iter().map(|h| h.len - n).collect(),
+        }
+    }
+
+    /// Tokens that a head of a layer keeps beside the protected ones where all keep as many.
+    fn even(&self, scored: &Scored) -> usize {
+        let share = self.evict().map_or(Share::ALL, |evict| evict.keep);
+        let protected = scored.n - scored.open();
+        kept(share, self.tokens, scored.n).saturating_sub(protected)
+    }
+
+    /// Such tokens of a head in all layers, as many as the newest waiting one's for those that are still to come.
+    fn total(&self) -> usize {
+        let read: usize = self.waiting.iter().map(|l| self.even(l)).sum();
+        let next = self.waiting.last().map_or(0, |l| self.even(l));
+        read + next * (self.layers - self.waiting.len())
+    }
+
+    fn goes_on(&self, layer: usize) -> bool {
+        self.spec.tsp.is_some_and(|tsp| tsp.layer(self.layers) == layer)
+    }
+
+    fn evict(&self) -> Option<&Evict> {
+        self.spec.evict.as_ref()
+    }
+}
+
+/// Keeps of each head of a staged layer the tokens chosen.
+fn keep(
+    scored: &mut Scored,
+    chosen: Vec<Vec<u32>>,
+    (cache, row): (&mut Cache, Row),
+    layer: usize,
+) -> Result<(), CacheError> {
+    for (h, kept) in chosen.into_iter().enumerate() {
+        let first = scored.first[h];
+        let slots = scored.narrow(h, kept);
+        cache.keep(row, layer, h, first, &slots)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,91 @@
+//! What choosing tokens costs, beside what kvpress's implementations of the same methods cost on the same windows.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use kvwarp::linear::Activations;
+use kvwarp_engine::model::Model;
+use kvwarp_engine::perplexity::{Reading, compare};
+use kvwarp_engine::source::Source;
+
+use super::{PREFIX, SCORED, WINDOW, golden, support, texts, watched};
+
+/// A row of `kvpress.csv`: nats over the full cache, KL to it and the share of the same top token, after a prefix of 2,048
+/// tokens of which a method kept a share; transformers and kvpress in float32.
+struct Peer<'a> {
+    method: &'a str,
+    keep: &'a str,
+    text: &'a str,
+    window: usize,
+    figures: [f64; 3],
+}
+
+fn peers(file: &str) -> Vec<Peer<'_>> {
+    let row = |line| {
+        let cells: Vec<&str> = str::split(line, ',').collect();
+        let [method, keep, text, window, nats, kl, top, _] = cells[..] else { panic!("{line}") };
+        let figures = [nats, kl, top].map(|x| x.parse().unwrap());
+        Peer { method, keep, text, window: window.parse().unwrap(), figures }
+    };
+    file.lines().skip(1).map(row).collect()
+}
+
+/// Nats over f16, KL and share of the same top token.
+fn cost(model: &Model<'_>, spec: &str, text: &[u32], window: usize) -> [f64; 3] {
+    let reading = Reading { cache: spec.parse().unwrap(), prefix: PREFIX, piece: SCORED };
+    let tokens = text.chunks_exact(WINDOW).nth(window).unwrap();
+    let (scores, far) = watched(|watch| compare(model, tokens, &reading, watch)).unwrap();
+    [scores.mean() - far.f16, far.kl, far.agreement]
+}
+
+fn exact(source: &Source) -> Model<'_> {
+    Model::new(source, kvwarp::threads::physical_cores(), Activations::F32).unwrap()
+}
+
+/// Methods' first windows, kept by half: as near to the full cache as kvpress is.
+#[test]
+fn methods_cost_what_kvpress_measures() {
+    let Some(path) = support::real_model() else { return };
+    let (source, file) = (Source::open(&path).unwrap(), golden("kvpress.csv"));
+    let (model, texts) = (exact(&source), texts());
+    let methods = ["keynorm", "kvzip", "lagkv-kvpress", "snapkv"];
+    let wanted = |peer: &&Peer<'_>| {
+        let first = (peer.keep, peer.text, peer.window) == ("0.5", "persuasion", 0);
+        first && methods.contains(&peer.method)
+    };
+    let peers = peers(&file);
+    let peers: Vec<_> = peers.iter().filter(wanted).collect();
+    assert_eq!(peers.len(), methods.len());
+    for Peer { method, keep, text, window, figures: theirs } in peers {
+        let ours = cost(&model, &format!("f16,evict={method}:{keep}"), &texts[*text], *window);
+        println!("{method}: {ours:.4?}, kvpress {theirs:.4?}");
+        assert!(ours[0] < theirs[0] + 0.02, "{method}: {} nats, kvpress {}", ours[0], theirs[0]);
+        // A random choice is another one.
+        let most = if *method == "random" { 1.5 } else { 1.15 };
+        assert!(
+            ours[1] < theirs[1] * most + 0.002,
+            "{method}: KL {}, kvpress {}",
+            ours[1],
+            theirs[1]
+        );
+    }
+}
+
+#[test]
+#[ignore = "measures for a quarter of an hour; writes a record"]
+fn choices() {
+    let source = Source::open(&support::real_model().expect("the model")).unwrap();
+    let (model, texts, file) = (exact(&source), texts(), golden("kvpress.csv"));
+    let mut record = String::from(
+        "method,keep,text,window,nats,kl,agreement,kvpress_nats,kvpress_kl,kvpress_agreement\n",
+    );
+    for Peer { method, keep, text, window, figures } in peers(&file) {
+        let ours = cost(&model, &format!("f16,evict={method}:{keep}"), &texts[text], window);
+        let [a, b, c] = ours.map(|x| format!("{x:.5}"));
+        let [x, y, z] = figures;
+        writeln!(record, "{method},{keep},{text},{window},{a},{b},{c},{x},{y},{z}").unwrap();
+        println!("{}", record.lines().last().unwrap_or_default());
+        let to = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/record/choices.csv");
+        std::fs::write(to, &record).unwrap();
+    }
+}
