@@ -285,3 +285,26 @@ fn what_does_not_go_together_is_named() {
     let error = prefill.unwrap_err().to_string();
     assert!(error.contains("tokenizer.json"), "{error}");
 }
+
+/// Most bytes that a sequence took while its prompt was read.
+fn peak(model: &Model<'_>, spec: &str, tokens: &[u32]) -> usize {
+    let mut cache = model.cache(&spec.parse().unwrap(), tokens.len()).unwrap();
+    let (row, mut work) = (cache.open(), Work::default());
+    watched(|watch| model.prefill(tokens, (&mut cache, row), &mut work, watch)).unwrap();
+    cache.stats(row).peak_bytes
+}
+
+#[test]
+fn one_layer_is_held_whole_unless_budgets_wait_for_all() {
+    let source = Source::synthetic("smollm2-135m").unwrap();
+    let model = Model::new(&source, 2, Activations::Q8).unwrap();
+    let (tokens, layers) = (text(512), model.config().layers);
+    let full = peak(&model, "f16", &tokens);
+    let chosen = peak(&model, "f16,evict=keynorm:0.25", &tokens);
+    // Two of eight slabs a head beside the ring's one, and one layer whole.
+    assert!(chosen < full / 3 + 2 * full / layers, "{chosen} of {full}");
+    let waiting = peak(&model, "f16,evict=keynorm:0.25,budget=global", &tokens);
+    assert!(waiting > full * 9 / 10, "{waiting} of {full}");
+    let settling = peak(&model, "f16,evict=keynorm:0.05,budget=dynamickv", &tokens);
+    assert!(settling < full * 3 / 4, "{settling} of {full}");
+}
