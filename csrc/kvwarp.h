@@ -31,5 +31,7 @@ KVW_API kvw_status kvw_device_count(int32_t *count);
 #include "rope_select.h"
 #include "sample.h"
 #include "swiglu.h"
+#include "token_score.h"
+#include "token_select.h"
 
 #endif

@@ -63,11 +63,6 @@ template <int SLOTS> struct Turn {
     }
 };
 
-// What a slab is made of.
-template <int FORMAT_, int META_ = KVW_META_F16> struct Kind {
-    static constexpr int FORMAT = FORMAT_, META = META_;
-};
-
 // Warpgroup 0. Formats, group and metadata are told apart here, at run time, so that one kernel serves every
 // cache. `low` .. `high` are the tokens that any column sees.
 template <int D> struct Unpacker {
@@ -76,25 +71,10 @@ template <int D> struct Unpacker {
     const Head<D, 0>& head;
     int warp, lane;
 
-    // act(Kind) for slabs of this format.
-    template <class Act> PRIM void with_kind(int format, Act act) const {
-        bool two_level = head.cache.meta == KVW_META_U8;
-        if (format == KVW_SLAB_F16)
-            act(Kind<KVW_SLAB_F16>());
-        else if (format == KVW_SLAB_FP8)
-            act(Kind<KVW_SLAB_FP8>());
-        else if (format == KVW_SLAB_Q8)
-            act(Kind<KVW_SLAB_Q8>());
-        else if (format == KVW_SLAB_Q4)
-            two_level ? act(Kind<KVW_SLAB_Q4, KVW_META_U8>()) : act(Kind<KVW_SLAB_Q4>());
-        else
-            two_level ? act(Kind<KVW_SLAB_Q2, KVW_META_U8>()) : act(Kind<KVW_SLAB_Q2>());
-    }
-
     PRIM void bring(Step step, int slot) const {
         if (threadIdx.x != 0 || !step.slab) return;
         int bytes = 0;
-        with_kind(format_of(step.slab), [&](auto kind) {
+        with_kind(format_of(step.slab), head.cache.meta, [&](auto kind) {
             using K = decltype(kind);
             bytes = layout_of<K::FORMAT, D, K::META>(head.cache.group).bytes;
         });
@@ -106,9 +86,9 @@ template <int D> struct Unpacker {
     PRIM void put(Step step, int slot, int stage) const {
         const unsigned char* raw = ring.raw + slot * Ring::RAW_BYTES;
         const Tile<D> tile(ring.tiles + stage * Tiles<D>::BYTES, warp);
-        with_kind(format_of(step.slab), [&](auto kind) {
+        with_kind(format_of(step.slab), head.cache.meta, [&](auto kind) {
             using K = decltype(kind);
-            Unpack<K::FORMAT, D, K::META> unpack{raw, tile, head.cache.group};
+            Unpack<K::FORMAT, D, K::META, Tile<D>> unpack{raw, tile, head.cache.group};
             unpack.k();
             unpack.v();
         });

@@ -29,6 +29,8 @@
 #include "sample.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
+#include "common/radix.cuh"
+#include "common/rank.cuh"
 
 namespace {
 
@@ -57,12 +59,10 @@ PRIM u64 weight(float x, float max, float scale) {
     return u64(__fmul_rn(e, ONE));
 }
 
-// Greater is better. NaN is below -inf, the zeros are equal.
+// Greater is better.
 PRIM u64 rank_of(int id, float x) {
-    uint32_t bits = __float_as_uint(x + 0.f);
-    uint32_t key = x != x ? 0u : bits >> 31 ? ~bits : bits | 0x80000000u;
     uint32_t order = KVW_FAULT(322) ? uint32_t(id) : (1u << ID_BITS) - 1 - uint32_t(id);
-    return u64(key) << ID_BITS | order;
+    return u64(kvw::rank_key(x)) << ID_BITS | order;
 }
 
 PRIM int id_of(u64 rank) { return (1 << ID_BITS) - 1 - int(rank & ((1u << ID_BITS) - 1)); }
@@ -74,37 +74,16 @@ PRIM u64 random_bits(u64 seed, int32_t step) {
     return z ^ (z >> 31);
 }
 
-struct Found {
-    u64 before; // measured in higher bins
-    int bin;
-    uint32_t count;
-};
-
 struct Shared {
     u64 sums[BINS];
     uint32_t counts[BINS];
     u64 warps[WARPS];
-    Found found;
+    kvw::Bin<u64> found;
     int history[SLOTS]; // ids by their low bits, or in the next slots; at most half of them in use
 };
 
-// Running sum of x over the threads of the block, own included; `all` is the whole.
 PRIM u64 running_sum(u64 x, Shared& shared, u64& all) {
-    int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-#pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-        u64 y = __shfl_up_sync(~0u, x, lanes);
-        if (lane >= lanes) x += y;
-    }
-    __syncthreads(); // the last use of `warps` is over
-    if (lane == 31) shared.warps[warp] = x;
-    __syncthreads();
-    all = 0;
-    for (int w = 0; w < WARPS; w++) {
-        if (w < warp) x += shared.warps[w];
-        all += shared.warps[w];
-    }
-    return x;
+    return kvw::running_sum<WARPS>(x, shared.warps, all);
 }
 
 PRIM int slot_of(int id) { return int(unsigned(id) % SLOTS); }
@@ -163,22 +142,6 @@ PRIM u64 best_rank(const Row& row, Shared& shared) {
     return best;
 }
 
-// The bin, counted from the top, in which the running sum reaches `need`.
-PRIM Found find_bin(Shared& shared, u64 need) {
-    constexpr int OWN = BINS / THREADS;
-    int top = BINS - 1 - int(threadIdx.x) * OWN;
-    u64 own = 0, all;
-    for (int i = 0; i < OWN; i++) own += shared.sums[top - i];
-    u64 after = running_sum(own, shared, all), before = after - own;
-    if (before < need && after >= need) {
-        int bin = top;
-        while (before + shared.sums[bin] < need) before += shared.sums[bin--];
-        shared.found = {before, bin, shared.counts[bin]};
-    }
-    __syncthreads();
-    return shared.found;
-}
-
 // The rank that ends the shortest run of ranks, best first, whose measures reach `need`; ranks below `cut` do
 // not take part. Digits below the returned ones are zero where the last bin holds one token.
 template <class F> PRIM u64 select(const Row& row, Shared& shared, u64 cut, u64 need, F measure) {
@@ -199,11 +162,12 @@ template <class F> PRIM u64 select(const Row& row, Shared& shared, u64 cut, u64 
             atomicAdd(&shared.counts[bin], 1u);
         });
         if (!KVW_FAULT(321)) __syncthreads();
-        Found f = find_bin(shared, need);
+        kvw::Bin<u64> f = kvw::find_bin<WARPS, BINS>(shared.sums, shared.warps, &shared.found, need);
         prefix |= u64(f.bin) << shift;
         need -= f.before;
+        uint32_t count = shared.counts[f.bin];
         __syncthreads();
-        if (f.count == 1) break;
+        if (count == 1) break;
     }
     return prefix;
 }

@@ -36,6 +36,15 @@ pub const KVW_PACK_FLUSH: i32 = 2;
 pub const KVW_PAGED_ATTN_TICKETS: i32 = 16384;
 pub const KVW_ROPE_INTERLEAVED: i32 = 0;
 pub const KVW_ROPE_HALF: i32 = 1;
+pub const KVW_SCORE_LSE: i32 = 0;
+pub const KVW_SCORE_SUM: i32 = 1;
+pub const KVW_SCORE_MAX: i32 = 2;
+pub const KVW_SELECT_POOL: i32 = 0;
+pub const KVW_SELECT_TOP_K: i32 = 1;
+pub const KVW_SELECT_ABOVE: i32 = 2;
+pub const KVW_SELECT_GATHER: i32 = 3;
+pub const KVW_POOL_AVG: i32 = 0;
+pub const KVW_POOL_MAX: i32 = 1;
 #[doc = " 0 ok; negative: refused, nothing was launched; positive: a cudaError_t, verbatim. A refusal is a KVW_ERR_*\n less 16 times the number of the field at fault; kvw_status_str() puts both into words."]
 pub type kvw_status = i32;
 #[repr(C)]
@@ -926,4 +935,233 @@ unsafe extern "C" {
 }
 unsafe extern "C" {
     pub fn kvw_swiglu(p: *const kvw_swiglu_params, stream: kvw_stream) -> kvw_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct kvw_token_score_params {
+    #[doc = " sizeof(kvw_token_score_params)"]
+    pub struct_size: u32,
+    #[doc = " KVW_SCORE_*"]
+    pub op: i32,
+    #[doc = " lens count the rows: row i of n is slot len - n + i and sees the slots up to it"]
+    pub cache: kvw_cache,
+    #[doc = " [T, H * G, D] of dtype, rotated; the last row of sequence s is its newest token"]
+    pub q: *const ::core::ffi::c_void,
+    #[doc = " [S, lse_rows, H * G] natural log, of the last lse_rows rows, as prefill_attn leaves\nit: out of LSE, in of SUM and MAX, where a row of minus infinity gives nothing"]
+    pub lse: *mut f32,
+    #[doc = " SUM: [S, H, G, columns], MAX: [S, H, columns]; 0 where no row sees the slot"]
+    pub scores: *mut f32,
+    #[doc = " [S + 1] first row of each sequence in q"]
+    pub cu_tokens: *const i32,
+    #[doc = " [S, lens_heads] slot of column 0; null: 0"]
+    pub first: *const i32,
+    #[doc = " LSE: [S, ranges, 2] slots from .. to - 1, which do not overlap; null: all"]
+    pub seen: *const i32,
+    #[doc = " H * G, G from 1 to 16"]
+    pub q_heads: i32,
+    #[doc = " T"]
+    pub tokens: i32,
+    #[doc = " most rows of any sequence in q"]
+    pub max_tokens: i32,
+    #[doc = " only so many of the last rows take part; at least 1"]
+    pub lse_rows: i32,
+    #[doc = " SUM, MAX: slots scored of each head; what lies past its length gets 0"]
+    pub columns: i32,
+    #[doc = " LSE: with seen, at least 1"]
+    pub ranges: i32,
+    #[doc = " LSE: most slabs seen of any (sequence, head), for kvw_token_score_bytes; 0 = not\nknown"]
+    pub max_slabs: i32,
+    #[doc = " 1: scores are added to, or the larger is kept, so that rows may come in pieces"]
+    pub accumulate: i32,
+    #[doc = " of q: KVW_F16 or KVW_BF16"]
+    pub dtype: i32,
+    #[doc = " of q . k; 0: 1 / sqrt(D)"]
+    pub scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of kvw_token_score_params"][::core::mem::size_of::<kvw_token_score_params>() - 216usize];
+    ["Alignment of kvw_token_score_params"]
+        [::core::mem::align_of::<kvw_token_score_params>() - 8usize];
+    ["Offset of field: kvw_token_score_params::struct_size"]
+        [::core::mem::offset_of!(kvw_token_score_params, struct_size) - 0usize];
+    ["Offset of field: kvw_token_score_params::op"]
+        [::core::mem::offset_of!(kvw_token_score_params, op) - 4usize];
+    ["Offset of field: kvw_token_score_params::cache"]
+        [::core::mem::offset_of!(kvw_token_score_params, cache) - 8usize];
+    ["Offset of field: kvw_token_score_params::q"]
+        [::core::mem::offset_of!(kvw_token_score_params, q) - 128usize];
+    ["Offset of field: kvw_token_score_params::lse"]
+        [::core::mem::offset_of!(kvw_token_score_params, lse) - 136usize];
+    ["Offset of field: kvw_token_score_params::scores"]
+        [::core::mem::offset_of!(kvw_token_score_params, scores) - 144usize];
+    ["Offset of field: kvw_token_score_params::cu_tokens"]
+        [::core::mem::offset_of!(kvw_token_score_params, cu_tokens) - 152usize];
+    ["Offset of field: kvw_token_score_params::first"]
+        [::core::mem::offset_of!(kvw_token_score_params, first) - 160usize];
+    ["Offset of field: kvw_token_score_params::seen"]
+        [::core::mem::offset_of!(kvw_token_score_params, seen) - 168usize];
+    ["Offset of field: kvw_token_score_params::q_heads"]
+        [::core::mem::offset_of!(kvw_token_score_params, q_heads) - 176usize];
+    ["Offset of field: kvw_token_score_params::tokens"]
+        [::core::mem::offset_of!(kvw_token_score_params, tokens) - 180usize];
+    ["Offset of field: kvw_token_score_params::max_tokens"]
+        [::core::mem::offset_of!(kvw_token_score_params, max_tokens) - 184usize];
+    ["Offset of field: kvw_token_score_params::lse_rows"]
+        [::core::mem::offset_of!(kvw_token_score_params, lse_rows) - 188usize];
+    ["Offset of field: kvw_token_score_params::columns"]
+        [::core::mem::offset_of!(kvw_token_score_params, columns) - 192usize];
+    ["Offset of field: kvw_token_score_params::ranges"]
+        [::core::mem::offset_of!(kvw_token_score_params, ranges) - 196usize];
+    ["Offset of field: kvw_token_score_params::max_slabs"]
+        [::core::mem::offset_of!(kvw_token_score_params, max_slabs) - 200usize];
+    ["Offset of field: kvw_token_score_params::accumulate"]
+        [::core::mem::offset_of!(kvw_token_score_params, accumulate) - 204usize];
+    ["Offset of field: kvw_token_score_params::dtype"]
+        [::core::mem::offset_of!(kvw_token_score_params, dtype) - 208usize];
+    ["Offset of field: kvw_token_score_params::scale"]
+        [::core::mem::offset_of!(kvw_token_score_params, scale) - 212usize];
+};
+impl Default for kvw_token_score_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+unsafe extern "C" {
+    pub fn kvw_token_score_check(p: *const kvw_token_score_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_token_score_workspace(p: *const kvw_token_score_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_token_score_bytes(p: *const kvw_token_score_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_token_score(p: *const kvw_token_score_params, stream: kvw_stream) -> kvw_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct kvw_token_select_params {
+    #[doc = " sizeof(kvw_token_select_params)"]
+    pub struct_size: u32,
+    #[doc = " KVW_SELECT_*"]
+    pub op: i32,
+    #[doc = " POOL: [rows, group, n]; TOP_K, ABOVE: [rows, n]"]
+    pub scores: *const f32,
+    #[doc = " [rows] scores of a row in use, up to n; null: n"]
+    pub lens: *const i32,
+    #[doc = " [rows / segment] TOP_K, ABOVE: 0 selects nothing, more than there are all"]
+    pub k: *const i32,
+    #[doc = " [rows, index_stride] out of TOP_K, ABOVE (what does not fit is left out), in of GATHER"]
+    pub indices: *mut i32,
+    #[doc = " [rows] indices of a row: out of TOP_K, ABOVE; in of GATHER, null there: index_stride"]
+    pub counts: *mut i32,
+    #[doc = " [rows / segment] the k-th best score, NaN where there is none; or null"]
+    pub kth: *mut f32,
+    #[doc = " GATHER: rows of row_bytes, 16-byte aligned; null: positions only"]
+    pub x: *const ::core::ffi::c_void,
+    #[doc = " GATHER: [rows] row of x, and of positions, of index 0; null: 0"]
+    pub first: *const i32,
+    #[doc = " GATHER: of the rows of x; or null"]
+    pub positions: *const i32,
+    #[doc = " POOL: [rows, n] f32; GATHER: [rows, index_stride, row_bytes]"]
+    pub out: *mut ::core::ffi::c_void,
+    #[doc = " GATHER: [rows, index_stride]; with positions"]
+    pub out_positions: *mut i32,
+    #[doc = " kvw_token_select_workspace() bytes: zero them once; each call leaves them so"]
+    pub workspace: *mut ::core::ffi::c_void,
+    pub workspace_bytes: usize,
+    #[doc = " 1 to 65,535"]
+    pub rows: i32,
+    #[doc = " scores of a row, and its stride; at least 1"]
+    pub n: i32,
+    #[doc = " POOL: rows summed"]
+    pub group: i32,
+    #[doc = " POOL: odd, 1 to 255"]
+    pub width: i32,
+    #[doc = " POOL: KVW_POOL_*"]
+    pub pool: i32,
+    #[doc = " TOP_K, ABOVE: rows that compete for one k; divides rows"]
+    pub segment: i32,
+    pub index_stride: i32,
+    #[doc = " GATHER: a multiple of 16"]
+    pub row_bytes: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of kvw_token_select_params"]
+        [::core::mem::size_of::<kvw_token_select_params>() - 144usize];
+    ["Alignment of kvw_token_select_params"]
+        [::core::mem::align_of::<kvw_token_select_params>() - 8usize];
+    ["Offset of field: kvw_token_select_params::struct_size"]
+        [::core::mem::offset_of!(kvw_token_select_params, struct_size) - 0usize];
+    ["Offset of field: kvw_token_select_params::op"]
+        [::core::mem::offset_of!(kvw_token_select_params, op) - 4usize];
+    ["Offset of field: kvw_token_select_params::scores"]
+        [::core::mem::offset_of!(kvw_token_select_params, scores) - 8usize];
+    ["Offset of field: kvw_token_select_params::lens"]
+        [::core::mem::offset_of!(kvw_token_select_params, lens) - 16usize];
+    ["Offset of field: kvw_token_select_params::k"]
+        [::core::mem::offset_of!(kvw_token_select_params, k) - 24usize];
+    ["Offset of field: kvw_token_select_params::indices"]
+        [::core::mem::offset_of!(kvw_token_select_params, indices) - 32usize];
+    ["Offset of field: kvw_token_select_params::counts"]
+        [::core::mem::offset_of!(kvw_token_select_params, counts) - 40usize];
+    ["Offset of field: kvw_token_select_params::kth"]
+        [::core::mem::offset_of!(kvw_token_select_params, kth) - 48usize];
+    ["Offset of field: kvw_token_select_params::x"]
+        [::core::mem::offset_of!(kvw_token_select_params, x) - 56usize];
+    ["Offset of field: kvw_token_select_params::first"]
+        [::core::mem::offset_of!(kvw_token_select_params, first) - 64usize];
+    ["Offset of field: kvw_token_select_params::positions"]
+        [::core::mem::offset_of!(kvw_token_select_params, positions) - 72usize];
+    ["Offset of field: kvw_token_select_params::out"]
+        [::core::mem::offset_of!(kvw_token_select_params, out) - 80usize];
+    ["Offset of field: kvw_token_select_params::out_positions"]
+        [::core::mem::offset_of!(kvw_token_select_params, out_positions) - 88usize];
+    ["Offset of field: kvw_token_select_params::workspace"]
+        [::core::mem::offset_of!(kvw_token_select_params, workspace) - 96usize];
+    ["Offset of field: kvw_token_select_params::workspace_bytes"]
+        [::core::mem::offset_of!(kvw_token_select_params, workspace_bytes) - 104usize];
+    ["Offset of field: kvw_token_select_params::rows"]
+        [::core::mem::offset_of!(kvw_token_select_params, rows) - 112usize];
+    ["Offset of field: kvw_token_select_params::n"]
+        [::core::mem::offset_of!(kvw_token_select_params, n) - 116usize];
+    ["Offset of field: kvw_token_select_params::group"]
+        [::core::mem::offset_of!(kvw_token_select_params, group) - 120usize];
+    ["Offset of field: kvw_token_select_params::width"]
+        [::core::mem::offset_of!(kvw_token_select_params, width) - 124usize];
+    ["Offset of field: kvw_token_select_params::pool"]
+        [::core::mem::offset_of!(kvw_token_select_params, pool) - 128usize];
+    ["Offset of field: kvw_token_select_params::segment"]
+        [::core::mem::offset_of!(kvw_token_select_params, segment) - 132usize];
+    ["Offset of field: kvw_token_select_params::index_stride"]
+        [::core::mem::offset_of!(kvw_token_select_params, index_stride) - 136usize];
+    ["Offset of field: kvw_token_select_params::row_bytes"]
+        [::core::mem::offset_of!(kvw_token_select_params, row_bytes) - 140usize];
+};
+impl Default for kvw_token_select_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+unsafe extern "C" {
+    pub fn kvw_token_select_check(p: *const kvw_token_select_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_token_select_workspace(p: *const kvw_token_select_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_token_select_bytes(p: *const kvw_token_select_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_token_select(p: *const kvw_token_select_params, stream: kvw_stream) -> kvw_status;
 }

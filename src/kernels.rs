@@ -105,6 +105,8 @@ kernels! {
     rope_select: kvw_rope_select, kvw_rope_select_params;
     sample: kvw_sample, kvw_sample_params;
     swiglu: kvw_swiglu, kvw_swiglu_params;
+    token_score: kvw_token_score, kvw_token_score_params;
+    token_select: kvw_token_select, kvw_token_select_params;
 }
 
 impl Kernels {

@@ -9,6 +9,7 @@ mod cases;
 mod cpu_attn;
 mod cpu_prefill;
 mod cpu_score;
+mod cpu_select;
 mod embed;
 mod exec;
 mod formats;

@@ -17,8 +17,8 @@ const fn store(name: &'static str, format: Format, group: usize) -> Store {
 }
 
 /// The baseline of our own, and the store that the figures and the sweep are about.
-const HALVES: Store = Store { window: 0, ..store("f16", F16, 32) };
-const TWO_BIT: Store = store("q2g32", Q2, 32);
+pub const HALVES: Store = Store { window: 0, ..store("f16", F16, 32) };
+pub const TWO_BIT: Store = store("q2g32", Q2, 32);
 
 /// Every store of the history.
 pub const STORES: &[Store] = &[

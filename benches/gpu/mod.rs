@@ -9,6 +9,7 @@ mod card;
 mod case;
 mod layers;
 mod pack;
+mod score;
 
 use crate::args::Args;
 use crate::record::{Record, Row, line, percentiles};
@@ -37,7 +38,7 @@ struct Tried {
 
 /// The cases that a filter names, what the figures need first.
 fn cases(args: &Args) -> Vec<Case> {
-    let all = [attn::cases(), pack::cases(), layers::cases()];
+    let all = [attn::cases(), pack::cases(), score::cases(), layers::cases()];
     let mut wanted: Vec<Case> = all.into_iter().flatten().collect();
     wanted.retain(|c| args.wants(&format!("gpu/{}", c.name())));
     wanted

@@ -22,3 +22,9 @@ pub enum Reduce {
     /// The largest over rows and the query heads of a kv head, a score for each kv head.
     Max,
 }
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_token_score, kvw_token_score_params, "token_score"
+}

@@ -18,3 +18,9 @@ pub enum Pool {
     /// The largest of a window; what lies outside is ignored, and so is NaN unless there is nothing else.
     Max,
 }
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_token_select, kvw_token_select_params, "token_select"
+}
