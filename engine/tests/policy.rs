@@ -286,6 +286,18 @@ fn what_does_not_go_together_is_named() {
     assert!(error.contains("tokenizer.json"), "{error}");
 }
 
+/// A prompt of more rows than pass through a layer together.
+#[test]
+fn attention_is_summed_over_pieces() {
+    let source = Source::synthetic("smollm2-135m").unwrap();
+    let model = Model::new(&source, 2, Activations::Q8).unwrap();
+    for spec in ["f16,evict=h2o:0.25", "f16,evict=h2o:0.25,tsp=1:0.5"] {
+        let (logits, lens) = said(&model, spec, &text(300), 1);
+        assert!(logits.iter().flatten().all(|x| x.is_finite()));
+        assert!(lens.iter().flatten().all(|&len| len == 76), "{spec}: {lens:?}");
+    }
+}
+
 /// Most bytes that a sequence took while its prompt was read.
 fn peak(model: &Model<'_>, spec: &str, tokens: &[u32]) -> usize {
     let mut cache = model.cache(&spec.parse().unwrap(), tokens.len()).unwrap();

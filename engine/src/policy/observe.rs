@@ -80,8 +80,17 @@ impl Observer {
         match wants {
             Wants::Nothing => Ok(()),
             Wants::Sums => {
-                let (count, how) = (*n, Reduce::Sum);
-                token_score::cpu(team, q, rows, lse, heads, 0.0, first, count, how, scores, scratch)
+                // The tokens after this piece are not there yet.
+                let count = heads[0].len - first[0];
+                let mut sums = vec![0.0; *q_heads * count];
+                let how = Reduce::Sum;
+                token_score::cpu(
+                    team, q, rows, lse, heads, 0.0, first, count, how, &mut sums, scratch,
+                )?;
+                for (all, sums) in scores.chunks_exact_mut(*n).zip(sums.chunks_exact(count)) {
+                    all.iter_mut().zip(sums).for_each(|(all, sum)| *all += sum);
+                }
+                Ok(())
             }
             Wants::Most { tokens, seen } => {
                 let mut lse = vec![0.0; rows * *q_heads];
