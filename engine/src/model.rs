@@ -53,7 +53,7 @@ pub struct Model<'a> {
     /// Heads of all layers, those that lose most first ([`Calibration::losers`]).
     losers: Vec<usize>,
     /// How it is asked to say a text again; made when it is first needed.
-    repeat: OnceLock<Repeat>,
+    repeat: OnceLock<Box<Repeat>>,
 }
 
 impl<'a> Model<'a> {

@@ -73,7 +73,7 @@ impl<'a> Reader<'a> {
         if spec.selects() && spec.lag().is_none() && prefix == 0 {
             let problem =
                 "tokens are chosen among those of a prefix; give one with --prefix".into();
-            return Err(ModelError::Policy { spec: *spec, problem });
+            return Err(ModelError::Policy { spec: Box::new(*spec), problem });
         }
         let mut cache = model.cache(spec, context)?;
         let row = cache.open();

@@ -125,7 +125,7 @@ impl Tsp {
 /// # Errors
 /// [`ModelError::Policy`].
 pub fn check(spec: &CacheSpec, config: &Config, context: usize) -> Result<(), ModelError> {
-    let refuse = |problem: String| Err(ModelError::Policy { spec: *spec, problem });
+    let refuse = |problem: String| Err(ModelError::Policy { spec: Box::new(*spec), problem });
     if !spec.selects() {
         return Ok(());
     }

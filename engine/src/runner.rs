@@ -130,7 +130,7 @@ pub enum RunError {
     #[error("a cache of `{spec}` cannot be shared: some of its slabs are quantised in part")]
     Shared {
         /// The spec.
-        spec: CacheSpec,
+        spec: Box<CacheSpec>,
     },
     /// The model refused; the sequences concerned must be closed.
     #[error(transparent)]

@@ -37,6 +37,7 @@ pub(super) struct Scaling {
 impl Scaling {
     /// Variances of the keys of `tokens` of a decoded slab.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // A tile of tokens is the same column of every channel's row.
     pub fn score_keys<L: Lanes>(&self, l: L, tile: &Tile, tokens: Range<usize>, out: &mut [f32]) {
         let Some(((first, channel), others)) = self.keys.split_first().filter(|k| !k.1.is_empty())
         else {

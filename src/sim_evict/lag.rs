@@ -20,7 +20,7 @@ use std::ops::Range;
 /// `(partitions + 1) * lag` tokens are there; `lag` is a multiple of 16, at most 1024.
 ///
 /// # Errors
-/// [`Error::Unsupported`] and [`Error::Len`], naming the field.
+/// [`crate::Error::Unsupported`] and [`crate::Error::Len`], naming the field.
 pub fn lag(
     head: &HeadView<'_>,
     first: usize,

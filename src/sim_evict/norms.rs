@@ -14,7 +14,7 @@ use std::ops::Range;
 /// `out[i]` = the length of the key in slot `slots.start + i`; NaN in a hole.
 ///
 /// # Errors
-/// [`Error::Unsupported`] where the head does not hold the slots, [`Error::Len`] for another size of `out`.
+/// [`crate::Error::Unsupported`] where the head does not hold the slots, [`crate::Error::Len`] for another size of `out`.
 pub fn key_norms(head: &HeadView<'_>, slots: Range<usize>, out: &mut [f32]) -> Result<()> {
     key_norms_at(Level::detect(), head, slots, out)
 }

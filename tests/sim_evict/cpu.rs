@@ -93,7 +93,8 @@ fn what_is_constant_or_no_number_takes_no_part() {
     let nan: Vec<usize> = (0..48).filter(|&i| out[i].is_nan()).collect();
     assert_eq!(nan, [&[3, 5, 9, 20][..], &(32..48).collect::<Vec<_>>()].concat());
     // Nothing to go by: all alike.
-    (k.fill(3.0), v.fill(f32::NAN));
+    k.fill(3.0);
+    v.fill(f32::NAN);
     let ring = one_slab(&pools, &k, &v);
     let head = HeadView { ring: &ring, ..head };
     lag(&head, 0, 32, 1, 1.0, &mut out[..32]).unwrap();

@@ -85,7 +85,7 @@ impl<'a> Case<'a> {
         let whole = self.call.lse_rows * self.q_heads();
         let padded = |s: usize| {
             let rows = of(s);
-            vec![vec![other; whole - rows.len()], rows].concat()
+            [vec![other; whole - rows.len()], rows].concat()
         };
         (0..self.call.rows.len()).flat_map(padded).collect()
     }

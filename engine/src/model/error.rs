@@ -27,7 +27,7 @@ pub enum ModelError {
     #[error("cache spec `{spec}`: {problem}")]
     Policy {
         /// The whole spec.
-        spec: CacheSpec,
+        spec: Box<CacheSpec>,
         /// What is wrong with it for this model.
         problem: String,
     },

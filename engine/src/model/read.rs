@@ -205,7 +205,7 @@ impl Model<'_> {
         if let Some(repeat) = self.repeat.get() {
             return Ok(repeat);
         }
-        let repeat = Repeat::new(self.source)?;
+        let repeat = Box::new(Repeat::new(self.source)?);
         Ok(self.repeat.get_or_init(|| repeat))
     }
 }

@@ -70,8 +70,8 @@ impl Policy {
         // Heads hold the same tokens until the policy has chosen, so one list of slots serves all.
         let len = lens.first().copied().unwrap_or(0);
         let first = len - n;
-        let mut seen = vec![0..first + sink.min(part.start)];
-        seen.extend([first + part.start..first + part.end, len..len + said]);
+        let oldest = 0..first + sink.min(part.start);
+        let seen = vec![oldest, first + part.start..first + part.end, len..len + said];
         let wants = Wants::Most { tokens: part, seen };
         Observer::new((0, wants), self.q_heads, n, lens.iter().map(|len| len - n).collect())
     }
@@ -192,7 +192,7 @@ impl Policy {
                 keep(&mut scored, most, (cache, row), layer)?;
                 cache.tighten(row, layer);
                 self.waiting.push(scored);
-                if (layer + 1) % DYNAMIC_PERIOD == 0 && layer + 1 < self.layers {
+                if (layer + 1).is_multiple_of(DYNAMIC_PERIOD) && layer + 1 < self.layers {
                     self.tighten((cache, row))?;
                 }
             }

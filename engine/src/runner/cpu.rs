@@ -160,7 +160,7 @@ impl Runner for CpuRunner<'_> {
 
     fn freeze(&mut self, row: Row) -> Result<Frozen, RunError> {
         if self.spec().kivi_exact {
-            return Err(RunError::Shared { spec: *self.spec() });
+            return Err(RunError::Shared { spec: Box::new(*self.spec()) });
         }
         let mut need = Slabs::default();
         need[Format::F16 as usize] = self.cache.need_frozen(row);
