@@ -101,7 +101,8 @@ template <int D> struct Queries8 {
             words[to * UNIT + i * 32 + lane] = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
         }
         bool none = lse == -INFINITY && !KVW_FAULT(374);
-        if (lane % 4 == 0) terms[to * 8 + lane / 4] = make_float2(none ? 0.f : unit, -lse * LOG2_E);
+        float2 term = none ? make_float2(0.f, -INFINITY) : make_float2(unit, -lse * LOG2_E);
+        if (lane % 4 == 0) terms[to * 8 + lane / 4] = term;
         __syncwarp(); // before the raw rows are overwritten
     }
 };

@@ -113,7 +113,7 @@ fn c_checks_need_no_gpu() {
         by_row,
         &[
             ("lse", |p| p.lse = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
-            ("seen without ranges", |p| p.seen = somewhere::<i32>(), ffi::KVW_ERR_SHAPE),
+            ("ranges with seen", |p| p.seen = somewhere::<i32>(), ffi::KVW_ERR_SHAPE),
             ("accumulate", |p| p.accumulate = 1, ffi::KVW_ERR_SHAPE),
         ],
     );

@@ -58,7 +58,7 @@ fn c_checks_need_no_gpu() {
             ("segment", |p| p.segment = 3, ffi::KVW_ERR_SHAPE),
             ("no segment", |p| p.segment = 0, ffi::KVW_ERR_SHAPE),
             ("index_stride", |p| p.index_stride = 0, ffi::KVW_ERR_SHAPE),
-            ("a large segment: workspace_bytes", |p| p.segment = 8, ffi::KVW_ERR_WORKSPACE),
+            ("workspace_bytes of a large segment", |p| p.segment = 8, ffi::KVW_ERR_WORKSPACE),
         ],
     );
     let pool = Params {
@@ -227,10 +227,10 @@ fn faults_are_caught() {
         Select { rows: &rows, n: 700, segment: 1, strict: false, k: &k, index_stride: 700 }
             .matches(run)
     };
+    let few: Vec<_> = (0..3).map(|row| hard(700, row)[1].clone()).collect();
     let joined = |run: &Run| {
-        let k = [2000];
-        Select { rows: &rows, n: 700, segment: 7, strict: false, k: &k, index_stride: 700 }
-            .matches(run)
+        let (rows, k) = (&few, &[1000]);
+        Select { rows, n: 700, segment: 3, strict: false, k, index_stride: 700 }.matches(run)
     };
     let shared = large();
     let together = |run: &Run| {
