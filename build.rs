@@ -20,6 +20,7 @@ const VARIABLES: [&str; 7] =
 fn main() {
     println!("cargo::rustc-check-cfg=cfg(kvw_cuda)");
     println!("cargo::rerun-if-changed=csrc");
+    println!("cargo::rerun-if-changed=ptx");
     println!("cargo::rerun-if-changed=build.rs");
     VARIABLES.iter().for_each(|v| println!("cargo::rerun-if-env-changed={v}"));
     #[cfg(feature = "bindgen")]
@@ -43,7 +44,9 @@ fn main() {
 fn kernels(toolkit: &Toolkit) {
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap());
     let cache = target_dir(&out).join("kernels");
-    fs::create_dir_all(&cache).unwrap();
+    let bodies = cache.join("ptx");
+    fs::create_dir_all(&bodies).unwrap();
+    files(Path::new("ptx"), "ptx").iter().for_each(|source| quote(source, &bodies));
     let archs = env::var("KVW_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
     let sources = files(Path::new("csrc"), "cu");
     let version = hash(toolkit.version.as_bytes(), 0);
@@ -58,6 +61,7 @@ fn kernels(toolkit: &Toolkit) {
             included(source).iter().fold(version, |h, path| hash(&fs::read(path).unwrap(), h));
         let key = hash(format!("{nvcc:?}").as_bytes(), read);
         let stem = source.file_stem().unwrap().to_string_lossy();
+        nvcc.arg("-I").arg(&bodies); // after the hash: it says nothing about what is in there
         (nvcc, cache.join(format!("{stem}-{key:016x}.o")))
     };
     let jobs: Vec<_> = sources.iter().map(job).collect();
@@ -150,7 +154,21 @@ fn files(dir: &Path, extension: &str) -> Vec<PathBuf> {
     all
 }
 
-/// A source and all that it includes in quotes, from the includer's folder or `csrc`, each once.
+/// The body of the kernel in a file of `ptx` as strings for an `asm` statement.
+fn quote(source: &Path, to: &Path) {
+    let text = fs::read_to_string(source).unwrap();
+    let body = text.lines().skip_while(|line| *line != "{").take_while(|line| *line != "}");
+    let line = |line: &str| {
+        let code = line.split("//").next().unwrap_or("").trim();
+        (!code.is_empty()).then(|| format!("\"{code}\\n\"\n"))
+    };
+    let quoted: String = body.filter_map(line).chain(["\"}\\n\"\n".to_owned()]).collect();
+    let name = source.with_extension("ptx.h");
+    fs::write(to.join(name.file_name().unwrap()), quoted).unwrap();
+}
+
+/// A source and all that it includes in quotes, from the includer's folder or `csrc`, each once; kernels of `ptx` that it
+/// includes as `<name>.ptx.h`.
 fn included(source: &Path) -> Vec<PathBuf> {
     let mut found = vec![fs::canonicalize(source).unwrap()];
     let mut at = 0;
@@ -160,9 +178,11 @@ fn included(source: &Path) -> Vec<PathBuf> {
         for line in text.lines() {
             let Some(rest) = line.strip_prefix("#include \"") else { continue };
             let name = rest.split('"').next().unwrap_or(rest);
-            let path = [beside.as_path(), Path::new("csrc")]
+            let name =
+                name.strip_suffix(".ptx.h").map_or(name.into(), |stem| format!("{stem}.ptx"));
+            let path = [beside.as_path(), Path::new("csrc"), Path::new("ptx")]
                 .iter()
-                .find_map(|d| fs::canonicalize(d.join(name)).ok());
+                .find_map(|d| fs::canonicalize(d.join(&name)).ok());
             found.extend(path.filter(|p| !found.contains(p)));
         }
         at += 1;

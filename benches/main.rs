@@ -10,6 +10,7 @@ mod args;
 mod goals;
 #[cfg(kvw_cuda)]
 mod gpu;
+mod kv_gather;
 mod kv_pack;
 mod linear;
 mod paged_attn;
@@ -18,6 +19,7 @@ mod prefill_attn;
 mod quality;
 #[cfg_attr(not(kvw_cuda), allow(dead_code, reason = "only a GPU is recorded"))]
 mod record;
+mod sim_evict;
 mod token_score;
 mod token_select;
 
@@ -79,10 +81,12 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let mut cpu = criterion(&args);
+    kv_gather::run(&mut cpu);
     kv_pack::run(&mut cpu);
     linear::run(&mut cpu);
     paged_attn::run(&mut cpu);
     prefill_attn::run(&mut cpu);
+    sim_evict::run(&mut cpu);
     token_score::run(&mut cpu);
     token_select::run(&mut cpu);
     cpu.final_summary();

@@ -171,9 +171,6 @@ template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) fill(const _
 
 // ---- slabs out of the ring
 
-// Scales and minima of K and V as f16 pairs in the smallest groups, and steps.
-template <int D> constexpr int META_WORDS = 2 * D + TOKENS * (D / 32) + STEPS_BYTES / 4;
-
 // The table's slab i, 0 where there is none.
 template <int D> PRIM SlabAddress table_slab(const Head<D, 0>& head, int i) {
     return head.row ? head.entry(head.row[i]) : 0;

@@ -22,6 +22,7 @@ KVW_API kvw_status kvw_device_count(int32_t *count);
 #include "slab.h"
 
 #include "embed.h"
+#include "kv_gather.h"
 #include "kv_pack.h"
 #include "linear.h"
 #include "page_table.h"
@@ -30,6 +31,7 @@ KVW_API kvw_status kvw_device_count(int32_t *count);
 #include "rms_norm.h"
 #include "rope_select.h"
 #include "sample.h"
+#include "sim_evict.h"
 #include "swiglu.h"
 #include "token_score.h"
 #include "token_select.h"

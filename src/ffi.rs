@@ -45,6 +45,17 @@ pub const KVW_SELECT_ABOVE: i32 = 2;
 pub const KVW_SELECT_GATHER: i32 = 3;
 pub const KVW_POOL_AVG: i32 = 0;
 pub const KVW_POOL_MAX: i32 = 1;
+pub const KVW_EVICT_LAG: i32 = 0;
+pub const KVW_EVICT_NORM: i32 = 1;
+pub const KVW_EVICT_BITS: i32 = 2;
+pub const KVW_EVICT_REPRESENT: i32 = 3;
+pub const KVW_LAG_ELEMENTS: i32 = 0;
+pub const KVW_LAG_META: i32 = 1;
+pub const KVW_ANCHOR_MEAN: i32 = 0;
+pub const KVW_ANCHOR_RANDOM: i32 = 1;
+pub const KVW_ANCHOR_ALTERNATE: i32 = 2;
+pub const KVW_ANCHOR_ZEROS: i32 = 3;
+pub const KVW_ANCHOR_ONES: i32 = 4;
 #[doc = " 0 ok; negative: refused, nothing was launched; positive: a cudaError_t, verbatim. A refusal is a KVW_ERR_*\n less 16 times the number of the field at fault; kvw_status_str() puts both into words."]
 pub type kvw_status = i32;
 #[repr(C)]
@@ -208,6 +219,80 @@ unsafe extern "C" {
 }
 unsafe extern "C" {
     pub fn kvw_embed(p: *const kvw_embed_params, stream: kvw_stream) -> kvw_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct kvw_kv_gather_params {
+    #[doc = " sizeof(kvw_kv_gather_params)"]
+    pub struct_size: u32,
+    #[doc = " most slabs written of any (sequence, head); at least 1"]
+    pub max_slabs: i32,
+    #[doc = " what is written: lens count the gathered tokens, which fill the slabs in the table whole"]
+    pub cache: kvw_cache,
+    #[doc = " [S, H, from_slabs] f16 slabs, slot i in slab i / 64 % from_slabs; not the cache's ring"]
+    pub from: *const ::core::ffi::c_void,
+    #[doc = " [S, H, slots_stride] slots of from, ascending; each head has its own"]
+    pub slots: *const i32,
+    #[doc = " [S, lens_heads] first slab written; null: 0. Entry i of slots goes to slot 64 first + i"]
+    pub first: *const i32,
+    #[doc = " [H, D, D] f16 as in kv_pack.h; null: none"]
+    pub feedback: *const ::core::ffi::c_void,
+    #[doc = " at least 1"]
+    pub from_slabs: i32,
+    #[doc = " at least the most gathered tokens of a head"]
+    pub slots_stride: i32,
+    #[doc = " as in kv_pack.h"]
+    pub range: f32,
+    #[doc = " 0"]
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of kvw_kv_gather_params"][::core::mem::size_of::<kvw_kv_gather_params>() - 176usize];
+    ["Alignment of kvw_kv_gather_params"][::core::mem::align_of::<kvw_kv_gather_params>() - 8usize];
+    ["Offset of field: kvw_kv_gather_params::struct_size"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, struct_size) - 0usize];
+    ["Offset of field: kvw_kv_gather_params::max_slabs"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, max_slabs) - 4usize];
+    ["Offset of field: kvw_kv_gather_params::cache"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, cache) - 8usize];
+    ["Offset of field: kvw_kv_gather_params::from"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, from) - 128usize];
+    ["Offset of field: kvw_kv_gather_params::slots"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, slots) - 136usize];
+    ["Offset of field: kvw_kv_gather_params::first"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, first) - 144usize];
+    ["Offset of field: kvw_kv_gather_params::feedback"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, feedback) - 152usize];
+    ["Offset of field: kvw_kv_gather_params::from_slabs"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, from_slabs) - 160usize];
+    ["Offset of field: kvw_kv_gather_params::slots_stride"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, slots_stride) - 164usize];
+    ["Offset of field: kvw_kv_gather_params::range"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, range) - 168usize];
+    ["Offset of field: kvw_kv_gather_params::reserved"]
+        [::core::mem::offset_of!(kvw_kv_gather_params, reserved) - 172usize];
+};
+impl Default for kvw_kv_gather_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+unsafe extern "C" {
+    pub fn kvw_kv_gather_check(p: *const kvw_kv_gather_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_kv_gather_workspace(p: *const kvw_kv_gather_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_kv_gather_bytes(p: *const kvw_kv_gather_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_kv_gather(p: *const kvw_kv_gather_params, stream: kvw_stream) -> kvw_status;
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -873,6 +958,124 @@ unsafe extern "C" {
 }
 unsafe extern "C" {
     pub fn kvw_sample(p: *const kvw_sample_params, stream: kvw_stream) -> kvw_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct kvw_sim_evict_params {
+    #[doc = " sizeof(kvw_sim_evict_params)"]
+    pub struct_size: u32,
+    #[doc = " KVW_EVICT_*"]
+    pub op: i32,
+    #[doc = " LAG, NORM; BITS and REPRESENT read seqs and kv_heads alone, H at most 32"]
+    pub cache: kvw_cache,
+    #[doc = " LAG: out [S, H, partitions, lag]; NORM: out [S, H, columns]"]
+    pub scores: *mut f32,
+    #[doc = " LAG, NORM: [S, lens_heads] slot of the first score; null: 0"]
+    pub first: *const i32,
+    #[doc = " BITS: [S, H, kept_stride] tokens that a head would keep, ascending, below columns"]
+    pub kept: *const i32,
+    #[doc = " BITS: [S, H] of them, 0 to kept_stride"]
+    pub kept_counts: *const i32,
+    #[doc = " [S, columns] out of BITS, in of REPRESENT; bit h is head h's"]
+    pub bits: *mut u32,
+    #[doc = " REPRESENT: [S] tokens of a row of bits, 0 to columns"]
+    pub counts: *const i32,
+    #[doc = " REPRESENT: [S, columns] ascending tokens; null: all"]
+    pub candidates: *const i32,
+    #[doc = " [S] 0 to columns; with candidates"]
+    pub candidate_counts: *const i32,
+    #[doc = " REPRESENT: [S] representatives"]
+    pub wanted: *const i32,
+    #[doc = " REPRESENT: out [S, columns]: the first min(wanted, candidates) of a row, ascending"]
+    pub chosen: *mut i32,
+    #[doc = " REPRESENT: of KVW_ANCHOR_RANDOM"]
+    pub seed: u64,
+    #[doc = " LAG: tokens a partition, a multiple of 16 up to 1024"]
+    pub lag: i32,
+    #[doc = " LAG: most that are scored of a head; floor((len - first) / lag) - 1 are"]
+    pub partitions: i32,
+    #[doc = " NORM: slots scored of a head; BITS, REPRESENT: tokens of a row, up to 2^17"]
+    pub columns: i32,
+    #[doc = " BITS"]
+    pub kept_stride: i32,
+    #[doc = " LAG: KVW_LAG_*"]
+    pub reference: i32,
+    #[doc = " REPRESENT: KVW_ANCHOR_*"]
+    pub anchor: i32,
+    #[doc = " LAG: of V's softmax; K's has 1"]
+    pub v_weight: f32,
+    #[doc = " REPRESENT: 1 = the kernel in CUDA C++, not that of ptx/; the same tokens"]
+    pub plain: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of kvw_sim_evict_params"][::core::mem::size_of::<kvw_sim_evict_params>() - 248usize];
+    ["Alignment of kvw_sim_evict_params"][::core::mem::align_of::<kvw_sim_evict_params>() - 8usize];
+    ["Offset of field: kvw_sim_evict_params::struct_size"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, struct_size) - 0usize];
+    ["Offset of field: kvw_sim_evict_params::op"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, op) - 4usize];
+    ["Offset of field: kvw_sim_evict_params::cache"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, cache) - 8usize];
+    ["Offset of field: kvw_sim_evict_params::scores"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, scores) - 128usize];
+    ["Offset of field: kvw_sim_evict_params::first"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, first) - 136usize];
+    ["Offset of field: kvw_sim_evict_params::kept"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, kept) - 144usize];
+    ["Offset of field: kvw_sim_evict_params::kept_counts"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, kept_counts) - 152usize];
+    ["Offset of field: kvw_sim_evict_params::bits"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, bits) - 160usize];
+    ["Offset of field: kvw_sim_evict_params::counts"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, counts) - 168usize];
+    ["Offset of field: kvw_sim_evict_params::candidates"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, candidates) - 176usize];
+    ["Offset of field: kvw_sim_evict_params::candidate_counts"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, candidate_counts) - 184usize];
+    ["Offset of field: kvw_sim_evict_params::wanted"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, wanted) - 192usize];
+    ["Offset of field: kvw_sim_evict_params::chosen"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, chosen) - 200usize];
+    ["Offset of field: kvw_sim_evict_params::seed"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, seed) - 208usize];
+    ["Offset of field: kvw_sim_evict_params::lag"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, lag) - 216usize];
+    ["Offset of field: kvw_sim_evict_params::partitions"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, partitions) - 220usize];
+    ["Offset of field: kvw_sim_evict_params::columns"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, columns) - 224usize];
+    ["Offset of field: kvw_sim_evict_params::kept_stride"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, kept_stride) - 228usize];
+    ["Offset of field: kvw_sim_evict_params::reference"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, reference) - 232usize];
+    ["Offset of field: kvw_sim_evict_params::anchor"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, anchor) - 236usize];
+    ["Offset of field: kvw_sim_evict_params::v_weight"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, v_weight) - 240usize];
+    ["Offset of field: kvw_sim_evict_params::plain"]
+        [::core::mem::offset_of!(kvw_sim_evict_params, plain) - 244usize];
+};
+impl Default for kvw_sim_evict_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+unsafe extern "C" {
+    pub fn kvw_sim_evict_check(p: *const kvw_sim_evict_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_sim_evict_workspace(p: *const kvw_sim_evict_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_sim_evict_bytes(p: *const kvw_sim_evict_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_sim_evict(p: *const kvw_sim_evict_params, stream: kvw_stream) -> kvw_status;
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

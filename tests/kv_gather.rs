@@ -1,7 +1,12 @@
-//! kv_gather: rows of f16 slabs moved bit for bit.
+//! kv_gather: rows of f16 slabs moved bit for bit, and packed as kv_pack packs them.
 
-use crate::cases::Noise;
+mod kernel;
+
+use crate::cases::{Noise, somewhere};
 use crate::cpu_attn::D;
+use crate::exec::{Run, assert_caught, executors, op};
+use kernel::{Call, FED, gathered};
+use kvwarp::ffi::{self, kvw_kv_gather_params as Params};
 use kvwarp::kv_gather::{compact, cpu, oracle};
 use kvwarp::slab::{Format, Layout, TOKENS};
 
@@ -111,4 +116,66 @@ fn what_does_not_fit_is_refused() {
     assert!(compact(&mut ring, &layout, 9, &[8]).is_err(), "backwards");
     assert!(compact(&mut ring, &layout, 9, &[9, 128]).is_err(), "past the ring");
     assert!(compact(&mut [], &layout, 0, &[]).is_err(), "no ring");
+}
+
+#[test]
+fn c_checks_need_no_gpu() {
+    let cache = crate::kv_pack::cache(128, 32, 64);
+    let valid = Params {
+        struct_size: size_of::<Params>() as u32,
+        max_slabs: 4,
+        cache: ffi::kvw_cache { ring: 8192 as _, seqs: 2, ..cache },
+        from: somewhere::<u8>().cast(),
+        slots: somewhere::<i32>(),
+        from_slabs: 9,
+        slots_stride: 256,
+        ..Default::default()
+    };
+    let kv_gather = op!(kvw_kv_gather);
+    kv_gather.refuses(
+        valid,
+        &[
+            ("struct_size", |p| p.struct_size = 0, ffi::KVW_ERR_STRUCT),
+            ("max_slabs", |p| p.max_slabs = 0, ffi::KVW_ERR_SHAPE),
+            ("group", |p| p.cache.group = 16, ffi::KVW_ERR_FORMAT),
+            ("from", |p| p.from = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("from, in place", |p| p.from = p.cache.ring, ffi::KVW_ERR_SHAPE),
+            ("slots", |p| p.slots = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("slots unaligned", |p| p.slots = 4 as _, ffi::KVW_ERR_ALIGN),
+            ("first unaligned", |p| p.first = 4 as _, ffi::KVW_ERR_ALIGN),
+            ("feedback unaligned", |p| p.feedback = 8 as _, ffi::KVW_ERR_ALIGN),
+            ("from_slabs", |p| p.from_slabs = 0, ffi::KVW_ERR_SHAPE),
+            ("slots_stride", |p| p.slots_stride = 0, ffi::KVW_ERR_SHAPE),
+            ("range", |p| p.range = 1.01, ffi::KVW_ERR_SHAPE),
+            ("range NaN", |p| p.range = f32::NAN, ffi::KVW_ERR_SHAPE),
+            ("reserved", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
+        ],
+    );
+    // Four slabs of rows of 512 bytes and slots; two f16 slabs of the window and two of 6,144 bytes.
+    let mut q2 = valid;
+    q2.cache.pools[3] = somewhere();
+    assert_eq!(kv_gather.bytes(&q2), 2 * (256 * 516 + 2 * 32768 + 2 * 6144));
+    q2.feedback = somewhere::<u8>().cast();
+    assert_eq!(kv_gather.bytes(&q2), 2 * (256 * 516 + 2 * 32768 + 2 * 6144) + 128 * 127);
+    assert_eq!(kv_gather.workspace(&q2), 0);
+}
+
+#[test]
+fn executors_match_oracle() {
+    for exec in executors(3) {
+        gathered(&exec.start(), &Call::default()).unwrap();
+        gathered(&exec.start(), &Call { host: FED, ..Call::default() }).unwrap();
+    }
+}
+
+#[test]
+fn faults_are_caught() {
+    let plain = |run: &Run| gathered(run, &Call::default());
+    assert_caught(751, "the staged ring is a slab shorter", plain);
+    assert_caught(752, "a value's halves change places", plain);
+    assert_caught(753, "slots past the last are followed", plain);
+    assert_caught(754, "codes are made before all tokens are there", plain);
+    assert_caught(755, "every head has the first one's feedback", |run| {
+        gathered(run, &Call { host: FED, ..Call::default() })
+    });
 }

@@ -8,7 +8,7 @@ mod rounded;
 
 use crate::cases::somewhere;
 use crate::exec::{assert_caught, executors, op};
-use device::{FP8, Host, MIXED, TWO_LEVEL, cache, params};
+pub use device::{FP8, Host, MIXED, TWO_LEVEL, cache, params};
 use half::f16;
 use kvwarp::ffi::{self, kvw_kv_pack_params as Params};
 use kvwarp::kv_pack::{append, pack};

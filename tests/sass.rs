@@ -31,12 +31,7 @@ type Reached = [Option<(usize, std::cmp::Reverse<usize>)>; 2];
 /// HMMA and instructions of the hot path; zeros where no loop holds both an HMMA and a copy.
 fn hot_path(code: &Listing) -> (usize, usize) {
     let index: HashMap<usize, usize> = code.iter().enumerate().map(|(i, c)| (c.0, i)).collect();
-    let target = |i: usize| -> Option<usize> {
-        let text = &code[i].1;
-        let at = text.contains("BRA").then(|| text.rfind("0x")).flatten()?;
-        let digits = text[at + 2..].split(|c: char| !c.is_ascii_hexdigit()).next()?;
-        index.get(&usize::from_str_radix(digits, 16).ok()?).copied()
-    };
+    let target = |i: usize| target(code, &index, i);
     let mut best = (0, std::cmp::Reverse(0));
     for back in 0..code.len() {
         let Some(head) = target(back).filter(|&head| head < back) else { continue };
@@ -74,6 +69,27 @@ fn hot_path(code: &Listing) -> (usize, usize) {
         best = best.max(reached[back - head + 1][1].unwrap_or_default());
     }
     if best.0 == 0 { (0, 0) } else { (best.0, best.1.0) }
+}
+
+/// Where a branch goes, as an index.
+fn target(code: &Listing, index: &HashMap<usize, usize>, i: usize) -> Option<usize> {
+    let text = &code[i].1;
+    let at = text.contains("BRA").then(|| text.rfind("0x")).flatten()?;
+    let digits = text[at + 2..].split(|c: char| !c.is_ascii_hexdigit()).next()?;
+    index.get(&usize::from_str_radix(digits, 16).ok()?).copied()
+}
+
+/// Instructions of the innermost loops in which lanes of a warp vote or exchange words.
+fn warp_loops(code: &Listing) -> Vec<usize> {
+    let index: HashMap<usize, usize> = code.iter().enumerate().map(|(i, c)| (c.0, i)).collect();
+    let backward = (0..code.len()).filter_map(|i| Some((target(code, &index, i)?, i)));
+    let loops: Vec<_> = backward.filter(|(head, back)| head < back).collect();
+    let of_warp = |&&(head, back): &&(usize, usize)| {
+        let inner = loops.iter().any(|&(h, b)| (h, b) != (head, back) && head <= h && b <= back);
+        let votes = |(_, text): &(usize, String)| text.contains("VOTE") || text.contains("SHFL.BFLY");
+        !inner && code[head..=back].iter().any(votes)
+    };
+    loops.iter().filter(of_warp).map(|(head, back)| back - head + 1).collect()
 }
 
 /// Functions of `cuobjdump -sass`: mangled name and listing.
@@ -133,16 +149,18 @@ fn cuobjdump() -> Option<PathBuf> {
     candidates.into_iter().find(|p| p.is_file())
 }
 
+/// What cuobjdump says of the library for `arch`.
+fn dump(tool: &Path, library: &str, arch: &str, what: &[&str]) -> String {
+    let path = env::var("PATH").unwrap_or_default();
+    let path = format!("{}:{path}", tool.parent().unwrap().display());
+    output(Command::new(tool).env("PATH", path).args(["-arch", arch]).args(what).arg(library))
+}
+
 /// Usage of every kernel of the library for `arch`, by demangled name.
 fn measure(tool: &Path, library: &str, arch: &str) -> BTreeMap<String, Usage> {
-    let dump = |what: &str| {
-        let path = env::var("PATH").unwrap_or_default();
-        let path = format!("{}:{path}", tool.parent().unwrap().display());
-        output(Command::new(tool).env("PATH", path).args(["-arch", arch, what, library]))
-    };
-    let resources = resources(&dump("-res-usage"));
+    let resources = resources(&dump(tool, library, arch, &["-res-usage"]));
     let mut all = BTreeMap::new();
-    for (mangled, code) in listings(&dump("-sass")) {
+    for (mangled, code) in listings(&dump(tool, library, arch, &["-sass"])) {
         let name = output(Command::new("c++filt").arg(&mangled));
         let name = name.replace("(anonymous namespace)::", "").replace("void ", "");
         let (registers, local_bytes) = resources[&mangled];
@@ -162,15 +180,45 @@ fn the_hot_path_skips_what_is_branched_over() {
     let functions = listings(sass);
     assert_eq!((functions[0].0.as_str(), functions[0].1.len()), ("k", 10));
     assert_eq!(hot_path(&functions[0].1), (1, 5)); // HMMA, BRA, BRA, LDGSTS, BRA
+    assert_eq!(warp_loops(&functions[0].1), []);
+    let votes = sass.replace("HMMA R4", "VOTE.ANY R4");
+    assert_eq!(warp_loops(&listings(&votes)[0].1), [8]);
+}
+
+/// The library and cuobjdump; `None`, and a word about it, where there is none.
+fn kernels() -> Option<(&'static str, PathBuf)> {
+    let found = option_env!("KVW_KERNELS").zip(cuobjdump());
+    if found.is_none() {
+        assert!(env::var_os("KVW_REQUIRE_CUDA").is_none(), "no kernels built, or no cuobjdump");
+        eprintln!("skipped: no kernels built, or no cuobjdump");
+    }
+    found
+}
+
+/// A kernel in `ptx/` is there because its loops are shorter than those of the same in CUDA C++: turning words, counting
+/// distances, giving places, as `ptx/README.md` has them.
+#[test]
+fn ptx_is_shorter() {
+    let Some((library, tool)) = kernels() else { return };
+    let listing = |arch, name| {
+        let sass = dump(&tool, library, arch, &["-sass", "-fun", name]);
+        warp_loops(&listings(&sass).into_iter().next().unwrap_or_else(|| panic!("{name}")).1)
+    };
+    let table = fs::read_to_string("ptx/README.md").unwrap();
+    for arch in ARCHS {
+        let ptx = listing(arch, "kvw_represent");
+        let cpp = listing(arch, "_ZN3kvw9representE20kvw_sim_evict_params");
+        assert_eq!((ptx.len(), cpp.len()), (3, 3), "{arch}: {ptx:?} {cpp:?}");
+        assert!(ptx.iter().zip(&cpp).all(|(a, b)| a < b), "{arch}: {ptx:?} {cpp:?}");
+        let cells: Vec<String> = ptx.iter().zip(&cpp).map(|(a, b)| format!("{a} of {b}")).collect();
+        let row = format!("| {arch} | {} |", cells.join(" | "));
+        assert!(table.contains(&row), "ptx/README.md lacks {row}");
+    }
 }
 
 #[test]
 fn kernels_stay_within_their_table() {
-    let found = option_env!("KVW_KERNELS").zip(cuobjdump());
-    let Some((library, tool)) = found else {
-        assert!(env::var_os("KVW_REQUIRE_CUDA").is_none(), "no kernels built, or no cuobjdump");
-        return eprintln!("skipped: no kernels built, or no cuobjdump");
-    };
+    let Some((library, tool)) = kernels() else { return };
     let mut text =
         String::from("# kernel: registers, HMMA of the hot path, its instructions; on each of ");
     text += &format!(

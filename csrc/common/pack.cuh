@@ -12,6 +12,9 @@ namespace kvw {
 
 constexpr int PACK_WARPS = 4, PACK_THREADS = 32 * PACK_WARPS;
 
+// Scales and minima of K and V as f16 pairs in the smallest groups, and steps: a packer's `meta`.
+template <int D> constexpr int META_WORDS = 2 * D + TOKENS * (D / 32) + STEPS_BYTES / 4;
+
 // Some tokens of a slab, [from, until).
 struct Span {
     int from, until;

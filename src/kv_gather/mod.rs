@@ -7,3 +7,9 @@ mod oracle;
 
 pub use cpu::{compact, cpu};
 pub use oracle::oracle;
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_kv_gather, kvw_kv_gather_params, "kv_gather"
+}

@@ -71,3 +71,9 @@ pub const fn kept(tokens: usize, sink: usize, lag: usize, keep_of_lag: usize) ->
     let scored = (tokens - sink) / lag - 1;
     tokens - scored * lag.saturating_sub(keep_of_lag)
 }
+
+#[cfg(kvw_cuda)]
+crate::launch::op! {
+    /// Enqueue the CUDA kernel on `stream`.
+    kvw_sim_evict, kvw_sim_evict_params, "sim_evict"
+}

@@ -7,6 +7,7 @@ use half::f16;
 use kvwarp::ffi::{self, kvw_cache, kvw_kv_pack_params as Params};
 use kvwarp::pages::{Entry, ring_slabs};
 use kvwarp::slab::{Format, Layout, Meta, Rounding, TOKENS, encode_rounded};
+use std::ops::Range;
 use std::ptr::{null, null_mut};
 
 pub fn cache(d: usize, group: usize, window: usize) -> kvw_cache {
@@ -172,12 +173,12 @@ impl Host {
         [false, true].map(|v| (0..TOKENS * self.d).map(|i| half(at(v, i))).collect())
     }
 
-    /// Whether the first `packed` slabs of `row` hold the codec's bits of `want` (f16 slabs).
+    /// Whether slabs `packed` of `row` hold the codec's bits of `want` (f16 slabs, from slab 0 on).
     pub fn packed_ok(
         &self,
         device: &Device,
         row: usize,
-        packed: usize,
+        packed: Range<usize>,
         want: &[u8],
     ) -> Result<(), String> {
         let f16_bytes = self.layout(Format::F16).slab_bytes();
@@ -185,7 +186,7 @@ impl Host {
         let weights = &self.weights()[row % self.heads * square..][..square];
         let range = if self.range == 0.0 { 1.0 } else { self.range };
         let rounding = Rounding { range, feedback: self.feedback.then_some(weights) };
-        for i in 0..packed {
+        for i in packed {
             let Some((format, index)) = self.entry(row, i).get() else { continue };
             let layout = self.layout(format);
             let mut slab = vec![0; layout.slab_bytes()];

@@ -76,7 +76,7 @@ pub fn fill_and_flush(run: &Run, host: &Host, lens: &[usize]) -> Result<(), Stri
         if let Some(at) = off {
             return Err(format!("D {} row {row}: ring differs at half {at}", host.d));
         }
-        host.packed_ok(&device, row, packed_slabs(lens[s], host.window), got)?;
+        host.packed_ok(&device, row, 0..packed_slabs(lens[s], host.window), got)?;
     }
     Ok(())
 }
@@ -136,7 +136,7 @@ pub fn stream(run: &Run, host: &Host, n: usize) -> Result<(), String> {
                     same_token(&from, got, &exact[r][i * from.slab_bytes()..], t)?;
                 }
             }
-            host.packed_ok(&device, r, packed, &exact[r])?;
+            host.packed_ok(&device, r, 0..packed, &exact[r])?;
         }
     }
     Ok(())

@@ -67,11 +67,9 @@ fn partitions_of_a_thousand_tokens() {
     check("long", &cache.views()[0], 16, 1024, 2);
 }
 
-/// Constant channels, a constant reference, NaN and the ends of f16 poison nobody else.
-#[test]
-fn what_is_constant_or_no_number_takes_no_part() {
+/// Keys and values of a slab with constant channels, NaN, an infinity, the ends of f16.
+pub fn hard() -> (Vec<f32>, Vec<f32>) {
     let mut noise = Noise(43);
-    let pools = Pools::new(64, 32).unwrap();
     let mut k: Vec<f32> = (0..TOKENS * 64).map(|_| noise.value()).collect();
     let mut v: Vec<f32> = (0..TOKENS * 64).map(|_| noise.value()).collect();
     for t in 0..TOKENS {
@@ -85,6 +83,14 @@ fn what_is_constant_or_no_number_takes_no_part() {
     k[20 * 64 + 40] = f32::NAN; // in a reference
     k[9 * 64 + 2] = f32::INFINITY;
     (0..16).for_each(|t| v[(32 + t) * 64 + 33] = f32::NAN); // a reference without a number
+    (k, v)
+}
+
+/// They poison nobody else.
+#[test]
+fn what_is_constant_or_no_number_takes_no_part() {
+    let pools = Pools::new(64, 32).unwrap();
+    let (mut k, mut v) = hard();
     let ring = one_slab(&pools, &k, &v);
     let head = HeadView { pools: &pools, table: &[], ring: &ring, len: 64, packed: 0 };
     check("guards", &head, 0, 16, 3);

@@ -1,6 +1,9 @@
-//! KVCrush: bits, anchors, representatives.
+//! KVCrush: bits, anchors, representatives, on the host and on the executors.
 
+use super::kernel::params;
 use crate::cases::Noise;
+use crate::exec::{Exec, Run, executors, op};
+use kvwarp::ffi;
 use kvwarp::sim_evict::{Anchor, bits, oracle, representatives};
 
 const ANCHORS: [Anchor; 6] = [
@@ -91,4 +94,142 @@ fn a_random_anchor_is_its_seeds() {
     let distinct: std::collections::BTreeSet<_> = (0..8).map(of).collect();
     assert_eq!(distinct.len(), 8, "seeds differ");
     assert_eq!(of(3), of(3));
+}
+
+/// Bits of `tokens` tokens from ascending lists, one of which is empty and one full.
+pub fn put_bits(run: &Run, heads: usize, tokens: usize) -> Result<(), String> {
+    let (mut noise, seqs) = (Noise(61), 2);
+    let (mut kept, mut counts) = (Vec::new(), Vec::new());
+    let mut want = vec![0u32; seqs * tokens];
+    for row in 0..seqs * heads {
+        let share = [4, 1, 0, 2][row % 4]; // of 4
+        let list: Vec<i32> = (0..tokens as i32).filter(|_| noise.below(4) < share).collect();
+        for &i in &list {
+            want[row / heads * tokens + i as usize] |= 1 << (row % heads);
+        }
+        counts.push(list.len() as i32);
+        kept.extend(list);
+        kept.resize((row + 1) * tokens, i32::MAX);
+    }
+    let (kept, counts) = (run.upload("kept", &kept), run.upload("kept_counts", &counts));
+    let out = run.alloc::<u32>("bits", want.len());
+    let mut p = params(ffi::KVW_EVICT_BITS);
+    (p.cache.seqs, p.cache.kv_heads) = (seqs as i32, heads as i32);
+    (p.kept, p.kept_counts, p.bits) = (kept.ptr(), counts.ptr(), out.ptr());
+    (p.kept_stride, p.columns) = (tokens as i32, tokens as i32);
+    run.call(&op!(kvw_sim_evict), &p)?;
+    let got = out.download();
+    match got.iter().zip(&want).position(|(a, b)| a != b) {
+        Some(i) => Err(format!("{heads} heads: token {i}: {:b}, want {:b}", got[i], want[i])),
+        None => Ok(()),
+    }
+}
+
+/// What representatives are asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask {
+    pub heads: usize,
+    pub anchor: Anchor,
+    /// Of two thirds of the tokens, not of all.
+    pub some: bool,
+    /// Of the kernel in CUDA C++, not of that in `ptx/`.
+    pub plain: bool,
+}
+
+/// Representatives of rows of any tokens.
+pub fn represent(run: &Run, tokens: usize, ask: Ask) -> Result<(), String> {
+    let mut noise = Noise(64);
+    // Bits of heads that there are not mean nothing.
+    let word = |i: usize| [0, u32::MAX, 1, noise.bits() as u32, noise.bits() as u32][i % 5];
+    let words: Vec<u32> = (0..3 * tokens).map(word).collect();
+    chosen(run, &words, ask)
+}
+
+/// A bit that exactly half of the tokens have.
+pub fn even(run: &Run) -> Result<(), String> {
+    let words: Vec<u32> = (0..300).map(|i| i % 2).collect();
+    chosen(run, &words, Ask { heads: 1, anchor: Anchor::Mean, some: false, plain: true })
+}
+
+/// Three rows of as many columns, which are not all in use.
+fn chosen(run: &Run, words: &[u32], ask: Ask) -> Result<(), String> {
+    let Ask { heads, anchor, some, plain } = ask;
+    let (mut noise, tokens) = (Noise(62), words.len() / 3);
+    let counts = [tokens, tokens / 2 + 1, 0];
+    let (mut lists, mut list_counts, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
+    for (s, &n) in counts.iter().enumerate() {
+        let list: Vec<u32> = (0..n as u32).filter(|_| !some || noise.below(3) > 0).collect();
+        wanted.push([list.len() / 5, list.len() + 1, 3][s] as i32);
+        list_counts.push(list.len() as i32);
+        lists.push(list);
+    }
+    let padded = |list: &Vec<u32>| {
+        let mut row: Vec<i32> = list.iter().map(|&i| i as i32).collect();
+        row.resize(tokens, -1);
+        row
+    };
+    let rows: Vec<i32> = lists.iter().flat_map(padded).collect();
+    let device_counts = run.upload("counts", &counts.map(|n| n as i32));
+    let (bits, device_wanted) = (run.upload("bits", words), run.upload("wanted", &wanted));
+    let (candidates, of_rows) =
+        (run.upload("candidates", &rows), run.upload("candidate_counts", &list_counts));
+    let out = run.upload("chosen", &vec![-7; 3 * tokens]);
+    let mut p = params(ffi::KVW_EVICT_REPRESENT);
+    (p.cache.seqs, p.cache.kv_heads, p.columns) = (3, heads as i32, tokens as i32);
+    (p.bits, p.counts, p.wanted) = (bits.ptr(), device_counts.ptr(), device_wanted.ptr());
+    if some {
+        (p.candidates, p.candidate_counts) = (candidates.ptr(), of_rows.ptr());
+    }
+    (p.chosen, p.anchor, p.plain) = (out.ptr(), kind(anchor), plain.into());
+    if let Anchor::Random(seed) = anchor {
+        p.seed = seed;
+    }
+    run.call(&op!(kvw_sim_evict), &p)?;
+    let got = out.download();
+    for (s, list) in lists.iter().enumerate() {
+        let row = &words[s * tokens..][..counts[s]];
+        let want = oracle::representatives(row, heads, list, anchor, wanted[s] as usize);
+        let mut want = padded(&want);
+        want.iter_mut().filter(|x| **x < 0).for_each(|x| *x = -7);
+        if got[s * tokens..][..tokens] != want {
+            let at = got[s * tokens..].iter().zip(&want).position(|(a, b)| a != b);
+            return Err(format!("{ask:?}, row {s}: place {at:?}"));
+        }
+    }
+    Ok(())
+}
+
+fn kind(anchor: Anchor) -> i32 {
+    match anchor {
+        Anchor::Mean => ffi::KVW_ANCHOR_MEAN,
+        Anchor::Random(_) => ffi::KVW_ANCHOR_RANDOM,
+        Anchor::Alternate => ffi::KVW_ANCHOR_ALTERNATE,
+        Anchor::Zeros => ffi::KVW_ANCHOR_ZEROS,
+        Anchor::Ones => ffi::KVW_ANCHOR_ONES,
+    }
+}
+
+#[test]
+fn crush_is_the_oracles() {
+    let anchors = [Anchor::Mean, Anchor::Random(7), Anchor::Alternate, Anchor::Zeros, Anchor::Ones];
+    for exec in executors(1) {
+        let run = exec.start();
+        for (heads, tokens) in [(1, 40), (8, 1024), (32, 2500)] {
+            put_bits(&run, heads, tokens).unwrap();
+        }
+        for (n, heads) in [1, 3, 8, 31, 32].into_iter().enumerate() {
+            for tokens in [1, 33, 700] {
+                let (anchor, some) = (anchors[(n + tokens) % 5], tokens % 2 == 0);
+                let ask = Ask { heads, anchor, some, plain: (n + tokens) % 3 == 0 };
+                represent(&run, tokens, ask).unwrap();
+            }
+        }
+        for (anchor, plain) in anchors.into_iter().flat_map(|a| [(a, true), (a, false)]) {
+            represent(&run, 100, Ask { heads: 32, anchor, some: false, plain }).unwrap();
+        }
+        for plain in [true, false].into_iter().filter(|_| exec == Exec::SimtPlain) {
+            let ask = Ask { heads: 8, anchor: Anchor::Mean, some: true, plain };
+            represent(&run, 40_000, ask).unwrap();
+        }
+    }
 }

@@ -8,6 +8,8 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::{env, io, thread};
 
+mod ptx;
+
 /// As nvcc's device code: no contraction that the source does not ask for, type punning allowed.
 /// No unique symbols: the two libraries must not share their state.
 const FLAGS: &[&str] = &[
@@ -107,8 +109,11 @@ fn built(kind: &str) -> Result<PathBuf, String> {
     let root = root().map_err(|e| format!("csrc: {e}"))?;
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("simt");
     let mut sources = Vec::new();
-    read_sources(&root, &mut sources).map_err(|e| format!("{}: {e}", root.display()))?;
-    sources.retain(|s| s.is(&["cu", "cuh", "cpp", "h", "map"]));
+    for dir in [&root, &root.with_file_name("ptx")] {
+        read_sources(dir, &mut sources).map_err(|e| format!("{}: {e}", dir.display()))?;
+    }
+    sources.retain(|s| s.is(&["cu", "cuh", "cpp", "h", "map", "ptx"]));
+    translate(&mut sources)?;
     let flags = [FLAGS, &[KERNEL], CHECKS].concat();
     let dir = target.join(hash(&flags, &sources.iter().collect::<Vec<_>>()));
     let so = dir.join(kind).with_extension("so");
@@ -120,6 +125,16 @@ fn built(kind: &str) -> Result<PathBuf, String> {
         Failure::Compiler(text) => text,
     })?;
     Ok(so)
+}
+
+/// Kernels in PTX become C++, which `csrc` includes as `<name>.ptx.h`.
+fn translate(sources: &mut [Source]) -> Result<(), String> {
+    for source in sources.iter_mut().filter(|s| s.is(&["ptx"])) {
+        let name = source.path.file_name().unwrap_or_default().to_string_lossy();
+        let text = String::from_utf8_lossy(&source.text);
+        source.text = ptx::to_cpp(&format!("ptx/{name}"), &text)?.into_bytes();
+    }
+    Ok(())
 }
 
 enum Failure {
@@ -149,7 +164,13 @@ fn build(
         return Ok(());
     }
     let jobs = plan(&objects, sources, checked);
-    compile_all(root, &jobs)?;
+    let bodies = target.join("ptx");
+    fs::create_dir_all(&bodies)?;
+    for source in sources.iter().filter(|s| s.is(&["ptx"])) {
+        let name = source.path.with_extension("ptx.h");
+        fs::write(bodies.join(name.file_name().unwrap_or_default()), &source.text)?;
+    }
+    compile_all([root, &root.join("simt"), &bodies], &jobs)?;
     let part = so.with_extension("part");
     let mut link = Command::new(compiler());
     link.args(["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", "-o"]).arg(&part);
@@ -160,7 +181,7 @@ fn build(
 
 /// What to compile: the executor once for both kinds, the kernels once for each.
 fn plan<'a>(objects: &Path, sources: &'a [Source], checked: bool) -> Vec<Job<'a>> {
-    let headers: Vec<&Source> = sources.iter().filter(|s| s.is(&["h", "cuh"])).collect();
+    let headers: Vec<&Source> = sources.iter().filter(|s| s.is(&["h", "cuh", "ptx"])).collect();
     let wanted = sources
         .iter()
         .filter(|s| s.is(&["cu"]) || (s.is(&["cpp"]) && (checked || !s.only_checked())));
@@ -182,13 +203,13 @@ fn plan<'a>(objects: &Path, sources: &'a [Source], checked: bool) -> Vec<Job<'a>
         .collect()
 }
 
-fn compile_all(root: &Path, jobs: &[Job]) -> Result<(), Failure> {
+fn compile_all(include: [&Path; 3], jobs: &[Job]) -> Result<(), Failure> {
     let queue = Mutex::new(jobs.iter().filter(|j| !j.object.exists()));
     let workers = thread::available_parallelism().map_or(1, |n| n.get());
     let next = || queue.lock().ok()?.next();
     let work = || {
         while let Some(job) = next() {
-            compile(root, job)?;
+            compile(include, job)?;
         }
         Ok(())
     };
@@ -199,10 +220,11 @@ fn compile_all(root: &Path, jobs: &[Job]) -> Result<(), Failure> {
     })
 }
 
-fn compile(root: &Path, job: &Job) -> Result<(), Failure> {
+fn compile(include: [&Path; 3], job: &Job) -> Result<(), Failure> {
     let part = job.object.with_extension("part");
     let mut c = Command::new(compiler());
-    c.args(&job.flags).arg("-I").arg(root).arg("-I").arg(root.join("simt"));
+    c.args(&job.flags);
+    include.iter().for_each(|folder| drop(c.arg("-I").arg(folder)));
     run(c.args(["-x", "c++", "-c"]).arg(&job.source.path).arg("-o").arg(&part))?;
     Ok(fs::rename(part, &job.object)?)
 }
