@@ -14,6 +14,8 @@ use crate::tokenizer::Tokenizer;
 
 /// Instructions a template may execute; those in use need some hundred a message.
 const FUEL: u64 = 10_000_000;
+/// Stands where a turn goes on; a word, so that templates leave it as it is.
+const MARK: &str = "KvwarpGoesOnHere";
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -117,6 +119,28 @@ impl ChatTemplate {
         };
         template.render(context).map_err(|e| fault(&e))
     }
+
+    /// The prompt for a user's turn that begins with `text`, as far as the end of `text`.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`]; [`Error::Template`] where what a user says is not in the prompt.
+    pub fn opening(&self, text: &str) -> Result<String> {
+        let prompt = self.render(&[Message::new("user", &format!("{text}{MARK}"))])?;
+        prompt.rsplit_once(MARK).map(|(opening, _)| opening.to_owned()).ok_or_else(lost)
+    }
+
+    /// What follows [`ChatTemplate::opening`] when the turn goes on with `text` and ends.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::opening`].
+    pub fn rest(&self, text: &str) -> Result<String> {
+        let prompt = self.render(&[Message::new("user", &format!("{MARK}{text}"))])?;
+        prompt.split_once(MARK).map(|(_, rest)| rest.to_owned()).ok_or_else(lost)
+    }
+}
+
+fn lost() -> Error {
+    Error::Template("what a user says is not in the prompt".into())
 }
 
 fn read(path: &Path) -> Result<Option<String>> {
@@ -158,6 +182,23 @@ mod tests {
         let nested =
             "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}";
         assert!(render(nested, &[]).is_err());
+    }
+
+    #[test]
+    fn a_turn_can_be_cut_anywhere() {
+        let chat = ChatTemplate::new(
+            "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}[assistant]",
+            "<s>",
+            "</s>",
+        )
+        .unwrap();
+        let text = format!("one {MARK}");
+        let whole =
+            chat.render(&[Message::new("user", &format!("{text}\n\ntwo {MARK} "))]).unwrap();
+        let parts = (chat.opening(&text).unwrap(), chat.rest(&format!("\n\ntwo {MARK} ")).unwrap());
+        assert_eq!(parts.0 + &parts.1, whole);
+        let mute = ChatTemplate::new("[user]", "", "").unwrap().opening("x").unwrap_err();
+        assert_eq!(mute.to_string(), "chat template: what a user says is not in the prompt");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::cache::{CacheError, CacheStats};
 use crate::config::Config;
 use crate::lookup::{self, Drafts};
 use crate::model::ModelError;
-use crate::runner::{Choice, RunError, Runner, Turn};
+use crate::runner::{Choice, Row, RunError, Runner, Turn};
 use crate::tokenizer::Tokenizer;
 use crate::watch::Watch;
 
@@ -23,6 +23,8 @@ use crate::watch::Watch;
 pub struct Request {
     /// Tokens to start from, at least one.
     pub prompt: Vec<u32>,
+    /// Sequence that holds the first tokens of the prompt, not all, and is closed at the end; `None` = a new one.
+    pub row: Option<Row>,
     /// Most tokens to generate.
     pub max_tokens: usize,
     /// Most tokens that the cache may hold; `None` = the prompt and `max_tokens`, within the model's limit.
@@ -61,7 +63,7 @@ impl End {
 /// What a generation did.
 #[derive(Debug, Clone)]
 pub struct Stats {
-    /// Tokens of the prompt.
+    /// Tokens of the prompt that were not held before.
     pub prompt_tokens: usize,
     /// Tokens generated.
     pub tokens: Vec<u32>,
@@ -113,11 +115,12 @@ pub fn generate(
     if prompt > context {
         return Err(CacheError::Full { need: prompt, context }.into());
     }
-    let row = runner.open()?;
+    let row = request.row.map_or_else(|| runner.open(), Ok)?;
+    let held = runner.len(row);
     let (mut text, mut clock, mut chosen) = (tokenizer.stream(false), Clock::start(), Vec::new());
     let mut drafts = Drafts::default();
     // The last token's logits choose the first answer, so it is a step.
-    for block in tokens[..prompt - 1].chunks(runner.spec().block()) {
+    for block in tokens[held..prompt - 1].chunks(runner.spec().block()) {
         match runner.read(row, block, watch) {
             Err(e) if e.is_interrupted() => break,
             read => read?,
@@ -153,7 +156,7 @@ pub fn generate(
     emit(&text.finish());
     let cache = runner.stats(row);
     runner.close(row);
-    Ok(clock.stats(prompt, tokens.split_off(prompt), drafts, end, cache))
+    Ok(clock.stats(prompt - held, tokens.split_off(prompt), drafts, end, cache))
 }
 
 impl Request {

@@ -115,14 +115,32 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the splitting pattern gives up on the text.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        self.cut(text, special, true)
+    }
+
+    /// Tokens of `text` that goes on from other text, special tokens recognised: no space is put before it where one is
+    /// put before a first word.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn continued(&self, text: &str) -> Result<Vec<u32>> {
+        self.cut(text, true, false)
+    }
+
+    /// Tokens of `text`, which begins a text or not.
+    fn cut(&self, text: &str, special: bool, begins: bool) -> Result<Vec<u32>> {
         let mut ids = Vec::with_capacity(text.len() / 3);
         let mut from = 0;
         while let Some(found) = self.vocabulary.specials().find(text, from, special) {
-            self.vocabulary.encode_plain(&text[from..found.start], from == 0, &mut ids)?;
+            self.vocabulary.encode_plain(
+                &text[from..found.start],
+                begins && from == 0,
+                &mut ids,
+            )?;
             ids.push(found.id);
             from = found.end;
         }
-        self.vocabulary.encode_plain(&text[from..], from == 0, &mut ids)?;
+        self.vocabulary.encode_plain(&text[from..], begins && from == 0, &mut ids)?;
         Ok(ids)
     }
 

@@ -73,6 +73,7 @@ fn measure(
     let cache: crate::spec::CacheSpec = spec.parse()?;
     let request = Request {
         prompt: tokenizer.prompt(prompt)?,
+        row: None,
         max_tokens: ANSWER_TOKENS,
         drafts: 0,
         context: None,
