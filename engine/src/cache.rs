@@ -30,6 +30,7 @@ use crate::spec::CacheSpec;
 use bytes::AlignedBytes;
 use head::Head;
 pub use plan::{Plan, need};
+pub use share::formats;
 pub use stats::{CacheStats, full_bytes};
 
 /// The part of a model's shape that a cache depends on.
@@ -145,6 +146,11 @@ impl Cache {
     /// How this cache keeps its tokens.
     pub fn spec(&self) -> &CacheSpec {
         &self.spec
+    }
+
+    /// For which heads and tokens it is.
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 
     /// Position of the next token of `row`.

@@ -160,6 +160,14 @@ impl Calibration {
         std::fs::rename(&partial, path).map_err(|e| fail(e.to_string()))
     }
 
+    /// A hash of everything that rounding follows, in hexadecimal.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        self.shape.iter().for_each(|n| hash.update((*n as u64).to_le_bytes()));
+        self.sums.iter().chain(&self.losses).for_each(|x| hash.update(x.to_le_bytes()));
+        format!("{:x}", hash.finalize())
+    }
+
     /// Whether it is of the same model and text as another.
     pub fn continues(&self, other: &Self) -> bool {
         (&self.model, &self.text) == (&other.model, &other.text)

@@ -2,9 +2,11 @@
 //! wrong, 2 for what was asked for wrongly, 130 after Ctrl-C.
 
 mod args;
+mod ask;
 mod batch;
 mod bench;
 mod calibrate;
+mod compress;
 mod demo;
 mod doctor;
 mod generate;
@@ -39,6 +41,10 @@ struct Cli {
 enum Command {
     /// Continue a text or answer a question
     Generate(generate::Args),
+    /// Read a document once and keep its compressed cache in a file
+    Compress(compress::Args),
+    /// Answer questions about a document whose cache `compress` has kept
+    Ask(ask::Args),
     /// Answer a file of prompts, many at once
     Batch(batch::Args),
     /// Show what a model file holds and what its cache costs
@@ -89,6 +95,8 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
     match cli.command {
         None => demo::run(&cli.demo),
         Some(Command::Generate(args)) => generate::run(&args),
+        Some(Command::Compress(args)) => compress::run(&args),
+        Some(Command::Ask(args)) => ask::run(&args),
         Some(Command::Batch(args)) => batch::run(&args),
         Some(Command::Info(args)) => info::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),

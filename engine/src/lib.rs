@@ -21,6 +21,7 @@ pub mod runner;
 pub mod safetensors;
 pub mod source;
 pub mod spec;
+pub mod store;
 pub mod tokenizer;
 pub mod watch;
 pub mod weights;

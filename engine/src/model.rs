@@ -22,7 +22,7 @@ use kvwarp::threads::Team;
 use kvwarp::{linear, rms_norm};
 
 use crate::cache::{Cache, Plan, Shape};
-use crate::calibration::Calibration;
+use crate::calibration::{self, Calibration};
 use crate::config::{self, Config};
 use crate::policy::{self, Repeat};
 use crate::runner::Row;
@@ -52,6 +52,8 @@ pub struct Model<'a> {
     feedback: Option<Arc<[f16]>>,
     /// Heads of all layers, those that lose most first ([`Calibration::losers`]).
     losers: Vec<usize>,
+    /// Of the calibration.
+    calibration: Option<String>,
     /// How it is asked to say a text again; made when it is first needed.
     repeat: OnceLock<Box<Repeat>>,
 }
@@ -90,6 +92,7 @@ impl<'a> Model<'a> {
             activations,
             feedback: None,
             losers: Vec::new(),
+            calibration: None,
             repeat: OnceLock::new(),
         })
     }
@@ -99,12 +102,25 @@ impl<'a> Model<'a> {
         let rope = (&self.inv_freq[..], self.pairing);
         self.feedback = Some(calibration.feedback(rope, self.config.context, &self.team).into());
         self.losers = calibration.losers();
+        self.calibration = Some(calibration.fingerprint());
         self
     }
 
     /// Whether it has a calibration.
     pub fn is_calibrated(&self) -> bool {
         self.feedback.is_some()
+    }
+
+    /// A hash of its shape and of some of its weights, in hexadecimal.
+    pub fn fingerprint(&self) -> String {
+        calibration::fingerprint(self.source)
+    }
+
+    /// The fingerprint of its calibration where `spec` has one followed.
+    pub fn followed(&self, spec: &CacheSpec) -> Option<&str> {
+        let heads = self.config.layers * self.config.kv_heads;
+        let follows = spec.hadamard || spec.kept(heads) > 0;
+        self.calibration.as_deref().filter(|_| follows)
     }
 
     /// Shape and constants.

@@ -3,12 +3,12 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use serde_json::{Map, Value, json};
-use support::program::{command, failure, fixture, kvwarp, text};
+use serde_json::{Value, json};
+use support::program::{command, failure, kvwarp, text};
 
 /// A folder with the model, and files of prompts and answers.
 struct Stage {
@@ -18,32 +18,8 @@ struct Stage {
 impl Stage {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["config.json", "model.safetensors"] {
-            std::fs::copy(Path::new(&fixture("llama3")).join(name), folder.path().join(name))
-                .unwrap();
-        }
-        // Bytes that are no printable Latin-1 have letters from U+0100 on, in order.
-        let (mut vocab, mut next) = (Map::new(), 0x100..);
-        for byte in 0..=255u8 {
-            let plain = matches!(byte, 33..=126 | 161..=172 | 174..=255);
-            let code = if plain { u32::from(byte) } else { next.next().unwrap() };
-            vocab.insert(char::from_u32(code).unwrap().to_string(), byte.into());
-        }
-        let level = json!({
-            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false
-        });
-        let tokenizer = json!({
-            "model": { "type": "BPE", "vocab": vocab, "merges": [] },
-            "pre_tokenizer": level,
-            "decoder": level,
-        });
-        let stage = Self { folder };
-        stage.put("tokenizer.json", &tokenizer.to_string());
-        stage.put(
-            "chat_template.jinja",
-            "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}",
-        );
-        stage
+        support::bytes::model(folder.path());
+        Self { folder }
     }
 
     fn path(&self, name: &str) -> PathBuf {

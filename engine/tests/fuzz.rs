@@ -9,9 +9,14 @@ mod targets;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use kvwarp::threads::Team;
+use kvwarp_engine::cache::{Cache, Shape};
+use kvwarp_engine::spec::CacheSpec;
+use kvwarp_engine::store::{Document, Reader, Writer};
+use kvwarp_engine::watch::Watch;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
@@ -201,6 +206,32 @@ fn spec_seeds() -> Vec<Vec<u8>> {
         .to_vec()
 }
 
+/// Cache files, one of whose heads hold different tokens.
+fn cache_seeds() -> Vec<Vec<u8>> {
+    let shape = Shape { layers: 1, kv_heads: 2, head_dim: 64, context: 200 };
+    let (folder, stop) = (tempfile::tempdir().unwrap(), AtomicBool::new(false));
+    let seed = |spec: &str| {
+        let spec: CacheSpec = spec.parse().unwrap();
+        let mut cache = Cache::new(&spec, shape).unwrap();
+        let (row, rows) = (cache.open(), vec![0.5; 130 * 128]);
+        cache.advance(row, 130).unwrap();
+        cache.stage(row, 0, 130);
+        cache.fill(row, 0, &rows, &rows, 130);
+        if spec.selects() {
+            cache.keep(row, 0, 1, 0, &[1, 2, 129]).unwrap();
+        }
+        cache.compress(row, 0, &Team::new(1)).unwrap();
+        let frozen = cache.freeze(row).unwrap();
+        let reader = Reader { model: "0".repeat(64), shape: [1, 2, 64], spec, calibration: None };
+        let document = Document { tokens: (0..130).collect(), chat: true };
+        let (path, mut step) = (folder.path().join("cache"), |_| {});
+        let writer = Writer::create(&path, reader).unwrap();
+        writer.write(&document, (&cache, &frozen), &mut Watch::new(&stop, &mut step)).unwrap();
+        std::fs::read(&path).unwrap()
+    };
+    ["f16", "q2-small", "q4,window=0,evict=random:0.5", "q8,window=0,sinks=64"].map(seed).to_vec()
+}
+
 /// One test, so that nothing else allocates meanwhile.
 #[test]
 fn mutated_files_neither_panic_nor_swell() {
@@ -223,6 +254,7 @@ fn mutated_files_neither_panic_nor_swell() {
         ("safetensors", targets::safetensors, safetensors_seeds()),
         ("json", targets::json, json_seeds()),
         ("spec", targets::spec, spec_seeds()),
+        ("cache", targets::cache, cache_seeds()),
     ] {
         let runs = drive(name, target, &seeds);
         eprintln!("{name}: {runs} inputs");

@@ -12,9 +12,18 @@ use support::program::{command, failure, fixture, kvwarp, text};
 #[test]
 fn help_names_every_command_and_flag() {
     let help = text(&kvwarp(&["--help"]).stdout);
-    for name in
-        ["generate", "batch", "info", "bench", "perplexity", "calibrate", "doctor", "--model"]
-    {
+    for name in [
+        "generate",
+        "compress",
+        "ask",
+        "batch",
+        "info",
+        "bench",
+        "perplexity",
+        "calibrate",
+        "doctor",
+        "--model",
+    ] {
         assert!(help.contains(name), "{name} in {help}");
     }
     let help = text(&kvwarp(&["generate", "--help"]).stdout);

@@ -1,10 +1,11 @@
 //! Bodies of the fuzz targets: each takes any bytes and must neither panic nor allocate without
 //! bound.
 
+use kvwarp_engine::cache::Plan;
 use kvwarp_engine::config::Config;
 use kvwarp_engine::spec::CacheSpec;
 use kvwarp_engine::tokenizer::Tokenizer;
-use kvwarp_engine::{gguf, safetensors};
+use kvwarp_engine::{gguf, safetensors, store};
 
 /// A GGUF file: header, then configuration and vocabulary from its metadata, then a round trip.
 pub fn gguf(data: &[u8]) {
@@ -40,6 +41,19 @@ pub fn spec(data: &[u8]) {
         Ok(spec) => assert_eq!(spec.to_string().parse(), Ok(spec)),
         Err(error) => assert!(error.to_string().len() < 1024),
     }
+}
+
+/// A cache file: what has been checked names slabs that are there, each once.
+pub fn cache(data: &[u8]) {
+    let Ok(contents) = store::parse(data) else { return };
+    if contents.check(&Plan::default(), 1 << 20).is_err() {
+        return;
+    }
+    let slabs = contents.entries.iter().map(|&entry| contents.slab(data, entry).unwrap());
+    let bytes: usize = slabs.map(|(_, bytes)| bytes.len()).sum();
+    assert!(bytes <= data.len());
+    let held = contents.heads.iter().map(|head| head.len.div_ceil(64)).sum::<usize>();
+    assert_eq!(held, contents.entries.len());
 }
 
 fn use_tokenizer(tokenizer: &Tokenizer) {

@@ -3,9 +3,10 @@
 use kvwarp::pages::{Entry, Pools, packed_slabs, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
 
-use super::head::{Head, ring_slot, take};
+use super::head::{Head, Rules, ring_slot, take};
 use super::{Cache, CacheError, Sequence, give, need, open_mut};
-use crate::runner::{Frozen, Held, Row, Slabs};
+use crate::runner::{Frozen, Held, Row, Slabs, plus};
+use crate::spec::CacheSpec;
 
 impl Cache {
     /// Slabs that may still be taken.
@@ -115,10 +116,50 @@ impl Cache {
         row
     }
 
+    /// Bytes of a slab that a frozen sequence keeps; empty for a hole.
+    pub fn slab(&self, entry: Entry) -> &[u8] {
+        entry.get().map_or(&[], |(format, slot)| self.pools.pool(format).slab(slot))
+    }
+
+    /// A frozen sequence of `len` tokens whose `heads` hold `slabs` from elsewhere, in the order of [`Frozen::entries`] and
+    /// in this cache's formats and sizes.
+    ///
+    /// # Errors
+    /// [`CacheError::Full`]; [`CacheError::Kernel`] when a pool has too few slabs. Nothing changes then.
+    pub fn adopt<'a>(
+        &mut self,
+        len: usize,
+        heads: Vec<Held>,
+        slabs: impl Iterator<Item = (Format, &'a [u8])> + Clone,
+    ) -> Result<Frozen, CacheError> {
+        let context = self.shape.context;
+        let left = context.checked_sub(len).ok_or(CacheError::Full { need: len, context })?;
+        let (mut need, free) = (Slabs::default(), self.free());
+        slabs.clone().for_each(|(format, _)| need[format as usize] += 1);
+        if let Some((&size, _)) = need.iter().zip(&free).find(|(need, free)| need > free) {
+            return Err(kvwarp::Error::TooBig { op: "cache", size }.into());
+        }
+        self.reserve(&plus(need, self.need(len, left)));
+        let mut entries = Vec::with_capacity(need.iter().sum());
+        for (format, bytes) in slabs {
+            let slot = take(&mut self.pools, format)?;
+            self.pools.pool_mut(format).slab_mut(slot as usize).copy_from_slice(bytes);
+            entries.push(Entry::new(format, slot));
+        }
+        Ok(Frozen { len, heads, entries })
+    }
+
     /// Gives back what a frozen sequence keeps.
     pub fn melt(&mut self, frozen: Frozen) {
         frozen.entries.into_iter().for_each(|entry| give(&mut self.pools, entry));
     }
+}
+
+/// Formats of the slabs of a frozen head whose history has this store.
+pub fn formats(spec: &CacheSpec, store: Format, held: Held) -> impl Iterator<Item = Format> {
+    let rules = Rules { store, ..Rules::new(spec, None) };
+    let format = move |i| if i < held.packed { rules.format(i) } else { Format::F16 };
+    (0..held.len.div_ceil(TOKENS)).map(format)
 }
 
 fn share(pools: &mut Pools, entry: Entry) {

@@ -184,11 +184,9 @@ pub struct SamplingArgs {
     pub seed: Option<u64>,
 }
 
-/// What answers are kept in, how long they may be and how they come about.
+/// How long answers may be and how they come about.
 #[derive(clap::Args)]
 pub struct AnswerArgs {
-    #[command(flatten)]
-    pub cache: CacheArgs,
     /// Most tokens of a prompt and its answer; 0 is the model's limit [default: as many as needed]
     #[arg(short, long, alias = "max-model-len", value_name = "N", value_parser = tokens)]
     pub ctx_size: Option<usize>,

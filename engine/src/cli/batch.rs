@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::args::{AnswerArgs, ModelArgs, SamplingArgs, bytes, tokens};
+use super::args::{AnswerArgs, CacheArgs, ModelArgs, SamplingArgs, bytes, tokens};
 use super::output::{self, Progress};
 use super::place::{Place, Room};
 use super::{Outcome, open};
@@ -52,6 +52,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value = "2k", value_parser = tokens)]
     block: usize,
     #[command(flatten)]
+    cache: CacheArgs,
+    #[command(flatten)]
     answer: AnswerArgs,
     /// Print a JSON object with the summary instead of a line on stderr
     #[arg(long)]
@@ -71,8 +73,8 @@ struct Sums {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
-    let AnswerArgs { cache, n_predict, sampling, .. } = &args.answer;
-    let (spec, choice) = (cache.spec()?, sampling.choice()?);
+    let AnswerArgs { n_predict, sampling, .. } = &args.answer;
+    let (spec, choice) = (args.cache.spec()?, sampling.choice()?);
     let text = super::generate::read(&args.prompts)?;
     let source = open::source(&args.model)?;
     let (tokenizer, config) = (source.tokenizer()?, &source.config);

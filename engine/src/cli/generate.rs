@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use anyhow::Context;
 use serde_json::json;
 
-use super::args::{AnswerArgs, ModelArgs};
+use super::args::{AnswerArgs, CacheArgs, ModelArgs};
 use super::output::{self, Progress};
 use super::place::{Place, Room};
 use super::{Outcome, Usage, open};
 use crate::chat::Message;
+use crate::config::Config;
 use crate::generate::{End, Request, Stats, generate};
 use crate::lookup::Drafts;
 use crate::runner::Runner;
@@ -38,6 +39,8 @@ pub struct Args {
     #[arg(long)]
     no_chat: bool,
     #[command(flatten)]
+    cache: CacheArgs,
+    #[command(flatten)]
     answer: AnswerArgs,
     /// Print one JSON object at the end instead of the text
     #[arg(long)]
@@ -45,13 +48,14 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
-    let AnswerArgs { cache, n_predict, sampling, .. } = &args.answer;
-    let (cache, choice) = (cache.spec()?, sampling.choice()?);
+    let AnswerArgs { n_predict, sampling, .. } = &args.answer;
+    let (cache, choice) = (args.cache.spec()?, sampling.choice()?);
     let prompt = args.prompt()?;
     let source = open::source(&args.model)?;
     let tokenizer = source.tokenizer()?;
     let request = Request {
         prompt: tokenizer.prompt(&args.chatted(prompt, &source, &tokenizer)?)?,
+        row: None,
         max_tokens: *n_predict,
         drafts: usize::from(sampling.draft),
         context: args.answer.context(&source.config),
@@ -61,16 +65,9 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     place.note_uncalibrated(&cache);
     let context = request.context_for(&source.config);
     let mut runner = place.runner(&cache, Room::one(context))?;
-    let mut text = String::new();
-    let stats = streamed(&mut *runner, &tokenizer, &request, &mut |piece| {
-        text.push_str(piece);
-        if args.json { Ok(()) } else { output::put(piece) }
-    })?;
+    let (text, stats) = answer(&mut *runner, &tokenizer, &request, args.json)?;
     if args.json {
         output::put_json(&report(&cache, &request, &text, &stats))?;
-    } else {
-        output::put("\n")?;
-        summary(&stats).iter().for_each(|line| output::log(line));
     }
     Ok(if stats.end == End::Interrupted { Outcome::Interrupted } else { Outcome::Done })
 }
@@ -114,6 +111,25 @@ pub fn read(path: &PathBuf) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| path.display().to_string())
 }
 
+/// Generates an answer: on stdout as it comes, and what it took on stderr; or silently.
+pub fn answer(
+    runner: &mut dyn Runner,
+    tokenizer: &Tokenizer,
+    request: &Request,
+    silent: bool,
+) -> anyhow::Result<(String, Stats)> {
+    let mut text = String::new();
+    let stats = streamed(runner, tokenizer, request, &mut |piece| {
+        text.push_str(piece);
+        if silent { Ok(()) } else { output::put(piece) }
+    })?;
+    if !silent {
+        output::put("\n")?;
+        summary(&stats).iter().for_each(|line| output::log(line));
+    }
+    Ok((text, stats))
+}
+
 /// Generates with a progress bar over the prompt and Ctrl-C as a way to end.
 pub fn streamed(
     runner: &mut dyn Runner,
@@ -122,7 +138,8 @@ pub fn streamed(
     put: &mut dyn FnMut(&str) -> std::io::Result<()>,
 ) -> anyhow::Result<Stats> {
     let stop = open::stop_on_ctrl_c()?;
-    let rows = request.prompt.len().saturating_sub(1) * runner.config().layers;
+    let held = request.row.map_or(0, |row| runner.len(row));
+    let rows = rows(runner.config(), runner.spec(), held, request.prompt.len().saturating_sub(1));
     let mut progress = Progress::new("reading", rows);
     let mut step = |rows| progress.step(rows);
     let mut written = Ok(());
@@ -135,6 +152,13 @@ pub fn streamed(
     progress.clear();
     written?;
     Ok(stats)
+}
+
+/// Rows that pass through a layer when a prompt of `len` tokens is read of which `held` are: those that a policy chooses
+/// among once more where it says them again.
+pub fn rows(config: &Config, spec: &CacheSpec, held: usize, len: usize) -> usize {
+    let again = held == 0 && spec.selects() && spec.evict.is_some_and(|evict| evict.says_again());
+    (len - held) * config.layers * if again { 2 } else { 1 }
 }
 
 /// Speeds and memory, in two lines for stderr.
@@ -169,7 +193,8 @@ pub fn summary(stats: &Stats) -> [String; 2] {
     ]
 }
 
-fn report(spec: &CacheSpec, request: &Request, text: &str, stats: &Stats) -> serde_json::Value {
+/// An answer and what it took, as JSON.
+pub fn report(spec: &CacheSpec, request: &Request, text: &str, stats: &Stats) -> serde_json::Value {
     let cache = &stats.cache;
     json!({
         "text": text,

@@ -61,7 +61,8 @@ impl Model<'_> {
     }
 
     /// All layers over `tokens`, layer by layer; returns the residual stream `[tokens, width]` of those that went through
-    /// all layers, the last among them.
+    /// all layers, the last among them. Tokens are chosen among those of a first read; of later ones all stay, but for what
+    /// LagKV drops.
     ///
     /// # Errors
     /// As [`Model::prefill`].
@@ -73,7 +74,10 @@ impl Model<'_> {
         watch: &mut Watch<'_>,
     ) -> Result<Vec<f32>, ModelError> {
         let (layers, heads) = (self.layers.len(), self.config.heads);
-        let policy = Policy::new(cache.spec(), layers, heads, tokens.len());
+        let policy = match cache.position(row) {
+            0 => Policy::new(cache.spec(), layers, heads, tokens.len()),
+            _ => None,
+        };
         self.pass(tokens, (cache, row), policy, work, watch)
     }
 

@@ -146,6 +146,16 @@ impl Evict {
         METHODS[usize::from(self.row)].method
     }
 
+    /// Whether it has a text said again.
+    pub fn says_again(&self) -> bool {
+        matches!(self.method(), Method::Repeat | Method::RepeatHeads)
+    }
+
+    /// Whether it keeps what the newest tokens attend to: of a prompt that ends in a question, what that asks for.
+    pub fn follows_attention(&self) -> bool {
+        matches!(self.method(), Method::Window | Method::Column)
+    }
+
     /// Its name.
     pub fn name(&self) -> &'static str {
         METHODS[usize::from(self.row)].name

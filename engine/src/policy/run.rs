@@ -52,16 +52,12 @@ impl Policy {
 
     /// Whether all layers are to be read before any of them is packed.
     pub fn waits(&self) -> bool {
-        self.evict().is_some_and(|evict| {
-            let again = matches!(evict.method(), Method::Repeat | Method::RepeatHeads);
-            again || self.spec.budget().waits()
-        })
+        self.evict().is_some_and(|evict| evict.says_again() || self.spec.budget().waits())
     }
 
     /// The method where it says the text again.
     pub fn repeats(&self) -> Option<&Evict> {
-        let again = |evict: &&Evict| matches!(evict.method(), Method::Repeat | Method::RepeatHeads);
-        self.evict().filter(again)
+        self.evict().filter(|evict| evict.says_again())
     }
 
     /// What hears `said` tokens say part `part` of a read of `n` again, after heads that hold `lens`.

@@ -42,6 +42,11 @@ impl<'m> CpuRunner<'m> {
         self
     }
 
+    /// Where its sequences lie, to put one there from elsewhere ([`crate::store`]).
+    pub fn cache_mut(&mut self) -> &mut Cache {
+        &mut self.cache
+    }
+
     /// Slabs of each format that `bytes` hold, the rings of all rows taken off, in the proportion in which sequences of
     /// `len` tokens need them to run and to be frozen.
     pub fn slabs_in(&self, bytes: usize, len: usize) -> Slabs {

@@ -1,6 +1,7 @@
 //! What the tests of the file side share: a GGUF writer and the way to the real model.
 #![allow(dead_code)]
 
+pub mod bytes;
 pub mod fake;
 pub mod program;
 pub mod schedule;
