@@ -1,9 +1,9 @@
 //! Which tokens a cache keeps: a score for each token, representatives of the others, a budget for each head, and which
 //! tokens go deeper in a prefill.
 //!
-//! A policy acts on the tokens of one read, each layer after its own attention, so nothing that is computed in a layer
-//! misses a token that is dropped there. Tokens that are kept stay rotated by their own positions, and positions never
-//! shrink. A method of a paper does what the paper and its code do; where kvpress does otherwise, that is a method of its
+//! A policy acts on the tokens of a sequence's first read, each layer after its own attention, so nothing that is computed
+//! in a layer misses a token that is dropped there; what is read later stays, but for what LagKV drops. Tokens that are
+//! kept stay rotated by their own positions, and positions never shrink. A method of a paper does what the paper and its code do; where kvpress does otherwise, that is a method of its
 //! own. [`Share`] of the tokens read says how many stay, those that a method protects among them.
 
 mod budget;
