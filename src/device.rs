@@ -6,6 +6,8 @@
 mod blas;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "cuda")]
+mod staging;
 
 use crate::{Error, Result};
 

@@ -7,14 +7,32 @@ use std::fmt::Debug;
 use crate::error::{Error, Result};
 use crate::ffi::{self, kvw_status, kvw_stream};
 
-/// One op: what enqueues it, and what puts its status into words.
+/// What enqueues an op.
+type Function<P> = unsafe extern "C" fn(*const P, kvw_stream) -> kvw_status;
+/// What puts a status into words.
+type Text = unsafe extern "C" fn(kvw_status) -> *const c_char;
+
+/// One op: what enqueues it, the bytes that it must move, and what puts its status into words.
 pub struct Op<P> {
-    pub(crate) name: &'static str,
-    pub(crate) function: unsafe extern "C" fn(*const P, kvw_stream) -> kvw_status,
-    pub(crate) text: unsafe extern "C" fn(kvw_status) -> *const c_char,
+    name: &'static str,
+    function: Function<P>,
+    bytes: unsafe extern "C" fn(*const P) -> usize,
+    text: Text,
 }
 
 impl<P: Debug> Op<P> {
+    /// Name of its family.
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Bytes that it must move at the bounds which `args` names, lengths being the device's to know; 0 for arguments that
+    /// it refuses.
+    pub fn bytes(&self, args: &P) -> usize {
+        // SAFETY: the function reads the struct's numbers and follows no pointer.
+        unsafe { (self.bytes)(args) }
+    }
+
     /// Enqueue it on `stream`; returns before it has run. `struct_size` of `args` must be set. With feature `nvtx` a
     /// range of its name is open meanwhile.
     ///
@@ -25,24 +43,37 @@ impl<P: Debug> Op<P> {
     /// Every pointer of `args` is null where that is allowed, or an address of as many elements as the op's header
     /// says, in memory that the op's library reads, which live until the op has run; nothing else writes them meanwhile.
     pub unsafe fn run(&self, args: &P, stream: kvw_stream) -> Result<()> {
-        #[cfg(feature = "nvtx")]
-        let _range = nvtx::LocalRange::new(&std::ffi::CString::new(self.name).unwrap_or_default());
-        // SAFETY: the caller's promise; the op reads `args` before it returns, its text is static and NUL-terminated.
-        let (status, what) = unsafe {
-            let status = (self.function)(args, stream);
-            (status, CStr::from_ptr((self.text)(status)).to_string_lossy().into_owned())
-        };
-        let op = self.name;
-        match status {
-            0 => Ok(()),
-            ..0 => Err(Error::Invalid { op, status, why: what, params: format!("{args:?}") }),
-            code => Err(Error::Cuda { op, code, what }),
-        }
+        // SAFETY: the caller's promise.
+        unsafe { enqueue(self.name, (self.function, self.text), args, stream) }
+    }
+}
+
+/// Enqueues the op of this name.
+///
+/// # Safety
+/// As [`Op::run`].
+pub(crate) unsafe fn enqueue<P: Debug>(
+    op: &'static str,
+    (function, text): (Function<P>, Text),
+    args: &P,
+    stream: kvw_stream,
+) -> Result<()> {
+    #[cfg(feature = "nvtx")]
+    let _range = nvtx::LocalRange::new(&std::ffi::CString::new(op).unwrap_or_default());
+    // SAFETY: the caller's promise; the op reads `args` before it returns, its text is static and NUL-terminated.
+    let (status, what) = unsafe {
+        let status = function(args, stream);
+        (status, CStr::from_ptr(text(status)).to_string_lossy().into_owned())
+    };
+    match status {
+        0 => Ok(()),
+        ..0 => Err(Error::Invalid { op, status, why: what, params: format!("{args:?}") }),
+        code => Err(Error::Cuda { op, code, what }),
     }
 }
 
 macro_rules! kernels {
-    ($($op:ident: $symbol:ident, $params:ident;)*) => {
+    ($($op:ident: $symbol:ident, $bytes:ident, $params:ident;)*) => {
         /// Every op.
         pub struct Kernels {
             $(
@@ -57,7 +88,12 @@ macro_rules! kernels {
             pub fn linked() -> Result<Self> {
                 #[cfg(kvw_cuda)]
                 return Ok(Self {
-                    $($op: Op { name: stringify!($op), function: ffi::$symbol, text: ffi::kvw_status_str },)*
+                    $($op: Op {
+                        name: stringify!($op),
+                        function: ffi::$symbol,
+                        bytes: ffi::$bytes,
+                        text: ffi::kvw_status_str,
+                    },)*
                     paged_attn_workspace: ffi::kvw_paged_attn_workspace,
                 });
                 #[cfg(not(kvw_cuda))]
@@ -74,14 +110,14 @@ macro_rules! kernels {
                     Self {
                         $($op: Op {
                             name: stringify!($op),
-                            function: std::mem::transmute::<
+                            function: std::mem::transmute::<*const c_void, Function<ffi::$params>>(
+                                symbol(stringify!($symbol)),
+                            ),
+                            bytes: std::mem::transmute::<
                                 *const c_void,
-                                unsafe extern "C" fn(*const ffi::$params, kvw_stream) -> kvw_status,
-                            >(symbol(stringify!($symbol))),
-                            text: std::mem::transmute::<
-                                *const c_void,
-                                unsafe extern "C" fn(kvw_status) -> *const c_char,
-                            >(symbol("kvw_status_str")),
+                                unsafe extern "C" fn(*const ffi::$params) -> usize,
+                            >(symbol(stringify!($bytes))),
+                            text: std::mem::transmute::<*const c_void, Text>(symbol("kvw_status_str")),
                         },)*
                         paged_attn_workspace: std::mem::transmute::<
                             *const c_void,
@@ -95,18 +131,18 @@ macro_rules! kernels {
 }
 
 kernels! {
-    embed: kvw_embed, kvw_embed_params;
-    kv_pack: kvw_kv_pack, kvw_kv_pack_params;
-    linear: kvw_linear, kvw_linear_params;
-    page_table: kvw_page_table, kvw_page_table_params;
-    paged_attn: kvw_paged_attn, kvw_paged_attn_params;
-    prefill_attn: kvw_prefill_attn, kvw_prefill_attn_params;
-    rms_norm: kvw_rms_norm, kvw_rms_norm_params;
-    rope_select: kvw_rope_select, kvw_rope_select_params;
-    sample: kvw_sample, kvw_sample_params;
-    swiglu: kvw_swiglu, kvw_swiglu_params;
-    token_score: kvw_token_score, kvw_token_score_params;
-    token_select: kvw_token_select, kvw_token_select_params;
+    embed: kvw_embed, kvw_embed_bytes, kvw_embed_params;
+    kv_pack: kvw_kv_pack, kvw_kv_pack_bytes, kvw_kv_pack_params;
+    linear: kvw_linear, kvw_linear_bytes, kvw_linear_params;
+    page_table: kvw_page_table, kvw_page_table_bytes, kvw_page_table_params;
+    paged_attn: kvw_paged_attn, kvw_paged_attn_bytes, kvw_paged_attn_params;
+    prefill_attn: kvw_prefill_attn, kvw_prefill_attn_bytes, kvw_prefill_attn_params;
+    rms_norm: kvw_rms_norm, kvw_rms_norm_bytes, kvw_rms_norm_params;
+    rope_select: kvw_rope_select, kvw_rope_select_bytes, kvw_rope_select_params;
+    sample: kvw_sample, kvw_sample_bytes, kvw_sample_params;
+    swiglu: kvw_swiglu, kvw_swiglu_bytes, kvw_swiglu_params;
+    token_score: kvw_token_score, kvw_token_score_bytes, kvw_token_score_params;
+    token_select: kvw_token_select, kvw_token_select_bytes, kvw_token_select_params;
 }
 
 impl Kernels {

@@ -18,9 +18,9 @@ macro_rules! op {
         /// the header says, which live until the kernel has run; nothing else writes them meanwhile.
         pub unsafe fn run(args: &Args, stream: crate::ffi::kvw_stream) -> crate::Result<()> {
             let args = Args { struct_size: size_of::<Args>() as u32, ..*args };
-            let (function, text) = (crate::ffi::$function, crate::ffi::kvw_status_str);
+            let op = (crate::ffi::$function as _, crate::ffi::kvw_status_str as _);
             // SAFETY: the caller's promise.
-            unsafe { crate::kernels::Op { name: $name, function, text }.run(&args, stream) }
+            unsafe { crate::kernels::enqueue($name, op, &args, stream) }
         }
     };
 }

@@ -6,8 +6,12 @@ use std::time::{Duration, Instant};
 use kvwarp::sample::draw;
 
 use crate::cache::CacheStats;
+use crate::profile::Profile;
 use crate::runner::{Choice, Frozen, Row, RunError, Runner, Turn};
 use crate::watch::Watch;
+
+/// Steps of a decode that are profiled: enough to say what one is made of.
+const PROFILED: usize = 16;
 
 /// What to measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +31,17 @@ pub struct Samples {
     pub times: Vec<Duration>,
     /// What the cache held after one.
     pub cache: CacheStats,
+    /// What it was made of, where that was asked for.
+    pub profiled: Option<Profiled>,
+}
+
+/// Launches of some steps, each timed.
+#[derive(Debug, Clone)]
+pub struct Profiled {
+    /// Of all steps.
+    pub profile: Profile,
+    /// Steps; a prefill is one.
+    pub steps: usize,
 }
 
 /// Sequences filled to some depth, and tests on them.
@@ -39,6 +54,16 @@ pub struct Bench<'r> {
 }
 
 impl Samples {
+    /// Mean time of a step of `test`; a prefill is one.
+    pub fn step_time(&self, test: Test) -> Duration {
+        let steps = match test {
+            Test::Prefill(_) => 1,
+            Test::Decode(n) => n,
+        };
+        let all: Duration = self.times.iter().sum();
+        all.div_f64((steps * self.times.len()).max(1) as f64)
+    }
+
     /// Tokens a second of each repetition.
     pub fn speeds(&self) -> Vec<f64> {
         self.times.iter().map(|time| self.tokens as f64 / time.as_secs_f64()).collect()
@@ -98,7 +123,7 @@ impl<'r> Bench<'r> {
             Test::Decode(n) => (Test::Decode(n.min(1)), n * self.filled.len()),
         };
         let cache = self.once(warm_up, watch)?.1;
-        let mut samples = Samples { tokens, times: Vec::new(), cache };
+        let mut samples = Samples { tokens, times: Vec::new(), cache, profiled: None };
         for _ in 0..repetitions {
             let (time, cache) = self.once(test, watch)?;
             samples.times.push(time);
@@ -107,14 +132,29 @@ impl<'r> Bench<'r> {
         Ok(samples)
     }
 
-    /// A prefill is of the first sequence alone, a decode of all together.
+    /// Runs `test` once more, a few steps of a decode, with every launch timed.
+    ///
+    /// # Errors
+    /// As of [`Bench::run`].
+    pub fn profile(&mut self, test: Test, watch: &mut Watch<'_>) -> Result<Profiled, RunError> {
+        let rows = self.begin(test, watch)?;
+        self.runner.start_profile();
+        let (steps, done) = match test {
+            Test::Prefill(n) => (1, self.prefill(rows[0], n, watch)),
+            Test::Decode(n) => (n.min(PROFILED), self.decode(&rows, n.min(PROFILED), watch)),
+        };
+        let profile = self.runner.end_profile();
+        rows.into_iter().for_each(|row| self.runner.close(row));
+        done?;
+        Ok(Profiled { profile: profile?, steps })
+    }
+
     fn once(
         &mut self,
         test: Test,
         watch: &mut Watch<'_>,
     ) -> Result<(Duration, CacheStats), RunError> {
-        let sequences = if let Test::Prefill(_) = test { 1 } else { self.filled.len() };
-        let rows = (0..sequences).map(|i| self.start(i, watch)).collect::<Result<Vec<_>, _>>()?;
+        let rows = self.begin(test, watch)?;
         let time = match test {
             Test::Prefill(n) => self.prefill(rows[0], n, watch)?,
             Test::Decode(n) => self.decode(&rows, n, watch)?,
@@ -161,6 +201,12 @@ impl<'r> Bench<'r> {
         };
         let turns: Vec<_> = rows.iter().zip(tokens).map(turn).collect();
         self.runner.step(&turns, &mut Vec::new())
+    }
+
+    /// The sequences of a test: a prefill is of the first alone, a decode of all together.
+    fn begin(&mut self, test: Test, watch: &mut Watch<'_>) -> Result<Vec<Row>, RunError> {
+        let sequences = if let Test::Prefill(_) = test { 1 } else { self.filled.len() };
+        (0..sequences).map(|i| self.start(i, watch)).collect()
     }
 
     /// Sequence `i` as it was filled.

@@ -11,6 +11,7 @@
 mod cache;
 mod control;
 pub mod cuda;
+mod metered;
 mod model;
 mod ops;
 pub mod platform;
@@ -35,6 +36,7 @@ use crate::source::Source;
 use crate::spec::CacheSpec;
 use cache::Cache;
 use control::{Control, Grid};
+use metered::Metered;
 use model::Network;
 use platform::{Buffer, GpuError, Platform, Replay, Result};
 use read::Prompt;
@@ -54,6 +56,8 @@ pub struct Options {
     pub weights: Stored,
     /// Bytes of the pools of slabs; `None`: what `rows` sequences of the whole context take, as far as memory goes.
     pub budget: Option<usize>,
+    /// Tokens of a prompt that are read together, as far as memory for them is set aside: more take it when they come.
+    pub block: usize,
     /// Rows of a prompt that pass through a layer together.
     pub piece: usize,
 }
@@ -61,13 +65,13 @@ pub struct Options {
 impl Options {
     /// For `rows` sequences of `context` tokens.
     pub fn new(rows: usize, context: usize) -> Self {
-        Self { rows, context, weights: Stored::Blocks, budget: None, piece: BLOCK }
+        Self { rows, context, weights: Stored::Blocks, budget: None, block: BLOCK, piece: BLOCK }
     }
 }
 
 /// A model on a device, with its sequences.
 pub struct Gpu {
-    platform: Rc<dyn Platform>,
+    platform: Rc<Metered>,
     net: Network,
     cache: Cache,
     control: Control,
@@ -97,9 +101,9 @@ pub fn open(
     platform: Rc<dyn Platform>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Gpu> {
-    let (config, Options { rows, context, piece, .. }) = (&source.config, *options);
-    if rows == 0 || piece == 0 || context == 0 || context > config.context {
-        let (limit, what) = (config.context, "rows, pieces and a context of 1 to");
+    let (config, Options { rows, context, block, piece, .. }) = (&source.config, *options);
+    if rows == 0 || block == 0 || piece == 0 || context == 0 || context > config.context {
+        let (limit, what) = (config.context, "rows, blocks, pieces and a context of 1 to");
         return Err(GpuError::Unsupported(format!("{what} {limit} are needed, not {context}")));
     }
     if config.group() > 16 {
@@ -107,6 +111,7 @@ pub fn open(
         return Err(GpuError::Unsupported(format!("{group} query heads a kv head; at most 16")));
     }
     let config::Config { layers, kv_heads, head_dim, .. } = *config;
+    let platform = Metered::new(platform);
     let shape = Shape { layers, kv_heads, head_dim, context };
     let cache = Cache::new(&platform, spec, shape, &plan(source, spec, calibration), rows)?;
     let weights =
@@ -117,7 +122,7 @@ pub fn open(
     let control = Control::new(&platform, most, cache.edits(most.rows))?;
     let prompt = Prompt::new(
         (&platform, config.width, kv_heads),
-        piece.min(context),
+        block.min(context),
         cache.f16_bytes(),
         piece,
         cache.ring_slabs(),

@@ -17,6 +17,7 @@ pub mod lookup;
 pub mod model;
 pub mod perplexity;
 pub mod policy;
+pub mod profile;
 pub mod runner;
 pub mod safetensors;
 pub mod source;

@@ -25,6 +25,7 @@ use crate::cache::{Cache, Plan, Shape};
 use crate::calibration::{self, Calibration};
 use crate::config::{self, Config};
 use crate::policy::{self, Repeat};
+use crate::profile::Launch;
 use crate::runner::Row;
 use crate::source::Source;
 use crate::spec::CacheSpec;
@@ -181,7 +182,7 @@ impl<'a> Model<'a> {
         work: &mut Work,
     ) -> Result<(), ModelError> {
         let tokens: Vec<u32> = turns.iter().flat_map(|(_, tokens)| *tokens).copied().collect();
-        let mut x = self.embed(&tokens)?;
+        let mut x = work.clock.time(|| Launch::of("embed"), || self.embed(&tokens))?;
         let (mut positions, mut counts) = (Vec::with_capacity(tokens.len()), Vec::new());
         for &(row, tokens) in turns {
             let first = cache.advance(row, tokens.len())?;
@@ -214,8 +215,11 @@ impl<'a> Model<'a> {
         let rows = x.len() / width;
         work.h.resize(x.len(), 0.0);
         work.logits.resize(rows * vocab, 0.0);
-        rms_norm::cpu(x, &self.output_norm, rms_eps, &mut work.h)?;
-        Ok(matmul(&self.cpu(alone), &self.output, &work.h, rows, &mut work.logits)?)
+        let Work { h, logits, clock, .. } = work;
+        clock
+            .time(|| Launch::of("rms_norm"), || rms_norm::cpu(x, &self.output_norm, rms_eps, h))?;
+        let multiply = || matmul(&self.cpu(alone), &self.output, h, rows, logits);
+        Ok(clock.time(|| product([&self.output], rows), multiply)?)
     }
 
     fn angles(&self, positions: impl IntoIterator<Item = usize>) -> Angles {
@@ -228,4 +232,12 @@ impl<'a> Model<'a> {
     fn cpu(&self, alone: bool) -> Cpu<'_> {
         Cpu { activations: self.activations, alone, ..Cpu::new(&self.team) }
     }
+}
+
+/// Products of `rows` rows with matrices that have the same input; rows and sums are f32.
+fn product<const N: usize>(matrices: [&linear::Weights<'_>; N], rows: usize) -> Launch {
+    let (outputs, cols) = (matrices.iter().map(|m| m.rows()).sum(), matrices[0].cols());
+    let weights: usize = matrices.iter().map(|m| m.bytes()).sum();
+    let bytes = weights + 4 * rows * (cols + outputs);
+    Launch { op: "linear", shape: Some([outputs, cols]), bytes }
 }

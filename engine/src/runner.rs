@@ -19,6 +19,7 @@ pub use cpu::CpuRunner;
 use crate::cache::{CacheError, CacheStats};
 use crate::config::Config;
 use crate::model::ModelError;
+use crate::profile::Profile;
 use crate::spec::CacheSpec;
 use crate::watch::{Interrupted, Watch};
 
@@ -264,4 +265,15 @@ pub trait Runner {
 
     /// What a sequence costs; slabs that it shares count in full.
     fn stats(&self, row: Row) -> CacheStats;
+
+    /// Times every launch from here on; a step is then not a recording, but each launch by itself.
+    fn start_profile(&mut self) {}
+
+    /// What was launched since [`Runner::start_profile`]; nothing where there are no kernels. Time is not taken any more.
+    ///
+    /// # Errors
+    /// [`RunError::Kernel`].
+    fn end_profile(&mut self) -> Result<Profile, RunError> {
+        Ok(Profile::default())
+    }
 }

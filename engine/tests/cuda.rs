@@ -7,6 +7,7 @@ mod pair;
 mod support;
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use kvwarp::device::{Device, Gemm, Pieces};
 use kvwarp::ffi::kvw_stream;
@@ -85,6 +86,14 @@ impl Platform for Eager {
 
     fn memory(&self) -> Result<(usize, usize)> {
         self.0.memory()
+    }
+
+    fn stamp(&self) -> Result<()> {
+        self.0.stamp()
+    }
+
+    fn stamps(&self) -> Result<Vec<Duration>> {
+        self.0.stamps()
     }
 }
 

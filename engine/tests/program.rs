@@ -1,5 +1,7 @@
 //! The program as a user runs it.
 
+#[path = "program/bench.rs"]
+mod bench;
 mod support;
 
 use std::io::Read;
@@ -69,6 +71,7 @@ fn wrong_arguments_exit_with_2() {
         (&["generate", "-m", &model], &["--prompt"]),
         (&["generate", "-m", &model, "-p", "x", "--top-p", "1.5"], &["top_p", "1.5"]),
         (&["bench", "-m", &model, "-p", "many"], &["many", "512 or 8k"]),
+        (&["bench", "-m", &model, "--profile", "-o", "csv"], &["--profile", "md or json"]),
         (&["nonsense"], &["nonsense"]),
     ] {
         let (code, error) = failure(arguments);
@@ -128,28 +131,6 @@ fn json_is_json() {
         let value: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert!(keys.iter().all(|key| value.get(key).is_some()), "{value}");
     }
-}
-
-#[test]
-fn bench_has_llama_benchs_rows_and_fields() {
-    let model = fixture("qwen2");
-    let sweep = [
-        "-m", &model, "-p", "16", "-n", "4", "-d", "0,100", "-r", "3", "-ctk", "f16,q2", "-t", "1",
-    ];
-    let json = kvwarp(&[&["bench", "-o", "json"][..], &sweep].concat());
-    let rows: Vec<Value> = serde_json::from_slice(&json.stdout).unwrap();
-    assert_eq!(rows.len(), 8);
-    for row in &rows {
-        assert_eq!(row["samples_ts"].as_array().unwrap().len(), 3);
-        assert!(row["avg_ts"].as_f64().unwrap() > 0.0 && row["kv_bytes"].as_u64().unwrap() > 0);
-    }
-    assert_eq!((&rows[3]["n_gen"], &rows[3]["n_depth"]), (&4.into(), &100.into()));
-    let table = text(&kvwarp(&[&["bench"][..], &sweep].concat()).stdout);
-    for name in ["pp16", "tg4", "pp16 @ d100", "tg4 @ d100", "q2", "±"] {
-        assert!(table.contains(name), "{name} in\n{table}");
-    }
-    let csv = text(&kvwarp(&[&["bench", "-o", "csv"][..], &sweep].concat()).stdout);
-    assert_eq!(csv.lines().count(), 9);
 }
 
 fn real() -> Option<PathBuf> {

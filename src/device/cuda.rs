@@ -2,19 +2,17 @@
 //!
 //! Everything is enqueued on the stream; only [`Cuda::read`], [`Cuda::download`] and [`Cuda::synchronize`] wait.
 
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUmemorytype, CUstreamCaptureMode};
-use cudarc::driver::{
-    CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, PinnedHostSlice, result,
-};
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, result};
 
 use super::blas::Blas;
+use super::staging::{STAGE, Staging};
 use super::{Gemm, Pieces};
 use crate::{Error, Result, ffi};
-
-/// Bytes of a pinned buffer; two of them alternate, so that one is filled while the other is sent.
-const STAGE: usize = 8 << 20;
 
 /// A GPU's primary context and one stream.
 pub struct Cuda {
@@ -22,14 +20,6 @@ pub struct Cuda {
     stream: Arc<CudaStream>,
     staging: Mutex<Staging>,
     blas: OnceLock<Blas>,
-}
-
-/// Pinned memory that uploads pass through, made when first needed.
-#[derive(Default)]
-struct Staging {
-    /// Each with the event that says when it has been sent.
-    buffers: Vec<(PinnedHostSlice<u8>, CudaEvent)>,
-    next: usize,
 }
 
 /// Bytes on a GPU, freed in stream order when dropped.
@@ -41,6 +31,9 @@ pub struct Memory {
 
 /// Work recorded once, to be enqueued as a whole.
 pub struct Graph(CudaGraph);
+
+/// The moment at which what had been enqueued was done.
+pub struct Stamp(CudaEvent);
 
 pub(super) fn failed(e: DriverError) -> Error {
     Error::Cuda { op: "device", code: e.0 as i32, what: e.to_string() }
@@ -86,6 +79,22 @@ impl Graph {
     pub fn launch(&self) -> Result<()> {
         self.0.launch().map_err(failed)
     }
+}
+
+impl Stamp {
+    /// Waits for both moments; the time between them, to about half a microsecond.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn since(&self, earlier: &Self) -> Result<Duration> {
+        let milliseconds = earlier.0.elapsed_ms(&self.0).map_err(failed)?;
+        Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
+    }
+}
+
+/// Sleeps; `microseconds` is a number, not an address.
+unsafe extern "C" fn sleep(microseconds: *mut c_void) {
+    std::thread::sleep(Duration::from_micros(microseconds as u64));
 }
 
 impl Cuda {
@@ -232,38 +241,24 @@ impl Cuda {
         Ok(graph?.map(Graph))
     }
 
+    /// Has the stream wait for so long, so that what is enqueued meanwhile runs without gaps after it.
+    pub fn hold(&self, time: Duration) -> Result<()> {
+        self.context.bind_to_thread().map_err(failed)?;
+        let microseconds = time.as_micros() as usize as *mut c_void;
+        // SAFETY: the function follows no pointer and calls nothing of CUDA.
+        unsafe { sys::cuLaunchHostFunc(self.stream.cu_stream(), Some(sleep), microseconds) }
+            .result()
+            .map_err(failed)
+    }
+
+    /// Notes when what has been enqueued so far is done.
+    pub fn stamp(&self) -> Result<Stamp> {
+        let timed = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        self.stream.record_event(Some(timed)).map(Stamp).map_err(failed)
+    }
+
     /// Waits until everything enqueued has run; errors of kernels surface here.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(failed)
-    }
-}
-
-impl Staging {
-    /// Copies `part`, [`STAGE`] bytes at most, into pinned memory and from there to `at`.
-    ///
-    /// # Safety
-    /// `at` is an address of the stream's device with room for `part`.
-    unsafe fn send(
-        &mut self,
-        stream: &CudaStream,
-        at: u64,
-        part: &[u8],
-    ) -> Result<(), DriverError> {
-        let context = stream.context();
-        if self.buffers.len() < 2 {
-            // SAFETY: bytes are written before they are read.
-            let pinned = unsafe { context.alloc_pinned(STAGE) }?;
-            self.buffers.push((pinned, context.new_event(None)?));
-            self.next = self.buffers.len() - 1;
-        }
-        let (pinned, sent) = &mut self.buffers[self.next];
-        sent.synchronize()?;
-        let pinned = &mut pinned.as_mut_slice()?[..part.len()];
-        pinned.copy_from_slice(part);
-        // SAFETY: the caller's promise; the pinned bytes stay as they are until the event says that they were sent.
-        unsafe { result::memcpy_htod_async(at, pinned, stream.cu_stream()) }?;
-        sent.record(stream)?;
-        self.next = 1 - self.next;
-        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! `kvwarp bench`.
 
 mod format;
+mod profile;
 
 use clap::ValueEnum;
 
@@ -40,6 +41,9 @@ pub struct Args {
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     repetitions: u32,
+    /// Tell launches by op, with their times and bytes: a step of a decode, or all of a prefill
+    #[arg(long)]
+    profile: bool,
     /// Output format
     #[arg(short, long, value_enum, default_value_t = Output::Md)]
     output: Output,
@@ -79,6 +83,9 @@ pub enum Output {
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let specs = args.specs()?;
+    if args.profile && args.output == Output::Csv {
+        return Err(Usage("--profile: a list in a list is no CSV; use md or json".into()).into());
+    }
     let base = args.base();
     let source = match &args.synthetic {
         Some(shape) => {
@@ -142,7 +149,11 @@ fn at_depth(
     for test in tests {
         let mut step = |_| {};
         let mut watch = Watch::new(stop, &mut step);
-        report(test, &bench.run(test, args.repetitions as usize, &mut watch)?)?;
+        let mut samples = bench.run(test, args.repetitions as usize, &mut watch)?;
+        if args.profile {
+            samples.profiled = Some(bench.profile(test, &mut watch)?);
+        }
+        report(test, &samples)?;
     }
     Ok(())
 }

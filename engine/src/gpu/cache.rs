@@ -11,7 +11,8 @@ use std::rc::Rc;
 use kvwarp::pages::{Entry, Slots, packed_slabs, ring_slabs};
 use kvwarp::slab::{Format, Layout, Meta, TOKENS};
 
-use super::platform::{Buffer, GpuError, Platform, Result};
+use super::metered::Metered;
+use super::platform::{Buffer, GpuError, Result};
 use crate::cache::{CacheStats, Plan, Shape, need};
 use crate::runner::{Row, RunError, Slabs};
 use crate::spec::CacheSpec;
@@ -28,7 +29,7 @@ pub type Edit = [u32; 2];
 
 /// Keys and values of up to `rows` sequences.
 pub struct Cache {
-    platform: Rc<dyn Platform>,
+    platform: Rc<Metered>,
     shape: Shape,
     spec: CacheSpec,
     rows: usize,
@@ -50,7 +51,7 @@ pub struct Cache {
 impl Cache {
     /// Without pools, which take what memory is left in the end ([`Cache::fund`]).
     pub fn new(
-        platform: &Rc<dyn Platform>,
+        platform: &Rc<Metered>,
         spec: &CacheSpec,
         shape: Shape,
         plan: &Plan,

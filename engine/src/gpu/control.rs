@@ -5,8 +5,9 @@ use std::rc::Rc;
 use kvwarp::sample::MAX_RECENT;
 
 use super::cache::Edit;
+use super::metered::Metered;
 use super::ops::{Ops, at, params};
-use super::platform::{Buffer, Platform, Result};
+use super::platform::{Buffer, Result};
 use crate::runner::Turn;
 
 /// Rows of a step and tokens that each has: what a recorded step depends on.
@@ -95,7 +96,7 @@ const COUNT: usize = 4;
 
 impl Control {
     /// For steps of at most `most`, with at most `edits` edits each.
-    pub fn new(platform: &Rc<dyn Platform>, most: Grid, edits: usize) -> Result<Self> {
+    pub fn new(platform: &Rc<Metered>, most: Grid, edits: usize) -> Result<Self> {
         let words = Places::of(most).edits + 2 * edits;
         Ok(Self {
             block: Buffer::new(platform, "a step's numbers", 4 * words)?,
@@ -118,7 +119,7 @@ impl Control {
     /// Tells the device of `turns`, each with the tokens that its row held before.
     pub fn write(
         &mut self,
-        platform: &Rc<dyn Platform>,
+        platform: &Rc<Metered>,
         grid: Grid,
         turns: &[(&Turn<'_>, usize)],
         edits: &[Edit],

@@ -2,8 +2,9 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::time::Duration;
 
-use kvwarp::device::cuda::{Cuda, Graph, Memory};
+use kvwarp::device::cuda::{Cuda, Graph, Memory, Stamp};
 use kvwarp::device::{Gemm, Pieces};
 use kvwarp::ffi::kvw_stream;
 use kvwarp::kernels::Kernels;
@@ -12,6 +13,9 @@ use super::platform::{GpuError, Platform, Replay, Result};
 
 /// CUDA's code for memory that is short.
 const OUT_OF_MEMORY: i32 = 2;
+/// What the host is given to enqueue launches that are timed, so that no kernel waits for it: it takes a few microseconds
+/// for each of a step's few hundred.
+const HEAD_START: Duration = Duration::from_millis(20);
 
 /// A GPU with the kernels of this build.
 pub struct CudaPlatform {
@@ -19,6 +23,7 @@ pub struct CudaPlatform {
     stream: kvw_stream,
     kernels: Kernels,
     memory: RefCell<HashMap<u64, Memory>>,
+    stamps: RefCell<Vec<Stamp>>,
 }
 
 impl CudaPlatform {
@@ -28,7 +33,7 @@ impl CudaPlatform {
     /// [`kvwarp::Error::NotBuilt`] without kernels, [`kvwarp::Error::Cuda`].
     pub fn new(cuda: Cuda) -> kvwarp::Result<Self> {
         let (stream, kernels) = (cuda.stream()?, Kernels::linked()?);
-        Ok(Self { cuda, stream, kernels, memory: RefCell::default() })
+        Ok(Self { cuda, stream, kernels, memory: RefCell::default(), stamps: RefCell::default() })
     }
 }
 
@@ -93,6 +98,21 @@ impl Platform for CudaPlatform {
 
     fn memory(&self) -> Result<(usize, usize)> {
         Ok(self.cuda.memory()?)
+    }
+
+    fn stamp(&self) -> Result<()> {
+        let mut stamps = self.stamps.borrow_mut();
+        if stamps.is_empty() {
+            self.cuda.hold(HEAD_START)?;
+        }
+        stamps.push(self.cuda.stamp()?);
+        Ok(())
+    }
+
+    fn stamps(&self) -> Result<Vec<Duration>> {
+        let stamps = self.stamps.take();
+        let times = stamps.windows(2).map(|pair| pair[1].since(&pair[0]));
+        Ok(times.collect::<kvwarp::Result<_>>()?)
     }
 }
 

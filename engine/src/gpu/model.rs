@@ -4,8 +4,9 @@ use std::rc::Rc;
 
 use kvwarp::ffi::{self, KVW_F16, kvw_cache, kvw_kv_pack_params};
 
+use super::metered::Metered;
 use super::ops::{FEW_ROWS, Ops, at, params};
-use super::platform::{Buffer, Platform, Result};
+use super::platform::{Buffer, Result};
 use super::weights::{Layer, Weights};
 use crate::config::{Config, Pairing};
 
@@ -48,7 +49,7 @@ pub struct Network {
 impl Network {
     /// With room for pieces of `rows` rows, at most `step` of them in a step.
     pub fn new(
-        platform: &Rc<dyn Platform>,
+        platform: &Rc<Metered>,
         config: &Config,
         weights: Weights,
         turned: bool,

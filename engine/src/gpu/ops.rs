@@ -7,7 +7,8 @@ use kvwarp::device::Gemm;
 use kvwarp::ffi::{self, KVW_F16};
 use kvwarp::kernels::{Kernels, Op};
 
-use super::platform::{Platform, Result};
+use super::metered::Metered;
+use super::platform::Result;
 use super::weights::{Linear, Matrix};
 
 /// Rows of `x` that the GEMV takes at once.
@@ -38,7 +39,7 @@ pub fn at<T>(address: u64) -> *mut T {
 
 /// Ops, and products of any number of rows.
 pub struct Ops {
-    pub platform: Rc<dyn Platform>,
+    pub platform: Rc<Metered>,
     /// Room for an unpacked matrix, [`Matrix::unpacked_bytes`] of the largest; 0 where none is unpacked.
     pub unpacked: u64,
     /// `[tokens]` i32 zeros: the row of a bias.
@@ -50,7 +51,7 @@ impl Ops {
     pub fn run<P: Debug>(&self, op: impl Fn(&Kernels) -> &Op<P>, params: &P) -> Result<()> {
         // SAFETY: the engine takes every address from a `Buffer` that it owns, sized by the same model shape, context and
         // rows as the counts beside it; buffers are released in stream order, after what was enqueued before.
-        Ok(unsafe { op(self.platform.kernels()).run(params, self.platform.stream()) }?)
+        unsafe { self.platform.run(op(self.platform.kernels()), None, params) }
     }
 
     /// Rows `ids` of a matrix as `out_dtype`, `[tokens, cols]`; all of it, in order, where `ids` is null.
@@ -150,7 +151,9 @@ impl Ops {
                 rows: matrix.rows as i32,
                 cols: matrix.cols as i32,
             });
-            self.run(|k| &k.linear, &params)?;
+            let (op, shape) = (&self.platform.kernels().linear, [matrix.rows, matrix.cols]);
+            // SAFETY: as above.
+            unsafe { self.platform.run(op, Some(shape), &params) }?;
         }
         Ok(())
     }

@@ -4,10 +4,13 @@
 //! Addresses are the device's; nothing here follows them.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use kvwarp::device::{Gemm, Pieces};
 use kvwarp::ffi::kvw_stream;
 use kvwarp::kernels::Kernels;
+
+use super::metered::Metered;
 
 /// Why a GPU did not do its part.
 #[derive(Debug, thiserror::Error)]
@@ -107,11 +110,24 @@ pub trait Platform {
     /// # Errors
     /// [`GpuError::Kernel`].
     fn memory(&self) -> Result<(usize, usize)>;
+
+    /// Notes the moment at which what has been enqueued so far is done. What follows the first of some stamps may wait
+    /// until the host has enqueued more.
+    ///
+    /// # Errors
+    /// [`GpuError::Kernel`].
+    fn stamp(&self) -> Result<()>;
+
+    /// Waits for the stream; gives the time from each stamp to the next, and forgets them.
+    ///
+    /// # Errors
+    /// [`GpuError::Kernel`].
+    fn stamps(&self) -> Result<Vec<Duration>>;
 }
 
 /// Device memory, given back when dropped.
 pub struct Buffer {
-    platform: Rc<dyn Platform>,
+    platform: Rc<Metered>,
     at: u64,
     bytes: usize,
 }
@@ -121,7 +137,7 @@ impl Buffer {
     ///
     /// # Errors
     /// [`GpuError::Memory`].
-    pub fn new(platform: &Rc<dyn Platform>, what: &'static str, bytes: usize) -> Result<Self> {
+    pub fn new(platform: &Rc<Metered>, what: &'static str, bytes: usize) -> Result<Self> {
         let at = platform.alloc(what, bytes)?;
         Ok(Self { platform: Rc::clone(platform), at, bytes })
     }
@@ -129,8 +145,8 @@ impl Buffer {
     /// With these contents.
     ///
     /// # Errors
-    /// As [`Buffer::new`] and [`Platform::write`].
-    pub fn of(platform: &Rc<dyn Platform>, what: &'static str, bytes: &[u8]) -> Result<Self> {
+    /// As of [`Buffer::new`] and [`Platform::write`].
+    pub fn of(platform: &Rc<Metered>, what: &'static str, bytes: &[u8]) -> Result<Self> {
         let buffer = Self::new(platform, what, bytes.len())?;
         platform.write(buffer.at, bytes)?;
         Ok(buffer)
@@ -139,8 +155,8 @@ impl Buffer {
     /// Of zeros.
     ///
     /// # Errors
-    /// As [`Buffer::new`] and [`Platform::zero`].
-    pub fn zeroed(platform: &Rc<dyn Platform>, what: &'static str, bytes: usize) -> Result<Self> {
+    /// As of [`Buffer::new`] and [`Platform::zero`].
+    pub fn zeroed(platform: &Rc<Metered>, what: &'static str, bytes: usize) -> Result<Self> {
         let buffer = Self::new(platform, what, bytes)?;
         platform.zero(buffer.at, bytes)?;
         Ok(buffer)

@@ -8,8 +8,9 @@ use kvwarp::ffi::{KVW_F16, KVW_F32, KVW_PACK_FILL, KVW_PACK_FLUSH};
 use kvwarp::slab::TOKENS;
 
 use super::Gpu;
+use super::metered::Metered;
 use super::ops::{at, params};
-use super::platform::{Buffer, Platform, Result};
+use super::platform::{Buffer, Result};
 use crate::runner::{Row, RunError};
 use crate::watch::Watch;
 
@@ -79,7 +80,7 @@ struct Block {
 impl Prompt {
     /// Room for `tokens` tokens after whatever a row holds.
     pub fn new(
-        gpu: (&Rc<dyn Platform>, usize, usize),
+        gpu: (&Rc<Metered>, usize, usize),
         tokens: usize,
         slab: usize,
         piece: usize,

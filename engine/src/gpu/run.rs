@@ -5,6 +5,7 @@ use super::platform::GpuError;
 use crate::cache::{CacheError, CacheStats};
 use crate::config::Config;
 use crate::model::ModelError;
+use crate::profile::Profile;
 use crate::runner::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check, need_of, plus};
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
@@ -139,5 +140,13 @@ impl Runner for Gpu {
 
     fn stats(&self, row: Row) -> CacheStats {
         self.cache.stats(row)
+    }
+
+    fn start_profile(&mut self) {
+        self.platform.start();
+    }
+
+    fn end_profile(&mut self) -> Result<Profile, RunError> {
+        Ok(self.platform.stop()?)
     }
 }

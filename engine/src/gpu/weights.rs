@@ -14,7 +14,8 @@ use kvwarp::hadamard;
 use kvwarp::linear::{self, WeightType};
 use rayon::prelude::*;
 
-use super::platform::{Buffer, Platform, Result};
+use super::metered::Metered;
+use super::platform::{Buffer, Result};
 use crate::config::Config;
 use crate::model::matrix;
 use crate::source::Source;
@@ -82,7 +83,7 @@ impl Weights {
     /// Uploads those of `source`; `turned` as its cache has values. `progress` is given bytes of the file that are done
     /// and those in all.
     pub fn new(
-        platform: &Rc<dyn Platform>,
+        platform: &Rc<Metered>,
         source: &Source,
         stored: Stored,
         turned: bool,
@@ -112,7 +113,7 @@ impl Weights {
 }
 
 struct Upload<'a> {
-    platform: &'a Rc<dyn Platform>,
+    platform: &'a Rc<Metered>,
     source: &'a Source,
     stored: Stored,
     done: usize,

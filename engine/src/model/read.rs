@@ -5,6 +5,7 @@ use super::step::{Of, Piece};
 use super::{Model, ModelError, Work};
 use crate::cache::Cache;
 use crate::policy::{Evict, Observer, Policy, Repeat};
+use crate::profile::Launch;
 use crate::runner::Row;
 use crate::watch::Watch;
 
@@ -89,7 +90,7 @@ impl Model<'_> {
         work: &mut Work,
         watch: &mut Watch<'_>,
     ) -> Result<Vec<f32>, ModelError> {
-        let x = self.embed(tokens)?;
+        let x = work.clock.time(|| Launch::of("embed"), || self.embed(tokens))?;
         let first = cache.advance(row, tokens.len())?;
         let mut stream = Stream { x, positions: (first..first + tokens.len()).collect() };
         let repeat = policy.as_ref().and_then(Policy::repeats).copied();
@@ -107,8 +108,15 @@ impl Model<'_> {
             self.through((index, layer), &mut stream, (cache, row), work, watch)?;
             let observer = work.observer.take();
             match &mut policy {
-                None => self.settle((cache, row), index)?,
-                Some(policy) => self.choose(policy, (cache, row), index, &mut stream, observer)?,
+                None => {
+                    let settle = || self.settle((cache, row), index);
+                    work.clock.time(|| Launch::of("kv_pack"), settle)?;
+                }
+                Some(policy) => {
+                    let (held, stream) = ((&mut *cache, row), &mut stream);
+                    let choose = || self.choose(policy, held, index, stream, observer);
+                    work.clock.time(|| Launch::of("token_select"), choose)?;
+                }
             }
         }
         if let (Some(policy), Some((evict, repeat))) = (&mut policy, repeat) {

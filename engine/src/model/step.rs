@@ -1,16 +1,19 @@
 //! One layer of a forward pass.
 
 use kvwarp::linear::matmul;
+use kvwarp::paged_attn::Mask;
 use kvwarp::pages::HeadView;
 use kvwarp::prefill_attn::LseRows;
 use kvwarp::rope_select::Angles;
+use kvwarp::slab::TOKENS;
 use kvwarp::{hadamard, paged_attn, prefill_attn, rms_norm, swiglu};
 
-use super::layers::Layer;
+use super::layers::{Layer, Linear};
 use super::rows::{each_row, project, residual, row};
 use super::work::Work;
 use super::{Model, ModelError};
 use crate::cache::{Cache, CacheError};
+use crate::profile::Launch;
 use crate::runner::Row;
 
 /// Whose rows pass through a layer.
@@ -46,7 +49,7 @@ impl Model<'_> {
         let Piece { x, angles, first, rows, of } = piece;
         let (cpu, eps) = (self.cpu(matches!(of, Of::Turns(_))), self.config.rms_eps);
         work.resize(self.config, rows);
-        let Work { h, q, k, v, mix, gate, up, add, calibration, .. } = work;
+        let Work { h, q, k, v, mix, gate, up, add, calibration, clock, .. } = work;
         let (d, turned) = (self.config.head_dim, cache.spec().hadamard);
         let turn_keys = |_, x: &mut [f32]| {
             hadamard::keys(x, d);
@@ -58,52 +61,91 @@ impl Model<'_> {
         };
 
         let team = &self.team;
-        each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), &layer.attn_norm, eps, h))?;
-        project(&cpu, [&layer.q, &layer.k, &layer.v], h, rows, [q, k, v])?;
-        each_row(team, q, rows, |i, q| angles.rotate(first + i, q, self.pairing))?;
-        each_row(team, k, rows, |i, k| angles.rotate(first + i, k, self.pairing))?;
+        let norm = |x: &[f32], weight: &[f32], h: &mut [f32]| {
+            each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), weight, eps, h))
+        };
+        clock.time(|| Launch::of("rms_norm"), || norm(x, &layer.attn_norm, h))?;
+        let qkv = [&layer.q, &layer.k, &layer.v];
+        clock.time(|| product(qkv, rows), || project(&cpu, qkv, h, rows, [q, k, v]))?;
+        let rotate = |x: &mut [f32]| {
+            each_row(team, x, rows, |i, x| angles.rotate(first + i, x, self.pairing))
+        };
+        clock.time(|| Launch::of("rope_select"), || rotate(q).and_then(|()| rotate(k)))?;
         if let Some(calibration) = calibration {
             calibration.add(index, q, rows, team);
         }
         if turned {
-            each_row(team, q, rows, turn_keys)?;
-            each_row(team, k, rows, turn_keys)?;
-            each_row(team, v, rows, turn_values)?;
+            clock.time(
+                || Launch::of("hadamard"),
+                || {
+                    each_row(team, q, rows, turn_keys)?;
+                    each_row(team, k, rows, turn_keys)?;
+                    each_row(team, v, rows, turn_values)
+                },
+            )?;
         }
         match of {
             Of::Prompt(row) => {
-                cache.fill(row, index, k, v, rows);
+                clock.time(|| Launch::of("kv_pack"), || cache.fill(row, index, k, v, rows));
                 let (views, scratch) = (cache.staged_views(row, index), &mut work.prefill);
                 let (lse, newest) =
                     (&mut work.lse, work.observer.as_ref().map_or(0, |o| o.rows(rows)));
                 lse.resize(newest * self.config.heads, 0.0);
                 let wanted = (newest > 0).then_some(LseRows { out: lse, rows: newest });
-                prefill_attn::cpu(team, q, rows, &views, 0.0, self.mask, mix, wanted, scratch)?;
+                let (mask, launch) = (self.mask, || Launch::of("prefill_attn"));
+                clock.time(launch, || {
+                    prefill_attn::cpu(team, q, rows, &views, 0.0, mask, mix, wanted, scratch)
+                })?;
                 if let Some(observer) = &mut work.observer {
-                    observer.see(team, (q, rows), &work.lse, &views)?;
+                    let see = || observer.see(team, (q, rows), &work.lse, &views);
+                    clock.time(|| Launch::of("token_score"), see)?;
                 }
             }
             Of::Turns(turns) => {
-                append(cache, index, turns, k, v)?;
-                let views = views(cache, index, turns);
-                paged_attn::cpu(team, q, &views, 0.0, self.mask, mix, &mut work.decode)?;
+                clock.time(|| Launch::of("kv_pack"), || append(cache, index, turns, k, v))?;
+                let (views, mask) = (views(cache, index, turns), self.mask);
+                clock.time(
+                    || attention(&views, mask),
+                    || paged_attn::cpu(team, q, &views, 0.0, mask, mix, &mut work.decode),
+                )?;
                 drop(views);
                 settle(cache, index, turns)?;
             }
         }
         if turned {
-            each_row(team, mix, rows, turn_values)?;
+            clock.time(|| Launch::of("hadamard"), || each_row(team, mix, rows, turn_values))?;
         }
-        matmul(&cpu, &layer.o.weights, mix, rows, add)?;
-        residual(x, add);
+        let o = &layer.o;
+        clock.time(|| product([o], rows), || matmul(&cpu, &o.weights, mix, rows, add))?;
+        clock.time(|| Launch::of("residual"), || residual(x, add));
 
-        each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), &layer.ffn_norm, eps, h))?;
-        project(&cpu, [&layer.gate, &layer.up], h, rows, [gate, up])?;
-        each_row(team, gate, rows, |i, gate| swiglu::cpu(gate, row(up, i, rows)))?;
-        matmul(&cpu, &layer.down.weights, gate, rows, add)?;
-        residual(x, add);
+        clock.time(|| Launch::of("rms_norm"), || norm(x, &layer.ffn_norm, h))?;
+        let gate_up = [&layer.gate, &layer.up];
+        clock.time(|| product(gate_up, rows), || project(&cpu, gate_up, h, rows, [gate, up]))?;
+        clock.time(
+            || Launch::of("swiglu"),
+            || each_row(team, gate, rows, |i, gate| swiglu::cpu(gate, row(up, i, rows))),
+        )?;
+        let down = &layer.down;
+        clock.time(|| product([down], rows), || matmul(&cpu, &down.weights, gate, rows, add))?;
+        clock.time(|| Launch::of("residual"), || residual(x, add));
         Ok(())
     }
+}
+
+/// Projections of `rows` rows of the same input.
+fn product<const N: usize>(linears: [&Linear<'_>; N], rows: usize) -> Launch {
+    super::product(linears.map(|linear| &linear.weights), rows)
+}
+
+/// Attention over the slabs of `views` that `mask` lets a token see.
+fn attention(views: &[HeadView<'_>], mask: Mask) -> Launch {
+    let bytes = |view: &HeadView<'_>| -> usize {
+        let unseen = mask.sliding_window.map_or(0, |window| view.len.saturating_sub(window));
+        let slabs = (unseen / TOKENS..view.slabs()).filter_map(|i| view.slab(i));
+        slabs.map(|slab| slab.bytes.len()).sum()
+    };
+    Launch { bytes: views.iter().map(bytes).sum(), ..Launch::of("paged_attn") }
 }
 
 /// Writes the rows of `k` and `v`, each `[kv_heads, head_dim]`, to their sequences.

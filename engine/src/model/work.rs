@@ -5,6 +5,7 @@ use kvwarp::{paged_attn, prefill_attn};
 use crate::calibration::Calibration;
 use crate::config::Config;
 use crate::policy::Observer;
+use crate::profile::Clock;
 
 /// Buffers that live as long as a generation; a row is a token.
 #[derive(Default)]
@@ -33,6 +34,8 @@ pub struct Work {
     pub(super) observer: Option<Observer>,
     /// Log-sum-exps that it asks for, `[rows, heads]`.
     pub(super) lse: Vec<f32>,
+    /// Times what is done with these buffers, while it is on.
+    pub(crate) clock: Clock,
     /// Takes every query.
     pub(crate) calibration: Option<Calibration>,
 }
@@ -46,6 +49,11 @@ impl Work {
     /// Logits of the newest token read, `[vocab]`, or of each token of a step, `[tokens, vocab]`.
     pub fn logits(&self) -> &[f32] {
         &self.logits
+    }
+
+    /// The same, and what times those that read them.
+    pub(crate) fn timed_logits(&mut self) -> (&[f32], &mut Clock) {
+        (&self.logits, &mut self.clock)
     }
 
     pub(super) fn resize(&mut self, config: &Config, rows: usize) {

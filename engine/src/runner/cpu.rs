@@ -7,6 +7,7 @@ use super::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check, need_of, pl
 use crate::cache::{Cache, CacheStats};
 use crate::config::Config;
 use crate::model::{Model, ModelError, Work};
+use crate::profile::{Launch, Profile};
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 
@@ -67,18 +68,20 @@ impl<'m> CpuRunner<'m> {
     }
 
     /// The next token of each row of a turn, from the logits of the last step.
-    fn choose(&self, turns: &[Turn<'_>], out: &mut Vec<Vec<u32>>) -> Result<(), RunError> {
+    fn choose(&mut self, turns: &[Turn<'_>], out: &mut Vec<Vec<u32>>) -> Result<(), RunError> {
         let vocab = self.model.config().vocab;
         let draws = turns.iter().flat_map(|turn| (0..turn.tokens.len()).map(move |i| (turn, i)));
         let draws: Vec<_> = draws.collect();
         let mut chosen: Vec<_> = draws.iter().map(|_| Ok(0)).collect();
-        let logits = self.work.logits();
-        self.model.team().each_chunk(&mut chosen, 1, |row, to| {
+        let (logits, clock) = self.work.timed_logits();
+        let choose = |row: usize, to: &mut [kvwarp::Result<u32>]| {
             let (turn, i) = draws[row];
             let draw = sample::draw(turn.choice.seed, turn.draw.wrapping_add(i as i32));
             let (logits, sampling) = (&logits[row * vocab..][..vocab], &turn.choice.sampling);
             to[0] = sample::cpu(logits, sampling, &turn.seen(i), draw);
-        });
+        };
+        let team = self.model.team();
+        clock.time(|| Launch::of("sample"), || team.each_chunk(&mut chosen, 1, choose));
         let mut chosen = chosen.into_iter();
         out.clear();
         for turn in turns {
@@ -185,5 +188,13 @@ impl Runner for CpuRunner<'_> {
 
     fn stats(&self, row: Row) -> CacheStats {
         self.cache.stats(row)
+    }
+
+    fn start_profile(&mut self) {
+        self.work.clock.start();
+    }
+
+    fn end_profile(&mut self) -> Result<Profile, RunError> {
+        Ok(self.work.clock.stop())
     }
 }

@@ -5,6 +5,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use half::f16;
 use kvwarp::device::{Gemm, Pieces};
@@ -101,6 +102,7 @@ pub struct Machine {
     bytes: usize,
     graphs: bool,
     records: Cell<usize>,
+    stamps: RefCell<Vec<Instant>>,
 }
 
 impl Machine {
@@ -116,6 +118,7 @@ impl Machine {
             bytes,
             graphs,
             records: Cell::new(0),
+            stamps: RefCell::default(),
         })
     }
 
@@ -261,6 +264,16 @@ impl Platform for Machine {
 
     fn memory(&self) -> Result<(usize, usize)> {
         Ok((self.free.get(), self.bytes))
+    }
+
+    fn stamp(&self) -> Result<()> {
+        self.stamps.borrow_mut().push(Instant::now());
+        Ok(())
+    }
+
+    fn stamps(&self) -> Result<Vec<Duration>> {
+        let stamps = self.stamps.take();
+        Ok(stamps.windows(2).map(|pair| pair[1] - pair[0]).collect())
     }
 }
 

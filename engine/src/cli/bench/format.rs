@@ -4,7 +4,7 @@ use std::io;
 
 use serde_json::{Value, json};
 
-use super::Output;
+use super::{Output, profile};
 use crate::bench::{Samples, Test, mean_and_deviation};
 use crate::cli::output;
 use crate::source::Source;
@@ -48,6 +48,8 @@ pub struct Writer {
     size: usize,
     params: usize,
     rows: Vec<Value>,
+    /// Tables of launches, which come after the rows.
+    profiles: String,
 }
 
 impl Writer {
@@ -57,7 +59,7 @@ impl Writer {
         let params = source.weights.iter().map(|tensor| tensor.rows * tensor.cols).sum();
         let model = model_name(source, params);
         let file = source.path().display().to_string();
-        Self { format, file, model, size, params, rows: Vec::new() }
+        Self { format, file, model, size, params, rows: Vec::new(), profiles: String::new() }
     }
 
     fn header(&self) -> io::Result<()> {
@@ -71,7 +73,10 @@ impl Writer {
 
     /// One test's result.
     pub fn row(&mut self, setup: &Setup<'_>, test: Test, samples: &Samples) -> io::Result<()> {
-        let value = self.value(setup, test, samples);
+        let mut value = self.value(setup, test, samples);
+        if let Some(profiled) = &samples.profiled {
+            value["profile"] = profile::json(profiled);
+        }
         let Setup { backend, threads, spec, .. } = *setup;
         match self.format {
             Output::Json => {}
@@ -91,6 +96,12 @@ impl Writer {
                     format!("{mean:.2} ± {deviation:.2}"),
                     output::bytes(samples.cache.used_bytes),
                 ])?;
+                if let Some(profiled) = &samples.profiled {
+                    let of = if let Test::Decode(_) = test { "a step of " } else { "" };
+                    let (name, time) = (name(test, setup), samples.step_time(test));
+                    self.profiles +=
+                        &profile::table(&format!("{of}{name}, {spec}"), profiled, time);
+                }
             }
             Output::Csv => {
                 let fields = value.as_object().into_iter().flatten();
@@ -111,7 +122,7 @@ impl Writer {
         if self.format == Output::Json {
             output::put_json(&Value::Array(self.rows))
         } else {
-            Ok(())
+            output::put(&self.profiles)
         }
     }
 
