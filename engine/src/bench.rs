@@ -31,6 +31,8 @@ pub struct Samples {
     pub times: Vec<Duration>,
     /// What the cache held after one.
     pub cache: CacheStats,
+    /// What memory was taken for when it was the most, from the runner's beginning on.
+    pub memory: Vec<(&'static str, usize)>,
     /// What it was made of, where that was asked for.
     pub profiled: Option<Profiled>,
 }
@@ -123,12 +125,14 @@ impl<'r> Bench<'r> {
             Test::Decode(n) => (Test::Decode(n.min(1)), n * self.filled.len()),
         };
         let cache = self.once(warm_up, watch)?.1;
-        let mut samples = Samples { tokens, times: Vec::new(), cache, profiled: None };
+        let (times, memory) = (Vec::new(), Vec::new());
+        let mut samples = Samples { tokens, times, cache, memory, profiled: None };
         for _ in 0..repetitions {
             let (time, cache) = self.once(test, watch)?;
             samples.times.push(time);
             samples.cache = cache;
         }
+        samples.memory = self.runner.memory();
         Ok(samples)
     }
 

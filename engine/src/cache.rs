@@ -95,6 +95,8 @@ pub struct Cache {
     staging: Vec<AlignedBytes>,
     /// A buffer of staging that is not in use.
     spare: AlignedBytes,
+    /// [`Cache::most_bytes`]
+    most: [usize; 3],
 }
 
 impl Cache {
@@ -114,7 +116,8 @@ impl Cache {
         let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
         let (sequences, spare) = (Vec::new(), AlignedBytes::default());
         let staging = vec![AlignedBytes::default(); shape.layers];
-        let mut cache = Self { shape, spec: *spec, plan, pools, sequences, staging, spare };
+        let mut cache =
+            Self { shape, spec: *spec, plan, pools, sequences, staging, spare, most: [0; 3] };
         cache.reserve(&cache.need(0, shape.context));
         Ok(cache)
     }

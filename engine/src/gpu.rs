@@ -11,13 +11,16 @@
 mod cache;
 mod control;
 pub mod cuda;
+mod fit;
 mod metered;
 mod model;
 mod ops;
+mod paper;
 pub mod platform;
 mod read;
 mod run;
 mod step;
+pub mod tally;
 mod weights;
 
 use std::collections::HashMap;
@@ -36,10 +39,12 @@ use crate::source::Source;
 use crate::spec::CacheSpec;
 use cache::Cache;
 use control::{Control, Grid};
+pub use fit::fit;
 use metered::Metered;
 use model::Network;
 use platform::{Buffer, GpuError, Platform, Replay, Result};
 use read::Prompt;
+use tally::{Bytes, Use};
 pub use weights::Stored;
 
 /// Of the memory that is free once all else is there, what pools may take.
@@ -101,6 +106,19 @@ pub fn open(
     platform: Rc<dyn Platform>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Gpu> {
+    let plan = plan(source, spec, calibration);
+    open_planned(source, spec, &plan, options, Metered::new(platform), progress)
+}
+
+/// The same with what the calibration adds.
+fn open_planned(
+    source: &Source,
+    spec: &CacheSpec,
+    plan: &Plan,
+    options: &Options,
+    platform: Rc<Metered>,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Gpu> {
     let (config, Options { rows, context, block, piece, .. }) = (&source.config, *options);
     if rows == 0 || block == 0 || piece == 0 || context == 0 || context > config.context {
         let (limit, what) = (config.context, "rows, blocks, pieces and a context of 1 to");
@@ -111,9 +129,8 @@ pub fn open(
         return Err(GpuError::Unsupported(format!("{group} query heads a kv head; at most 16")));
     }
     let config::Config { layers, kv_heads, head_dim, .. } = *config;
-    let platform = Metered::new(platform);
     let shape = Shape { layers, kv_heads, head_dim, context };
-    let cache = Cache::new(&platform, spec, shape, &plan(source, spec, calibration), rows)?;
+    let cache = Cache::new(&platform, spec, shape, plan, rows)?;
     let weights =
         weights::Weights::new(&platform, source, options.weights, spec.hadamard, progress)?;
     let most = Grid { rows: rows.next_power_of_two(), each: TURN };
@@ -127,8 +144,8 @@ pub fn open(
         piece,
         cache.ring_slabs(),
     )?;
-    let chosen = Buffer::new(&platform, "chosen tokens", 4 * most.tokens())?;
-    let scratch = Buffer::new(&platform, "attention", 1)?;
+    let chosen = Buffer::new(&platform, (Use::Scratch, "chosen tokens"), 4 * most.tokens())?;
+    let scratch = Buffer::new(&platform, (Use::Scratch, "attention"), 1)?;
     let mut gpu = Gpu {
         platform,
         net,
@@ -154,7 +171,7 @@ impl Gpu {
         };
         let bytes = (1..=TURN).map(scratch).max().unwrap_or(0);
         // Its tickets are zero before the first call, and every call leaves them so.
-        self.scratch = Buffer::zeroed(&self.platform, "attention", bytes)?;
+        self.scratch = Buffer::zeroed(&self.platform, (Use::Scratch, "attention"), bytes)?;
         let (free, _) = self.platform.memory()?;
         self.cache.fund(budget, (free as f64 * POOL_SHARE) as usize)
     }
@@ -184,6 +201,17 @@ impl Gpu {
         let mut bytes = vec![0; len];
         self.platform.read(at, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Whether as many sequences as there are rows may all have their whole context at once, and be frozen.
+    pub fn holds_all(&self) -> bool {
+        self.cache.holds_all()
+    }
+
+    /// Bytes of the device by use, when all of them were the most; what the driver and libraries take for themselves is
+    /// not among them.
+    pub fn taken(&self) -> Bytes {
+        self.platform.most()
     }
 
     /// Slabs in use, by format.

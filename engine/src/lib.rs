@@ -10,6 +10,7 @@ pub mod config;
 pub mod data;
 pub mod error;
 pub mod fetch;
+pub mod fit;
 pub mod generate;
 pub mod gguf;
 pub mod gpu;

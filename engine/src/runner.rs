@@ -266,6 +266,11 @@ pub trait Runner {
     /// What a sequence costs; slabs that it shares count in full.
     fn stats(&self, row: Row) -> CacheStats;
 
+    /// Bytes taken when they were the most, by what they are for; empty where they are not counted.
+    fn memory(&self) -> Vec<(&'static str, usize)> {
+        Vec::new()
+    }
+
     /// Times every launch from here on; a step is then not a recording, but each launch by itself.
     fn start_profile(&mut self) {}
 

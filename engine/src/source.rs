@@ -47,7 +47,19 @@ impl Source {
     /// # Errors
     /// [`Error::Config`] with the names that exist; [`Error::Io`] when there is no memory.
     pub fn synthetic(name: &str) -> Result<Self> {
-        let (config, weights) = synthetic::model(name)?;
+        Self::of_shape(name, true)
+    }
+
+    /// The same without the numbers, which are 0: for those who ask about sizes.
+    ///
+    /// # Errors
+    /// As of [`Source::synthetic`].
+    pub fn outline(name: &str) -> Result<Self> {
+        Self::of_shape(name, false)
+    }
+
+    fn of_shape(name: &str, filled: bool) -> Result<Self> {
+        let (config, weights) = synthetic::model(name, filled)?;
         Ok(Self { config, weights, path: PathBuf::from(name), origin: Origin::Synthetic })
     }
 

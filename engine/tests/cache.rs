@@ -3,7 +3,7 @@
 use half::f16;
 use kvwarp::slab::{self, Format, Layout, TOKENS};
 use kvwarp::threads::Team;
-use kvwarp_engine::cache::{Cache, CacheError, Shape, full_bytes};
+use kvwarp_engine::cache::{Cache, CacheError, Plan, Shape, full_bytes};
 use kvwarp_engine::runner::Row;
 
 const SHAPE: Shape = Shape { layers: 2, kv_heads: 2, head_dim: 64, context: 1000 };
@@ -230,6 +230,10 @@ fn bytes_come_from_the_allocator() {
         "q2-kivi,window=32,kivi_exact",
     ] {
         let full = filled(spec, 1000, 1000, 1000).stats(ROW_0).used_bytes;
-        assert_eq!(full, full_bytes(&spec.parse().unwrap(), SHAPE).unwrap(), "{spec}");
+        assert_eq!(
+            full,
+            full_bytes(&spec.parse().unwrap(), SHAPE, &Plan::default()).unwrap(),
+            "{spec}"
+        );
     }
 }

@@ -11,6 +11,8 @@ mod blocks;
 mod launches;
 #[path = "gpu/machine.rs"]
 mod machine;
+#[path = "gpu/memory.rs"]
+mod memory;
 #[path = "gpu/pair.rs"]
 mod pair;
 #[path = "../../tests/simt.rs"]

@@ -72,6 +72,9 @@ fn wrong_arguments_exit_with_2() {
         (&["generate", "-m", &model, "-p", "x", "--top-p", "1.5"], &["top_p", "1.5"]),
         (&["bench", "-m", &model, "-p", "many"], &["many", "512 or 8k"]),
         (&["bench", "-m", &model, "--profile", "-o", "csv"], &["--profile", "md or json"]),
+        (&["bench", "-m", &model, "--memory", "1T"], &["--memory", "-d, -p or -n"]),
+        (&["bench", "-m", &model, "--memory", "much", "-d", "1"], &["much", "2G or 80GB"]),
+        (&["bench", "-m", &model, "--memory", "1G", "-d", "513"], &["513", "limit is 512"]),
         (&["nonsense"], &["nonsense"]),
     ] {
         let (code, error) = failure(arguments);

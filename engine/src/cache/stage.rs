@@ -71,7 +71,7 @@ impl Cache {
         let (slab, ring_bytes, staged) =
             (self.slab_bytes(), self.ring_bytes(), self.staged_bytes(layer));
         let range = self.range(layer);
-        let Self { spec, plan, shape, pools, sequences, staging, spare } = self;
+        let Self { spec, plan, shape, pools, sequences, staging, spare, .. } = self;
         let Sequence { heads, rings, .. } = open_mut(sequences, row);
         for (i, h) in range.enumerate() {
             let rules = plan.rules(spec, h, shape.head_dim);

@@ -1,7 +1,7 @@
 //! What a cache costs, counted where the memory is taken.
 
 use super::head::Rules;
-use super::{AlignedBytes, Cache, CacheError, Sequence, Shape};
+use super::{AlignedBytes, Cache, CacheError, Plan, Sequence, Shape};
 use crate::runner::Row;
 use crate::spec::CacheSpec;
 use kvwarp::pages::{Entry, Pools, ring_slabs};
@@ -33,15 +33,24 @@ impl Cache {
             tokens: sequence.heads.iter().map(|head| head.len).max().unwrap_or(0),
             used_bytes,
             peak_bytes: sequence.peak.max(used_bytes),
-            capacity_bytes: self.capacity_bytes(),
+            capacity_bytes: self.taken().iter().sum(),
             effective_bits: if held == 0 { 0.0 } else { (used_bytes * 8) as f64 / elements as f64 },
         }
+    }
+
+    /// Bytes from the allocator when they were the most: pools, rings and page tables, one exact layer of a prompt.
+    pub fn most_bytes(&self) -> [usize; 3] {
+        self.most
     }
 
     pub(super) fn note_peak(&mut self, row: Row) {
         let bytes = self.used_bytes(self.sequence(row)) + self.staged();
         let sequence = self.sequence_mut(row);
         sequence.peak = sequence.peak.max(bytes);
+        let taken = self.taken();
+        if taken.iter().sum::<usize>() > self.most.iter().sum() {
+            self.most = taken;
+        }
     }
 
     fn staged(&self) -> usize {
@@ -57,27 +66,30 @@ impl Cache {
             + sequence.rings.len()
     }
 
-    fn capacity_bytes(&self) -> usize {
-        let pools: usize = Format::ALL.iter().map(|&f| self.pools.pool(f).capacity_bytes()).sum();
+    /// Bytes from the allocator, as [`Cache::most_bytes`] has them.
+    fn taken(&self) -> [usize; 3] {
+        let pools = Format::ALL.iter().map(|&f| self.pools.pool(f).capacity_bytes()).sum();
         let sequences = self.sequences.iter().flatten().map(|sequence| {
             let tables = sequence.heads.iter().map(|head| head.table.capacity());
             sequence.rings.capacity() + tables.sum::<usize>() * size_of::<Entry>()
         });
         let staging = self.staging.iter().map(AlignedBytes::capacity).sum::<usize>();
-        pools + staging + self.spare.capacity() + sequences.sum::<usize>()
+        [pools, sequences.sum(), staging + self.spare.capacity()]
     }
 }
 
-/// Bytes of a cache of `spec` that holds `shape.context` tokens, without a calibration: no head is kept at 4 bits.
+/// Bytes of a sequence of `shape.context` tokens in a cache of `spec`, with what a calibration adds to it.
 ///
 /// # Errors
 /// [`CacheError::Kernel`] for a head size that no slab has.
-pub fn full_bytes(spec: &CacheSpec, shape: Shape) -> Result<usize, CacheError> {
+pub fn full_bytes(spec: &CacheSpec, shape: Shape, plan: &Plan) -> Result<usize, CacheError> {
     let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
     let bytes = |format| pools.pool(format).slab_stride();
-    let mut head = ring_slabs(spec.window) * bytes(Format::F16);
-    for (format, slabs) in Rules::new(spec, None).slabs(shape.context) {
-        head += slabs * (bytes(format) + size_of::<Entry>());
-    }
-    Ok(head * shape.layers * shape.kv_heads)
+    let head = |h| {
+        let rules = Rules { store: plan.store(spec, h), ..Rules::new(spec, None) };
+        let slabs = rules.slabs(shape.context).into_iter();
+        let packed: usize = slabs.map(|(format, n)| n * (bytes(format) + size_of::<Entry>())).sum();
+        ring_slabs(spec.window) * bytes(Format::F16) + packed
+    };
+    Ok((0..shape.layers * shape.kv_heads).map(head).sum())
 }

@@ -45,6 +45,16 @@ pub enum Device {
     Cuda,
 }
 
+impl Device {
+    /// As `bench` names it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "CPU",
+            Self::Cuda => "CUDA",
+        }
+    }
+}
+
 /// Form of weights on a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Kept {
@@ -144,15 +154,23 @@ pub fn tokens(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "expected a number of tokens, such as 512 or 8k".into())
 }
 
-/// A size: a number of bytes, or one in units of 1,024 such as `512M` or `2G`.
+/// A size: a number of bytes, one in units of 1,024 such as `512M` or `2GiB`, or one in units of 1,000 such as `80GB`.
 pub fn bytes(text: &str) -> Result<usize, String> {
-    let units = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
-    let unit = units.into_iter().find(|(unit, _)| text.to_ascii_uppercase().ends_with(*unit));
-    let digits = if unit.is_some() { &text[..text.len() - 1] } else { text };
+    let upper = text.to_ascii_uppercase();
+    let (text, thousand) = match (upper.strip_suffix("IB"), upper.strip_suffix('B')) {
+        (Some(text), _) => (text, 1024),
+        (None, Some(text)) => (text, 1000),
+        (None, None) => (&upper[..], 1024),
+    };
+    let unit = ['K', 'M', 'G', 'T'].iter().position(|unit| text.ends_with(*unit));
+    let (digits, power) = match unit {
+        Some(unit) => (&text[..text.len() - 1], unit as u32 + 1),
+        None => (text, 0),
+    };
     let number = digits.parse().ok();
     number
-        .and_then(|n: usize| n.checked_mul(1 << unit.map_or(0, |(_, shift)| shift)))
-        .ok_or_else(|| "expected a number of bytes, such as 512M or 2G".into())
+        .and_then(|n: usize| n.checked_mul(usize::pow(thousand, power)))
+        .ok_or_else(|| "expected a number of bytes, such as 512M, 2G or 80GB".into())
 }
 
 /// How to choose tokens.

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::args::{AnswerArgs, CacheArgs, ModelArgs, SamplingArgs, bytes, tokens};
 use super::output::{self, Progress};
-use super::place::{Place, Room};
+use super::place::{Lengths, Place, Room};
 use super::{Outcome, open};
 use crate::batch::{Batch, Done, Event, Key};
 use crate::calibration::fingerprint;
@@ -95,7 +95,8 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let context = args.answer.context(config).unwrap_or(longest.min(config.context));
     let (rows, pool) = (usize::from(args.parallel), args.pool_size);
     let longest = longest.min(context);
-    let mut runner = place.runner(&spec, Room { rows, context, longest, pool })?;
+    let lengths = Lengths { context, block: args.block.max(1) };
+    let mut runner = place.runner(&spec, Room { rows, lengths, longest, pool })?;
     let root: Key = Sha256::digest(format!("{model_hash} {spec}")).into();
     let mut batch = Batch::new(&mut *runner, args.block, root);
     let work = Work { lines: &lines, tokenizer: &tokenizer, answers: &mut answers };

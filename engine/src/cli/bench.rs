@@ -1,15 +1,19 @@
 //! `kvwarp bench`.
 
+mod fits;
 mod format;
+mod host;
 mod profile;
 
+use anyhow::bail;
 use clap::ValueEnum;
 
-use super::args::{ModelArgs, tokens, unequal};
+use super::args::{ModelArgs, bytes, tokens, unequal};
 use super::output::Progress;
-use super::place::{Place, Room};
+use super::place::{Lengths, Place, Room};
 use super::{Outcome, Usage, open};
 use crate::bench::{Bench, Samples, Test};
+use crate::fit::Fit;
 use crate::runner::RunError;
 use crate::source::{Source, synthetic_names};
 use crate::spec::CacheSpec;
@@ -26,12 +30,12 @@ pub struct Args {
     /// Random f16 weights of a known shape instead of a model: llama-3-8b, mistral-7b, llama-2-7b, smollm2-135m
     #[arg(long, value_name = "SHAPE", conflicts_with = "model", value_parser = synthetic_names())]
     synthetic: Option<String>,
-    /// Tokens of a prefill; 0 leaves the test out
-    #[arg(short = 'p', long, value_name = "N,..", default_value = "512", value_delimiter = ',', value_parser = tokens)]
-    n_prompt: Vec<usize>,
-    /// Tokens generated; 0 leaves the test out
-    #[arg(short, long, value_name = "N,..", default_value = "128", value_delimiter = ',', value_parser = tokens)]
-    n_gen: Vec<usize>,
+    /// Tokens of a prefill; 0 leaves the test out [default: 512]
+    #[arg(short = 'p', long, value_name = "N,..", value_delimiter = ',', value_parser = tokens)]
+    n_prompt: Option<Vec<usize>>,
+    /// Tokens generated; 0 leaves the test out [default: 128]
+    #[arg(short, long, value_name = "N,..", value_delimiter = ',', value_parser = tokens)]
+    n_gen: Option<Vec<usize>>,
     /// Tokens in the cache before the test
     #[arg(short = 'd', long, value_name = "N,..", default_value = "0", value_delimiter = ',', value_parser = tokens)]
     n_depth: Vec<usize>,
@@ -41,6 +45,10 @@ pub struct Args {
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     repetitions: u32,
+    /// Measure nothing: tell how many sequences of -d tokens, and -p or -n more where they are given, fit in so much memory,
+    /// such as 80GB; with --device cuda that of a GPU, which need not be there
+    #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with_all = ["profile", "parallel", "repetitions"])]
+    memory: Option<usize>,
     /// Tell launches by op, with their times and bytes: a step of a decode, or all of a prefill
     #[arg(long)]
     profile: bool,
@@ -82,7 +90,10 @@ pub enum Output {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
-    let specs = args.specs()?;
+    if let Some(memory) = args.memory {
+        return fits::run(args, memory);
+    }
+    let (specs, available) = (args.specs()?, host::available());
     if args.profile && args.output == Output::Csv {
         return Err(Usage("--profile: a list in a list is no CSV; use md or json".into()).into());
     }
@@ -104,10 +115,11 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
         let place = Place::new(&base, &source)?;
         for spec in &specs {
             for (rows, depth) in args.shapes() {
-                let mut report = |test: Test, samples: &Samples| {
-                    let setup = Setup { backend: place.backend(), threads, spec, depth, rows };
-                    Ok(writer.row(&setup, test, samples)?)
-                };
+                let backend = args.device;
+                let mut setup = Setup { backend, threads, spec, depth, rows, fit: None };
+                setup.fit = fit(args, (&place, &source), &setup, available)?;
+                let mut report =
+                    |test: Test, samples: &Samples| Ok(writer.row(&setup, test, samples)?);
                 match at_depth(args, &place, spec, (rows, depth), &mut report) {
                     Err(error) if interrupted(&error) => {
                         writer.end()?;
@@ -130,17 +142,13 @@ fn at_depth(
     (rows, depth): (usize, usize),
     report: &mut dyn FnMut(Test, &Samples) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let mut tests = args.tests();
-    // A prefill is of one sequence, however many there are to decode.
-    tests.retain(|test| matches!(test, Test::Decode(_)) || Some(&rows) == args.rows().first());
+    let tests = args.tests(rows);
     if tests.is_empty() {
         return Ok(());
     }
-    let tokens = |test: &Test| match *test {
-        Test::Prefill(n) | Test::Decode(n) => n,
-    };
-    let context = depth + tests.iter().map(tokens).max().unwrap_or(0);
-    let room = Room { rows, context, longest: context, pool: None };
+    let lengths = lengths(&tests, depth);
+    let room = Room { rows, lengths, longest: lengths.context, pool: None };
+    host::forget_peak();
     let mut runner = place.runner(spec, room)?;
     let stop = open::stop_on_ctrl_c()?;
     let mut fill = Progress::new("filling the cache", rows * depth * runner.config().layers);
@@ -156,6 +164,51 @@ fn at_depth(
         report(test, &samples)?;
     }
     Ok(())
+}
+
+/// What the sequences of these tests hold.
+fn lengths(tests: &[Test], depth: usize) -> Lengths {
+    let tokens = |test: &Test| match *test {
+        Test::Prefill(n) | Test::Decode(n) => n,
+    };
+    let read = |test: &Test| if let Test::Prefill(n) = test { *n } else { 1 };
+    Lengths {
+        context: depth + tests.iter().map(tokens).max().unwrap_or(0),
+        block: tests.iter().map(read).max().unwrap_or(1).max(depth),
+    }
+}
+
+/// How many sequences fit where the tests run; `None` where nobody says how much memory there is.
+///
+/// # Errors
+/// [`Usage`] when a GPU is too small for those that are asked for.
+fn fit(
+    args: &Args,
+    (place, source): (&Place<'_>, &Source),
+    setup: &Setup<'_>,
+    available: Option<usize>,
+) -> anyhow::Result<Option<Fit>> {
+    let Setup { spec, depth, rows, .. } = *setup;
+    let lengths = lengths(&args.tests(rows), depth);
+    let Lengths { context, block } = lengths;
+    if context == 0 || context > source.config.context {
+        return Ok(None);
+    }
+    if let Place::Cpu(model) = place {
+        let on_host = |memory| crate::fit::on_host((model, source), spec, (context, block), memory);
+        return Ok(available.map(on_host).transpose()?);
+    }
+    let fit = place.fit(spec, lengths)?;
+    match fit {
+        Some(Fit { sequences, memory, .. }) if sequences < rows => {
+            let memory = super::output::bytes(memory);
+            bail!(
+                "{rows} sequences of {context} tokens do not fit in {memory} of GPU memory with `{spec}`, {sequences} do; \
+                 less is needed with a smaller depth (-d), fewer sequences (--parallel), or fewer bits (--cache q2)"
+            )
+        }
+        fit => Ok(fit),
+    }
 }
 
 fn interrupted(error: &anyhow::Error) -> bool {
@@ -187,10 +240,16 @@ impl Args {
         self.rows().into_iter().flat_map(depths)
     }
 
-    fn tests(&self) -> Vec<Test> {
-        let prefills = self.n_prompt.iter().filter(|&&n| n > 0).map(|&n| Test::Prefill(n));
-        let decodes = self.n_gen.iter().filter(|&&n| n > 0).map(|&n| Test::Decode(n));
-        prefills.chain(decodes).collect()
+    /// Of so many sequences. A prefill is of one, however many there are to decode.
+    fn tests(&self, rows: usize) -> Vec<Test> {
+        let some = |given: &Option<Vec<usize>>, default| given.clone().unwrap_or(vec![default]);
+        let mut prefills = some(&self.n_prompt, 512);
+        if Some(&rows) != self.rows().first() {
+            prefills.clear();
+        }
+        let prefills = prefills.into_iter().map(|n| (n, Test::Prefill(n)));
+        let decodes = some(&self.n_gen, 128).into_iter().map(|n| (n, Test::Decode(n)));
+        prefills.chain(decodes).filter(|(n, _)| *n > 0).map(|(_, test)| test).collect()
     }
 
     fn specs(&self) -> Result<Vec<CacheSpec>, Usage> {

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::args::ModelArgs;
 use super::{Outcome, open, output};
-use crate::cache::{Shape, full_bytes};
+use crate::cache::{Plan, Shape, full_bytes};
 use crate::config::Config;
 use crate::source::Source;
 use crate::spec::CacheSpec;
@@ -51,7 +51,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
 fn cost(config: &Config, spec: &str) -> anyhow::Result<(String, usize)> {
     let Config { layers, kv_heads, head_dim, context, .. } = *config;
     let spec: CacheSpec = spec.parse()?;
-    let bytes = full_bytes(&spec, Shape { layers, kv_heads, head_dim, context })?;
+    let bytes = full_bytes(&spec, Shape { layers, kv_heads, head_dim, context }, &Plan::default())?;
     Ok((spec.to_string(), bytes))
 }
 

@@ -47,10 +47,16 @@ pub fn model<'a>(args: &ModelArgs, source: &'a Source) -> anyhow::Result<Model<'
         return Err(Usage(format!("--device cuda: {what}")).into());
     }
     let model = Model::new(source, args.threads(), args.activations())?;
-    Ok(match calibration(args, source) {
-        Some(path) => model.with_calibration(&Calibration::open(&path, source)?),
+    Ok(match read_calibration(args, source)? {
+        Some(calibration) => model.with_calibration(&calibration),
         None => model,
     })
+}
+
+/// What [`calibration`] names.
+pub fn read_calibration(args: &ModelArgs, source: &Source) -> anyhow::Result<Option<Calibration>> {
+    let path = calibration(args, source);
+    Ok(path.map(|path| Calibration::open(&path, source)).transpose()?)
 }
 
 /// The calibration that the arguments name, or the one beside the model where there is one.

@@ -9,10 +9,11 @@ use super::args::{self, ModelArgs};
 use super::output::Progress;
 use super::{Usage, open};
 use crate::calibration::Calibration;
+use crate::fit::Fit;
 use crate::gpu::cuda::CudaPlatform;
 use crate::gpu::{self, Options};
 use crate::model::Model;
-use crate::runner::{CpuRunner, Runner};
+use crate::runner::{BLOCK, CpuRunner, Runner};
 use crate::source::Source;
 use crate::spec::CacheSpec;
 
@@ -30,6 +31,17 @@ pub struct OnGpu<'s> {
     calibration: Option<Calibration>,
     weights: gpu::Stored,
     platform: Rc<CudaPlatform>,
+    /// Bytes free before anything was put there.
+    free: usize,
+}
+
+/// Of sequences.
+#[derive(Debug, Clone, Copy)]
+pub struct Lengths {
+    /// Tokens that a sequence may hold.
+    pub context: usize,
+    /// Tokens of a prompt that are read together.
+    pub block: usize,
 }
 
 /// For how many tokens a runner has room.
@@ -37,8 +49,7 @@ pub struct OnGpu<'s> {
 pub struct Room {
     /// Sequences at once.
     pub rows: usize,
-    /// Tokens that a sequence may hold.
-    pub context: usize,
+    pub lengths: Lengths,
     /// Tokens that the longest will hold.
     pub longest: usize,
     /// Bytes of the pools; `None` = what `rows` sequences of `longest` tokens take, and their rings to be shared.
@@ -57,20 +68,18 @@ impl<'s> Place<'s> {
         };
         Ok(Self::Cuda(OnGpu {
             source,
-            calibration: open::calibration(args, source)
-                .map(|path| Calibration::open(&path, source))
-                .transpose()?,
+            calibration: open::read_calibration(args, source)?,
             weights: args.weights(),
+            free: cuda.memory()?.0,
             platform: Rc::new(CudaPlatform::new(cuda)?),
         }))
     }
 
-    /// As `bench` names it.
-    pub fn backend(&self) -> &'static str {
-        match self {
-            Self::Cpu(_) => "CPU",
-            Self::Cuda(_) => "CUDA",
-        }
+    /// How many sequences a GPU could hold at once, were nothing else on it; `None` on the processor.
+    pub fn fit(&self, spec: &CacheSpec, lengths: Lengths) -> anyhow::Result<Option<Fit>> {
+        let Self::Cuda(gpu) = self else { return Ok(None) };
+        let OnGpu { source, calibration, weights, free, .. } = gpu;
+        fit_on_gpu(source, calibration.as_ref(), *weights, spec, lengths, *free).map(Some)
     }
 
     /// Says what would make a cache better, where something would.
@@ -84,7 +93,7 @@ impl<'s> Place<'s> {
 
     /// A runner with room for so much; on a GPU the weights are put there.
     pub fn runner(&self, spec: &CacheSpec, room: Room) -> anyhow::Result<Box<dyn Runner + '_>> {
-        let Room { rows, context, longest, pool } = room;
+        let Room { rows, lengths: Lengths { context, block }, longest, pool } = room;
         match self {
             Self::Cpu(model) => {
                 let runner = CpuRunner::new(model, spec, rows, context)?;
@@ -95,7 +104,7 @@ impl<'s> Place<'s> {
                 Ok(Box::new(runner.with_pools(&slabs)))
             }
             Self::Cuda(gpu) => {
-                let OnGpu { source, calibration, weights, platform } = gpu;
+                let OnGpu { source, calibration, weights, platform, .. } = gpu;
                 let most = source.config.context;
                 if context > most {
                     return Err(Usage(format!(
@@ -104,7 +113,7 @@ impl<'s> Place<'s> {
                     .into());
                 }
                 let new = Options::new(rows, context);
-                let options = Options { weights: *weights, budget: pool, ..new };
+                let options = Options { weights: *weights, budget: pool, block, ..new };
                 let mut progress = Progress::new("loading weights", 1000);
                 let mut shown = 0;
                 let mut step = |done: usize, all: usize| {
@@ -130,6 +139,21 @@ impl<'s> Place<'s> {
 impl Room {
     /// For one sequence.
     pub fn one(context: usize) -> Self {
-        Self { rows: 1, context, longest: context, pool: None }
+        let lengths = Lengths { context, block: BLOCK };
+        Self { rows: 1, lengths, longest: context, pool: None }
     }
+}
+
+/// How many sequences a GPU with `memory` free bytes could hold at once, there or not.
+pub fn fit_on_gpu(
+    source: &Source,
+    calibration: Option<&Calibration>,
+    weights: gpu::Stored,
+    spec: &CacheSpec,
+    lengths: Lengths,
+    memory: usize,
+) -> anyhow::Result<Fit> {
+    let Lengths { context, block } = lengths;
+    let options = Options { weights, block: block.max(1), ..Options::new(1, context) };
+    Ok(gpu::fit(source, spec, calibration, &options, memory)?)
 }

@@ -13,8 +13,9 @@ use kvwarp::slab::{Format, Layout, Meta, TOKENS};
 
 use super::metered::Metered;
 use super::platform::{Buffer, GpuError, Result};
+use super::tally::Use;
 use crate::cache::{CacheStats, Plan, Shape, need};
-use crate::runner::{Row, RunError, Slabs};
+use crate::runner::{Row, RunError, Slabs, check};
 use crate::spec::CacheSpec;
 
 /// One sequence.
@@ -76,7 +77,11 @@ impl Cache {
         let rings = heads * rows * ring_slabs(spec.window) * slab_bytes[0];
         let stores = (0..heads).map(|h| plan.store(spec, h)).collect();
         let feedback = plan.feedback.as_ref().map(|rows| {
-            Buffer::of(platform, "weights of rounding errors", bytemuck::cast_slice(rows))
+            Buffer::of(
+                platform,
+                (Use::Weights, "weights of rounding errors"),
+                bytemuck::cast_slice(rows),
+            )
         });
         Ok(Self {
             platform: Rc::clone(platform),
@@ -88,10 +93,10 @@ impl Cache {
             pools: Default::default(),
             slots: std::array::from_fn(|_| Slots::new(0)),
             // Kernels read slabs whole, also those that are partly written.
-            rings: Buffer::zeroed(platform, "recent tokens", rings)?,
+            rings: Buffer::zeroed(platform, (Use::Rings, "recent tokens"), rings)?,
             table: Buffer::new(
                 platform,
-                "page tables",
+                (Use::Rings, "page tables"),
                 heads * rows * stride * size_of::<Entry>(),
             )?,
             stride,
@@ -103,9 +108,8 @@ impl Cache {
     /// Makes the pools, by what sequences of the whole context take, each frozen once: of `budget` bytes, or of what
     /// `rows` sequences may need where there is no budget, as far as `free` bytes go.
     pub fn fund(&mut self, budget: Option<usize>, free: usize) -> Result<()> {
-        let mut full = self.need(0, self.shape.context);
-        full[Format::F16 as usize] += self.ring_slabs() * self.stores.len();
-        let bytes: usize = full.iter().zip(self.slab_bytes).map(|(n, bytes)| n * bytes).sum();
+        let full = self.whole();
+        let bytes = self.slabs_of(&full);
         let budget = budget.unwrap_or(free.min(self.rows * bytes));
         if budget < bytes {
             let what = "keys and values of one sequence of the whole context";
@@ -114,11 +118,37 @@ impl Cache {
         for (f, &need) in full.iter().enumerate().filter(|(_, need)| **need > 0) {
             let slabs = (need as f64 * (budget as f64 / bytes as f64)) as usize;
             let slabs = slabs.min(Slots::MOST);
-            self.pools[f] =
-                Some(Buffer::new(&self.platform, "keys and values", slabs * self.slab_bytes[f])?);
+            self.pools[f] = Some(Buffer::new(
+                &self.platform,
+                (Use::Pools, "keys and values"),
+                slabs * self.slab_bytes[f],
+            )?);
             self.slots[f] = Slots::new(slabs);
         }
         Ok(())
+    }
+
+    /// Bytes that a sequence of the whole context takes: slabs, their copies once it is frozen, rings, page tables.
+    pub fn sequence_bytes(&self) -> usize {
+        let rows = [&self.rings, &self.table].map(|buffer| buffer.bytes() / self.rows);
+        self.slabs_of(&self.whole()) + rows.iter().sum::<usize>()
+    }
+
+    /// [`super::Gpu::holds_all`]
+    pub fn holds_all(&self) -> bool {
+        let most = self.slots.each_ref().map(|slots| slots.available() + slots.used());
+        check(&self.whole().map(|slabs| slabs * self.rows), &most).is_ok()
+    }
+
+    /// Slabs of a sequence of the whole context, frozen once.
+    fn whole(&self) -> Slabs {
+        let mut slabs = self.need(0, self.shape.context);
+        slabs[Format::F16 as usize] += self.ring_slabs() * self.stores.len();
+        slabs
+    }
+
+    fn slabs_of(&self, slabs: &Slabs) -> usize {
+        slabs.iter().zip(self.slab_bytes).map(|(n, bytes)| n * bytes).sum()
     }
 
     /// How keys and values are kept.

@@ -8,6 +8,7 @@ use super::cache::Edit;
 use super::metered::Metered;
 use super::ops::{Ops, at, params};
 use super::platform::{Buffer, Result};
+use super::tally::Use;
 use crate::runner::Turn;
 
 /// Rows of a step and tokens that each has: what a recorded step depends on.
@@ -99,9 +100,17 @@ impl Control {
     pub fn new(platform: &Rc<Metered>, most: Grid, edits: usize) -> Result<Self> {
         let words = Places::of(most).edits + 2 * edits;
         Ok(Self {
-            block: Buffer::new(platform, "a step's numbers", 4 * words)?,
-            history: Buffer::new(platform, "recent tokens", most.tokens() * MAX_RECENT * 4)?,
-            edits: Buffer::new(platform, "page table edits", 4 * (COUNT + 2 * EDITS))?,
+            block: Buffer::new(platform, (Use::Scratch, "a step's numbers"), 4 * words)?,
+            history: Buffer::new(
+                platform,
+                (Use::Scratch, "tokens for penalties"),
+                most.tokens() * MAX_RECENT * 4,
+            )?,
+            edits: Buffer::new(
+                platform,
+                (Use::Scratch, "page table edits"),
+                4 * (COUNT + 2 * EDITS),
+            )?,
             words: Vec::new(),
         })
     }

@@ -1,4 +1,4 @@
-//! A platform with a meter: what is enqueued goes through here, and is timed while someone wants that.
+//! A platform with meters: memory is counted by what it is for, and what is enqueued is timed while someone wants that.
 
 use std::cell::RefCell;
 use std::fmt::Debug;
@@ -8,7 +8,8 @@ use kvwarp::device::{Gemm, Pieces};
 use kvwarp::ffi::KVW_F16;
 use kvwarp::kernels::{Kernels, Op};
 
-use super::platform::{Platform, Replay, Result};
+use super::platform::{Platform, Replay, Result, What};
+use super::tally::{Bytes, Tally, Use};
 use crate::profile::{Launch, Profile};
 
 /// Launches between two stamps that are kept before their times are read.
@@ -18,6 +19,7 @@ const PENDING: usize = 4096;
 pub struct Metered {
     platform: Rc<dyn Platform>,
     running: RefCell<Option<Running>>,
+    tally: RefCell<Tally>,
 }
 
 /// What has been launched since times are taken.
@@ -31,7 +33,7 @@ struct Running {
 impl Metered {
     /// Of `platform`.
     pub fn new(platform: Rc<dyn Platform>) -> Rc<Self> {
-        Rc::new(Self { platform, running: RefCell::default() })
+        Rc::new(Self { platform, running: RefCell::default(), tally: RefCell::default() })
     }
 
     /// The ops, for what they say of their arguments.
@@ -145,13 +147,26 @@ impl Metered {
         self.platform.memory()
     }
 
-    /// As [`Platform::alloc`].
-    pub fn alloc(&self, what: &'static str, bytes: usize) -> Result<u64> {
-        self.platform.alloc(what, bytes)
+    /// As [`Platform::holds`].
+    pub fn holds(&self) -> bool {
+        self.platform.holds()
     }
 
-    /// As [`Platform::release`].
-    pub fn release(&self, at: u64) {
+    /// As [`Platform::alloc`].
+    pub fn alloc(&self, (of, what): What, bytes: usize) -> Result<u64> {
+        let at = self.platform.alloc(what, bytes)?;
+        self.tally.borrow_mut().take(of, bytes);
+        Ok(at)
+    }
+
+    /// Gives back what [`Metered::alloc`] gave for that use.
+    pub fn release(&self, at: u64, of: Use, bytes: usize) {
         self.platform.release(at);
+        self.tally.borrow_mut().give(of, bytes);
+    }
+
+    /// Bytes of the engine's own by use, when all of them were the most.
+    pub fn most(&self) -> Bytes {
+        self.tally.borrow().most()
     }
 }

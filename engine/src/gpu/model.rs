@@ -7,6 +7,7 @@ use kvwarp::ffi::{self, KVW_F16, kvw_cache, kvw_kv_pack_params};
 use super::metered::Metered;
 use super::ops::{FEW_ROWS, Ops, at, params};
 use super::platform::{Buffer, Result};
+use super::tally::Use;
 use super::weights::{Layer, Weights};
 use crate::config::{Config, Pairing};
 
@@ -56,15 +57,20 @@ impl Network {
         [rows, step]: [usize; 2],
     ) -> Result<Self> {
         let Config { width, ffn, heads, kv_heads, head_dim, vocab, .. } = *config;
-        let halves = |elements: usize| Buffer::new(platform, "activations", 2 * rows * elements);
-        let unpacked =
-            Buffer::new(platform, "an unpacked matrix", weights.unpacked_bytes().max(1))?;
-        let zeros = Buffer::zeroed(platform, "activations", 4 * rows)?;
+        let halves = |elements: usize| {
+            Buffer::new(platform, (Use::Activations, "activations"), 2 * rows * elements)
+        };
+        let unpacked = Buffer::new(
+            platform,
+            (Use::Scratch, "an unpacked matrix"),
+            weights.unpacked_bytes().max(1),
+        )?;
+        let zeros = Buffer::zeroed(platform, (Use::Activations, "activations"), 4 * rows)?;
         let inv_freq = config.rope.frequencies(head_dim);
         let ops = Ops { platform: Rc::clone(platform), unpacked: unpacked.at(), zeros: zeros.at() };
         let logits = FEW_ROWS.min(step) * vocab * 4;
         let work = Work {
-            x: Buffer::new(platform, "activations", step * width * 4)?,
+            x: Buffer::new(platform, (Use::Activations, "activations"), step * width * 4)?,
             h: halves(width)?,
             qk: halves((heads + kv_heads) * head_dim)?,
             q: halves(heads * head_dim)?,
@@ -72,11 +78,12 @@ impl Network {
             mix: halves(heads * head_dim)?,
             gate_up: halves(2 * ffn)?,
             act: halves(ffn)?,
-            logits: Buffer::new(platform, "logits", logits)?,
+            logits: Buffer::new(platform, (Use::Activations, "logits"), logits)?,
             _unpacked: unpacked,
             _zeros: zeros,
         };
-        let inv_freq = Buffer::of(platform, "rope", bytemuck::cast_slice(&inv_freq))?;
+        let inv_freq =
+            Buffer::of(platform, (Use::Weights, "rope"), bytemuck::cast_slice(&inv_freq))?;
         Ok(Self { config: config.clone(), weights, ops, work, inv_freq, turned })
     }
 

@@ -11,6 +11,7 @@ use kvwarp::ffi::kvw_stream;
 use kvwarp::kernels::Kernels;
 
 use super::metered::Metered;
+use super::tally::Use;
 
 /// Why a GPU did not do its part.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +68,11 @@ pub trait Platform {
 
     /// Gives back what `alloc` gave, once what has been enqueued is done with it.
     fn release(&self, at: u64);
+
+    /// Whether what is written is kept; where it is not, nobody need make it.
+    fn holds(&self) -> bool {
+        true
+    }
 
     /// Copies from the host, in stream order; `bytes` may change once it returns.
     ///
@@ -128,25 +134,29 @@ pub trait Platform {
 /// Device memory, given back when dropped.
 pub struct Buffer {
     platform: Rc<Metered>,
+    of: Use,
     at: u64,
     bytes: usize,
 }
+
+/// What memory is for, in a report and in a message.
+pub type What = (Use, &'static str);
 
 impl Buffer {
     /// `bytes` that nobody has written.
     ///
     /// # Errors
     /// [`GpuError::Memory`].
-    pub fn new(platform: &Rc<Metered>, what: &'static str, bytes: usize) -> Result<Self> {
+    pub fn new(platform: &Rc<Metered>, what: What, bytes: usize) -> Result<Self> {
         let at = platform.alloc(what, bytes)?;
-        Ok(Self { platform: Rc::clone(platform), at, bytes })
+        Ok(Self { platform: Rc::clone(platform), of: what.0, at, bytes })
     }
 
     /// With these contents.
     ///
     /// # Errors
     /// As of [`Buffer::new`] and [`Platform::write`].
-    pub fn of(platform: &Rc<Metered>, what: &'static str, bytes: &[u8]) -> Result<Self> {
+    pub fn of(platform: &Rc<Metered>, what: What, bytes: &[u8]) -> Result<Self> {
         let buffer = Self::new(platform, what, bytes.len())?;
         platform.write(buffer.at, bytes)?;
         Ok(buffer)
@@ -156,7 +166,7 @@ impl Buffer {
     ///
     /// # Errors
     /// As of [`Buffer::new`] and [`Platform::zero`].
-    pub fn zeroed(platform: &Rc<Metered>, what: &'static str, bytes: usize) -> Result<Self> {
+    pub fn zeroed(platform: &Rc<Metered>, what: What, bytes: usize) -> Result<Self> {
         let buffer = Self::new(platform, what, bytes)?;
         platform.zero(buffer.at, bytes)?;
         Ok(buffer)
@@ -175,6 +185,6 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.platform.release(self.at);
+        self.platform.release(self.at, self.of, self.bytes);
     }
 }

@@ -11,6 +11,7 @@ use super::Gpu;
 use super::metered::Metered;
 use super::ops::{at, params};
 use super::platform::{Buffer, Result};
+use super::tally::Use;
 use crate::runner::{Row, RunError};
 use crate::watch::Watch;
 
@@ -90,9 +91,17 @@ impl Prompt {
         let slabs = ring + tokens.div_ceil(TOKENS) + 1;
         let words = Words::of(tokens, tokens.div_ceil(piece)).total(tokens);
         Ok(Self {
-            x: Buffer::new(platform, "a prompt's residual stream", 4 * tokens * width)?,
-            ring: Buffer::zeroed(platform, "a layer's keys and values", kv_heads * slabs * slab)?,
-            words: Buffer::new(platform, "a prompt's tokens", 4 * words)?,
+            x: Buffer::new(
+                platform,
+                (Use::Activations, "a prompt's residual stream"),
+                4 * tokens * width,
+            )?,
+            ring: Buffer::zeroed(
+                platform,
+                (Use::Activations, "a layer's keys and values"),
+                kv_heads * slabs * slab,
+            )?,
+            words: Buffer::new(platform, (Use::Activations, "a prompt's tokens"), 4 * words)?,
             tokens,
             slabs,
         })

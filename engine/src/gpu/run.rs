@@ -2,6 +2,7 @@
 
 use super::Gpu;
 use super::platform::GpuError;
+use super::tally::Use;
 use crate::cache::{CacheError, CacheStats};
 use crate::config::Config;
 use crate::model::ModelError;
@@ -140,6 +141,10 @@ impl Runner for Gpu {
 
     fn stats(&self, row: Row) -> CacheStats {
         self.cache.stats(row)
+    }
+
+    fn memory(&self) -> Vec<(&'static str, usize)> {
+        Use::ALL.into_iter().map(Use::name).zip(self.taken()).collect()
     }
 
     fn start_profile(&mut self) {

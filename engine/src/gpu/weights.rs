@@ -16,6 +16,7 @@ use rayon::prelude::*;
 
 use super::metered::Metered;
 use super::platform::{Buffer, Result};
+use super::tally::Use;
 use crate::config::Config;
 use crate::model::matrix;
 use crate::source::Source;
@@ -148,7 +149,7 @@ impl Upload<'_> {
 
     fn vector(&mut self, name: &str, length: usize) -> Result<Buffer> {
         let x = self.source.weights.vector(name, length)?;
-        Buffer::of(self.platform, "norms", bytemuck::cast_slice(&x))
+        Buffer::of(self.platform, (Use::Weights, "norms"), bytemuck::cast_slice(&x))
     }
 
     /// Projections one above the other, with their biases where the model has them.
@@ -171,7 +172,8 @@ impl Upload<'_> {
         if turned == Turned::Rows {
             hadamard::values(&mut bias);
         }
-        let buffer = Buffer::of(self.platform, "biases", bytemuck::cast_slice(&bias))?;
+        let buffer =
+            Buffer::of(self.platform, (Use::Weights, "biases"), bytemuck::cast_slice(&bias))?;
         let bias = Matrix { buffer, dtype: KVW_F32, rows: 1, cols: bias.len() };
         Ok(Linear { matrix, bias: Some(bias) })
     }
@@ -197,11 +199,13 @@ impl Upload<'_> {
             WeightType::F16 if alike => (KVW_F16, self.raw(&bytes(names))?),
             WeightType::BF16 if alike => (KVW_BF16, self.raw(&bytes(names))?),
             kind => match blocks(kind).filter(|_| alike && self.stored == Stored::Blocks) {
-                Some(dtype) => {
+                Some(dtype) if self.platform.holds() => {
                     let bytes = bytes(names).concat();
                     let all = linear::Weights::new(kind, rows, cols, &bytes)?;
                     (dtype, self.raw(&[&linear::planes(&all)])?)
                 }
+                // Planes have as many bytes as blocks.
+                Some(dtype) => (dtype, self.raw(&bytes(names))?),
                 None => (KVW_F16, self.halves(&parts, turned)?),
             },
         };
@@ -216,7 +220,7 @@ impl Upload<'_> {
     /// As it lies in the file.
     fn raw(&mut self, parts: &[&[u8]]) -> Result<Buffer> {
         let bytes = parts.iter().map(|part| part.len()).sum();
-        let buffer = Buffer::new(self.platform, "weights", bytes)?;
+        let buffer = Buffer::new(self.platform, (Use::Weights, "weights"), bytes)?;
         let mut at = buffer.at();
         for piece in parts.iter().flat_map(|part| part.chunks(2 * PIECE)) {
             self.platform.write(at, piece)?;
@@ -229,9 +233,9 @@ impl Upload<'_> {
     /// As f16.
     fn halves(&mut self, parts: &[linear::Weights<'_>], turned: Turned) -> Result<Buffer> {
         let elements: usize = parts.iter().map(|part| part.rows() * part.cols()).sum();
-        let buffer = Buffer::new(self.platform, "weights", 2 * elements)?;
+        let buffer = Buffer::new(self.platform, (Use::Weights, "weights"), 2 * elements)?;
         let mut at = buffer.at();
-        for part in parts {
+        for part in parts.iter().filter(|_| self.platform.holds()) {
             let blocks = (PIECE / (part.cols() * hadamard::BLOCK)).max(1);
             let step = blocks * hadamard::BLOCK;
             for first in (0..part.rows()).step_by(step) {

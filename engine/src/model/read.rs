@@ -11,7 +11,7 @@ use crate::watch::Watch;
 
 /// Rows of a prompt that pass through a layer together: enough to use each weight many times while it is in cache,
 /// few enough that their activations stay small.
-const ROWS: usize = 256;
+pub(super) const ROWS: usize = 256;
 /// Rows of logits computed together: 64 rows of 49,152 are 12.6 MB.
 const LOGIT_ROWS: usize = 64;
 

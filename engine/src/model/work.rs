@@ -2,6 +2,7 @@
 
 use kvwarp::{paged_attn, prefill_attn};
 
+use super::read::ROWS;
 use crate::calibration::Calibration;
 use crate::config::Config;
 use crate::policy::Observer;
@@ -56,19 +57,23 @@ impl Work {
         (&self.logits, &mut self.clock)
     }
 
-    pub(super) fn resize(&mut self, config: &Config, rows: usize) {
+    /// Bytes that reading `tokens` tokens of a prompt takes beside the cache: the residual stream of all, the rest of a
+    /// piece.
+    pub fn bytes(config: &Config, tokens: usize) -> usize {
+        let row: usize = Self::lens(config).iter().sum();
+        4 * (tokens * config.width + tokens.min(ROWS) * row + config.vocab)
+    }
+
+    /// Elements of a row of each buffer but the last.
+    fn lens(config: &Config) -> [usize; 8] {
         let Config { width, ffn, heads, kv_heads, head_dim, .. } = *config;
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        for (buffer, len) in [
-            (&mut self.h, width),
-            (&mut self.q, q),
-            (&mut self.k, kv),
-            (&mut self.v, kv),
-            (&mut self.mix, q),
-            (&mut self.gate, ffn),
-            (&mut self.up, ffn),
-            (&mut self.add, width),
-        ] {
+        [width, q, kv, kv, q, ffn, ffn, width]
+    }
+
+    pub(super) fn resize(&mut self, config: &Config, rows: usize) {
+        let Self { h, q, k, v, mix, gate, up, add, .. } = self;
+        for (buffer, len) in [h, q, k, v, mix, gate, up, add].into_iter().zip(Self::lens(config)) {
             buffer.resize(rows * len, 0.0);
         }
     }

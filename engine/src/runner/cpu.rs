@@ -190,6 +190,10 @@ impl Runner for CpuRunner<'_> {
         self.cache.stats(row)
     }
 
+    fn memory(&self) -> Vec<(&'static str, usize)> {
+        ["pools", "rings", "staging"].into_iter().zip(self.cache.most_bytes()).collect()
+    }
+
     fn start_profile(&mut self) {
         self.work.clock.start();
     }

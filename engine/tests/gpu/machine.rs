@@ -100,6 +100,8 @@ pub struct Machine {
     /// Bytes that may still be had.
     free: Cell<usize>,
     bytes: usize,
+    /// Most bytes that were taken.
+    most: Cell<usize>,
     graphs: bool,
     records: Cell<usize>,
     stamps: RefCell<Vec<Instant>>,
@@ -116,6 +118,7 @@ impl Machine {
             buffers: RefCell::default(),
             free: Cell::new(bytes),
             bytes,
+            most: Cell::new(0),
             graphs,
             records: Cell::new(0),
             stamps: RefCell::default(),
@@ -130,6 +133,11 @@ impl Machine {
     /// Bytes taken.
     pub fn taken(&self) -> usize {
         self.bytes - self.free.get()
+    }
+
+    /// Most bytes taken so far.
+    pub fn most(&self) -> usize {
+        self.most.get()
     }
 
     fn memory(&self, at: u64, len: usize) -> Memory {
@@ -190,6 +198,7 @@ impl Platform for Machine {
             return Err(GpuError::Memory { what, need: bytes, free: self.free.get() });
         };
         self.free.set(free);
+        self.most.set(self.most.get().max(self.taken()));
         let buffer = simt().unwritten::<u8>(what, bytes);
         let at = buffer.ptr() as u64;
         self.buffers.borrow_mut().insert(at, (buffer, bytes));

@@ -4,14 +4,16 @@ use std::io;
 
 use serde_json::{Value, json};
 
-use super::{Output, profile};
+use super::{Output, host, profile};
 use crate::bench::{Samples, Test, mean_and_deviation};
+use crate::cli::args::Device;
 use crate::cli::output;
+use crate::fit::Fit;
 use crate::source::Source;
 use crate::spec::CacheSpec;
 
 /// Columns of the Markdown table and the width of each.
-const COLUMNS: [(&str, usize); 9] = [
+const COLUMNS: [(&str, usize); 11] = [
     ("model", 24),
     ("size", 10),
     ("params", 10),
@@ -21,6 +23,8 @@ const COLUMNS: [(&str, usize); 9] = [
     ("test", 15),
     ("t/s", 18),
     ("KV", 10),
+    ("memory", 10),
+    ("fit", 5),
 ];
 
 /// Whether a column is aligned to the left.
@@ -30,13 +34,15 @@ fn left(name: &str) -> bool {
 
 /// What a test ran on.
 pub struct Setup<'a> {
-    pub backend: &'static str,
+    pub backend: Device,
     pub threads: usize,
     pub spec: &'a CacheSpec,
     /// Tokens in the cache before the test.
     pub depth: usize,
     /// Sequences that decode together.
     pub rows: usize,
+    /// How many there may be, where that is known.
+    pub fit: Option<Fit>,
 }
 
 /// Writes rows as they come, or all at the end for JSON.
@@ -56,8 +62,8 @@ impl Writer {
     /// A writer of results for one model.
     pub fn new(format: Output, source: &Source) -> Self {
         let size = source.weights.iter().map(|tensor| tensor.bytes.len()).sum();
-        let params = source.weights.iter().map(|tensor| tensor.rows * tensor.cols).sum();
-        let model = model_name(source, params);
+        let params = parameters(source);
+        let model = model_name(source);
         let file = source.path().display().to_string();
         Self { format, file, model, size, params, rows: Vec::new(), profiles: String::new() }
     }
@@ -73,7 +79,9 @@ impl Writer {
 
     /// One test's result.
     pub fn row(&mut self, setup: &Setup<'_>, test: Test, samples: &Samples) -> io::Result<()> {
+        let peak = peak(setup, samples);
         let mut value = self.value(setup, test, samples);
+        memory(&mut value, peak, samples);
         if let Some(profiled) = &samples.profiled {
             value["profile"] = profile::json(profiled);
         }
@@ -89,12 +97,14 @@ impl Writer {
                     self.model.clone(),
                     output::bytes(self.size),
                     format!("{:.2} M", self.params as f64 / 1e6),
-                    backend.into(),
+                    backend.name().into(),
                     threads.to_string(),
                     spec.to_string(),
                     name(test, setup),
                     format!("{mean:.2} ± {deviation:.2}"),
                     output::bytes(samples.cache.used_bytes),
+                    peak.map_or(String::new(), output::bytes),
+                    setup.fit.map_or(String::new(), |fit| fit.sequences.to_string()),
                 ])?;
                 if let Some(profiled) = &samples.profiled {
                     let of = if let Test::Decode(_) = test { "a step of " } else { "" };
@@ -103,15 +113,7 @@ impl Writer {
                         &profile::table(&format!("{of}{name}, {spec}"), profiled, time);
                 }
             }
-            Output::Csv => {
-                let fields = value.as_object().into_iter().flatten();
-                let (names, cells): (Vec<_>, Vec<_>) =
-                    fields.map(|(k, v)| (k.clone(), cell(v))).unzip();
-                if self.rows.is_empty() {
-                    output::put(&(names.join(",") + "\n"))?;
-                }
-                output::put(&(cells.join(",") + "\n"))?;
-            }
+            Output::Csv => csv(&value, self.rows.is_empty())?,
         }
         self.rows.push(value);
         Ok(())
@@ -135,7 +137,7 @@ impl Writer {
     }
 
     fn value(&self, setup: &Setup<'_>, test: Test, samples: &Samples) -> Value {
-        let Setup { backend, threads, spec, depth, rows } = *setup;
+        let Setup { backend, threads, spec, depth, rows, fit } = *setup;
         let (n_prompt, n_gen) = match test {
             Test::Prefill(n) => (n, 0),
             Test::Decode(n) => (0, n),
@@ -149,7 +151,7 @@ impl Writer {
             "model_type": self.model,
             "model_size": self.size,
             "model_n_params": self.params,
-            "backends": backend,
+            "backends": backend.name(),
             "simd": format!("{:?}", kvwarp::simd::Level::detect()),
             "n_threads": threads,
             "type_k": spec.preset,
@@ -167,6 +169,10 @@ impl Writer {
             "samples_ts": speeds,
             "kv_bytes": samples.cache.used_bytes,
             "kv_effective_bits": samples.cache.effective_bits,
+            "fit_memory": fit.map(|fit| fit.memory),
+            "fit_sequence_bytes": fit.map(|fit| fit.sequence),
+            "fit_shared_bytes": fit.map(|fit| fit.shared),
+            "fit_sequences": fit.map(|fit| fit.sequences),
         })
     }
 }
@@ -182,8 +188,37 @@ fn name(test: Test, setup: &Setup<'_>) -> String {
     if depth == 0 { name } else { format!("{name} @ d{depth}") }
 }
 
+/// Most memory that was taken: on the processor by the whole process, on a GPU by the engine.
+fn peak(setup: &Setup<'_>, samples: &Samples) -> Option<usize> {
+    match setup.backend {
+        Device::Cpu => host::peak(),
+        Device::Cuda => Some(samples.memory.iter().map(|(_, bytes)| bytes).sum()),
+    }
+}
+
+/// Adds what memory was taken for.
+fn memory(value: &mut Value, peak: Option<usize>, samples: &Samples) {
+    value["memory_peak"] = json!(peak);
+    for (of, bytes) in &samples.memory {
+        value[format!("memory_{of}")] = json!(bytes);
+    }
+}
+
+/// A line of a value's fields, their names before it where it is the `first`.
+pub fn csv(value: &Value, first: bool) -> io::Result<()> {
+    let fields = value.as_object().into_iter().flatten();
+    let (names, cells): (Vec<_>, Vec<_>) = fields.map(|(k, v)| (k.clone(), cell(v))).unzip();
+    let names = if first { names.join(",") + "\n" } else { String::new() };
+    output::put(&format!("{names}{}\n", cells.join(",")))
+}
+
+fn parameters(source: &Source) -> usize {
+    source.weights.iter().map(|tensor| tensor.rows * tensor.cols).sum()
+}
+
 /// Architecture, size and the element type that most of the bytes have.
-fn model_name(source: &Source, params: usize) -> String {
+pub fn model_name(source: &Source) -> String {
+    let params = parameters(source);
     let mut kinds = std::collections::BTreeMap::<String, usize>::new();
     for tensor in source.weights.iter() {
         *kinds.entry(format!("{:?}", tensor.kind)).or_default() += tensor.bytes.len();
