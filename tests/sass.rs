@@ -86,7 +86,8 @@ fn warp_loops(code: &Listing) -> Vec<usize> {
     let loops: Vec<_> = backward.filter(|(head, back)| head < back).collect();
     let of_warp = |&&(head, back): &&(usize, usize)| {
         let inner = loops.iter().any(|&(h, b)| (h, b) != (head, back) && head <= h && b <= back);
-        let votes = |(_, text): &(usize, String)| text.contains("VOTE") || text.contains("SHFL.BFLY");
+        let votes =
+            |(_, text): &(usize, String)| text.contains("VOTE") || text.contains("SHFL.BFLY");
         !inner && code[head..=back].iter().any(votes)
     };
     loops.iter().filter(of_warp).map(|(head, back)| back - head + 1).collect()

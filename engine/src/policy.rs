@@ -15,6 +15,7 @@ pub(crate) mod parse;
 mod repeat;
 mod run;
 mod scores;
+mod settle;
 #[cfg(test)]
 mod tests;
 

@@ -88,7 +88,7 @@ pub fn hard(run: &Run) -> Result<(), String> {
 pub fn far(run: &Run) -> Result<(), String> {
     let mut noise = Noise(63);
     let mut x = || -> Vec<f32> {
-        let at = |t: usize| if t / 16 % 2 == 0 { 8.0 } else { 0.0 };
+        let at = |t: usize| if (t / 16).is_multiple_of(2) { 8.0 } else { 0.0 };
         (0..TOKENS * 64).map(|i| at(i / 64) + noise.below(4) as f32 / 128.0).collect()
     };
     let (k, v) = (x(), x());
@@ -156,7 +156,9 @@ fn scores_of_each_shape_and_format() {
             norms(&run, &mixed(head_dim, 32), 70 * (n as i32 % 2)).unwrap();
             norms(&run, &two_level(head_dim), 1).unwrap();
             if whole {
-                both.map(|of| scores(&run, &two_level(head_dim), 3, 96, of).unwrap());
+                for of in both {
+                    scores(&run, &two_level(head_dim), 3, 96, of).unwrap();
+                }
                 let fp8 = Spec { head_dim, formats: vec![Some(Format::Fp8)], ..Spec::default() };
                 scores(&run, &fp8, 0, 112, reference).unwrap();
             }

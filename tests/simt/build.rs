@@ -224,7 +224,9 @@ fn compile(include: [&Path; 3], job: &Job) -> Result<(), Failure> {
     let part = job.object.with_extension("part");
     let mut c = Command::new(compiler());
     c.args(&job.flags);
-    include.iter().for_each(|folder| drop(c.arg("-I").arg(folder)));
+    for folder in include {
+        c.arg("-I").arg(folder);
+    }
     run(c.args(["-x", "c++", "-c"]).arg(&job.source.path).arg("-o").arg(&part))?;
     Ok(fs::rename(part, &job.object)?)
 }
