@@ -9,6 +9,7 @@ mod calibrate;
 mod compress;
 mod demo;
 mod doctor;
+mod eval;
 mod generate;
 mod info;
 mod open;
@@ -53,6 +54,8 @@ enum Command {
     Bench(bench::Args),
     /// Measure how well a text is predicted with a given cache
     Perplexity(perplexity::Args),
+    /// Measure what each of several caches costs: predictions, hidden numbers and sentences, time and memory
+    Eval(eval::Args),
     /// Learn from a text what a model's cache can do without
     Calibrate(calibrate::Args),
     /// Show what this machine offers, what is missing and how to get it
@@ -101,6 +104,7 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Some(Command::Info(args)) => info::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Perplexity(args)) => perplexity::run(&args),
+        Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Doctor(args)) => doctor::run(&args),
     }

@@ -29,6 +29,8 @@ pub struct Scores {
     pub nll: Vec<f32>,
     /// What the cache held at the end.
     pub cache: CacheStats,
+    /// What it held after the prefix, before anything was scored; as [`Scores::cache`] without one.
+    pub prefix: CacheStats,
 }
 
 impl Scores {
@@ -62,6 +64,8 @@ struct Reader<'a> {
     cache: Cache,
     row: Row,
     work: Work,
+    /// After the prefix.
+    prefix: Option<CacheStats>,
 }
 
 impl<'a> Reader<'a> {
@@ -77,7 +81,7 @@ impl<'a> Reader<'a> {
         }
         let mut cache = model.cache(spec, context)?;
         let row = cache.open();
-        Ok(Self { model, cache, row, work: Work::default() })
+        Ok(Self { model, cache, row, work: Work::default(), prefix: None })
     }
 
     /// Gives `take` the logits after a prefix, or after each token of a piece.
@@ -87,24 +91,26 @@ impl<'a> Reader<'a> {
         watch: &mut Watch<'_>,
         take: &mut dyn FnMut(&[f32]),
     ) -> Result<(), ModelError> {
-        let Self { model, cache, row, work } = self;
+        let Self { model, cache, row, work, .. } = self;
         if !prefix {
             return model.score(part, (cache, *row), work, watch, take);
         }
         model.prefill(part, (cache, *row), work, watch)?;
         take(work.logits());
+        self.prefix = Some(self.cache.stats(self.row));
         Ok(())
     }
 
-    fn stats(&self) -> CacheStats {
-        self.cache.stats(self.row)
+    fn scores(&self, nll: Vec<f32>) -> Scores {
+        let cache = self.cache.stats(self.row);
+        Scores { nll, cache, prefix: self.prefix.unwrap_or(cache) }
     }
 }
 
 /// The parts that a text is read in: the prefix, where there is one, then pieces; and the tokens to predict.
-fn parts<'a>(tokens: &'a [u32], reading: &Reading) -> (Vec<(bool, &'a [u32])>, &'a [u32]) {
-    let (prefix, rest) = tokens.split_at(reading.prefix.min(tokens.len()));
-    let pieces = rest.chunks(reading.piece.max(1)).map(|piece| (false, piece));
+fn parts(tokens: &[u32], (prefix, piece): (usize, usize)) -> (Vec<(bool, &[u32])>, &[u32]) {
+    let (prefix, rest) = tokens.split_at(prefix.min(tokens.len()));
+    let pieces = rest.chunks(piece.max(1)).map(|piece| (false, piece));
     match prefix {
         [] => (pieces.collect(), tokens.get(1..).unwrap_or_default()),
         _ => (std::iter::once((true, prefix)).chain(pieces).collect(), rest),
@@ -121,14 +127,37 @@ pub fn score(
     reading: &Reading,
     watch: &mut Watch<'_>,
 ) -> Result<Scores, ModelError> {
-    let (parts, targets) = parts(tokens, reading);
+    let (parts, targets) = parts(tokens, (reading.prefix, reading.piece));
     let mut reader = Reader::new(model, (&reading.cache, reading.prefix), tokens.len())?;
     let (mut nll, mut targets) = (Vec::with_capacity(tokens.len()), targets.iter());
     let mut take = |logits: &[f32]| nll.extend(targets.next().map(|&t| surprise(logits, t)));
     for part in parts {
         reader.read(part, watch, &mut take)?;
     }
-    Ok(Scores { nll, cache: reader.stats() })
+    Ok(reader.scores(nll))
+}
+
+/// What is added up of a cache's predictions and f16's.
+#[derive(Default)]
+struct Sums {
+    nll: Vec<f32>,
+    f16: f64,
+    kl: f64,
+    agree: usize,
+}
+
+impl Sums {
+    fn add(&mut self, exact: &[f32], logits: &[f32], target: u32) {
+        self.nll.push(surprise(logits, target));
+        self.f16 += f64::from(surprise(exact, target));
+        self.kl += divergence(exact, logits);
+        self.agree += usize::from(top(exact) == top(logits));
+    }
+
+    fn distance(&self) -> Distance {
+        let n = self.nll.len() as f64;
+        Distance { f16: self.f16 / n, kl: self.kl / n, agreement: self.agree as f64 / n }
+    }
 }
 
 /// [`score`], and the same text with an f16 cache beside it, piece by piece.
@@ -141,28 +170,47 @@ pub fn compare(
     reading: &Reading,
     watch: &mut Watch<'_>,
 ) -> Result<(Scores, Distance), ModelError> {
-    let (parts, targets) = parts(tokens, reading);
-    let reader = |spec| Reader::new(model, (spec, reading.prefix), tokens.len());
-    let (mut exact, mut reader) = (reader(&CacheSpec::default())?, reader(&reading.cache)?);
-    let (mut nll, mut targets) = (Vec::with_capacity(tokens.len()), targets.iter());
-    let (mut f16, mut kl, mut agree) = (0.0, 0.0, 0);
+    let Reading { cache, prefix, piece } = *reading;
+    let mut all = compare_each(model, tokens, &[cache], (prefix, piece), watch)?;
+    Ok(all.remove(0))
+}
+
+/// [`compare`] with each of `specs`, the f16 cache read once for all: `cut` is the prefix and the tokens of a piece.
+///
+/// # Errors
+/// As [`score`].
+pub fn compare_each(
+    model: &Model<'_>,
+    tokens: &[u32],
+    specs: &[CacheSpec],
+    cut: (usize, usize),
+    watch: &mut Watch<'_>,
+) -> Result<Vec<(Scores, Distance)>, ModelError> {
+    let (parts, mut targets) = parts(tokens, cut);
+    let reader = |spec| Reader::new(model, (spec, cut.0), tokens.len());
+    let f16 = CacheSpec::default();
+    let mut exact = reader(&f16)?;
+    let beside = |spec| Ok((reader(spec)?, Sums::default()));
+    let mut readers = specs.iter().map(beside).collect::<Result<Vec<_>, ModelError>>()?;
     for part in parts {
         let mut rows: Vec<f32> = Vec::new();
-        let mut keep = |logits: &[f32]| rows.extend_from_slice(logits);
-        exact.read(part, watch, &mut keep)?;
-        let mut rows = rows.chunks_exact(model.config().vocab);
-        let mut take = |logits: &[f32]| {
-            let (Some(exact), Some(&target)) = (rows.next(), targets.next()) else { return };
-            nll.push(surprise(logits, target));
-            f16 += f64::from(surprise(exact, target));
-            kl += divergence(exact, logits);
-            agree += usize::from(top(exact) == top(logits));
-        };
-        reader.read(part, watch, &mut take)?;
+        exact.read(part, watch, &mut |logits| rows.extend_from_slice(logits))?;
+        let rows = rows.chunks_exact(model.config().vocab);
+        for (reader, sums) in &mut readers {
+            let mut pairs = rows.clone().zip(targets);
+            let mut take = |logits: &[f32]| {
+                let pair = pairs.next();
+                pair.iter().for_each(|(exact, target)| sums.add(exact, logits, **target));
+            };
+            reader.read(part, watch, &mut take)?;
+        }
+        targets = &targets[rows.len().min(targets.len())..];
     }
-    let n = nll.len() as f64;
-    let distance = Distance { f16: f16 / n, kl: kl / n, agreement: agree as f64 / n };
-    Ok((Scores { nll, cache: reader.stats() }, distance))
+    let measured = |(reader, mut sums): (Reader<'_>, Sums)| {
+        let distance = sums.distance();
+        (reader.scores(std::mem::take(&mut sums.nll)), distance)
+    };
+    Ok(readers.into_iter().map(measured).collect())
 }
 
 /// `ln sum exp`.
