@@ -172,7 +172,7 @@ fn likelihood(cells: &Cells<'_>) -> Option<Likelihood> {
     })
 }
 
-fn answers<'a>(measured: &'a Measured) -> &'a [Answer] {
+fn answers(measured: &Measured) -> &[Answer] {
     if let Found::Answers(answers) = &measured.found { answers } else { &[] }
 }
 
