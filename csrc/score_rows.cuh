@@ -114,8 +114,9 @@ template <int D> struct RowSums {
 #pragma unroll
             for (int lanes = 4; lanes < 32; lanes *= 2) {
                 float m2 = __shfl_xor_sync(~0u, top, lanes), l2 = __shfl_xor_sync(~0u, sum, lanes);
-                float both = KVW_FAULT(382) ? top : fmaxf(top, m2);
-                sum = sum * prim::exp2_approx(top - both) + l2 * prim::exp2_approx(m2 - both);
+                float both = fmaxf(top, m2);
+                sum = sum * prim::exp2_approx(top - both) +
+                      l2 * prim::exp2_approx(KVW_FAULT(382) ? 0.f : m2 - both);
                 top = both;
             }
             float lse = sum == 0.f ? -INFINITY : (top + log2f(sum)) * LN_2;

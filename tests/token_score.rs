@@ -140,6 +140,7 @@ fn chunk() -> (Spec, Call) {
         columns: 480,
         accumulate: false,
         seen: vec![],
+        scale: 0.2,
     };
     (spec, call)
 }
@@ -169,6 +170,8 @@ fn executors_match_oracle() {
         let seen = vec![3..4, 63..65, 100..101, 130..330, 400..9999];
         check("ranges", &spec, &Call { seen, lse_rows: 150, ..call.clone() });
         check("a range after all", &spec, &Call { seen: vec![470..499, 499..500], ..call.clone() });
+        let loud = Call { scale: 5.0, ..call.clone() };
+        lse_matches(&run, &spec, &loud).unwrap_or_else(|e| panic!("{exec:?}: loud: {e}"));
         let ring = Spec { packed: None, lens: vec![400], heads: 2, ..spec.clone() };
         check("a decoder's cache", &ring, &Call { rows: vec![40], ..call.clone() });
         let a_head = Spec { heads: 2, per_head: true, ..spec.clone() };
@@ -217,6 +220,8 @@ fn faults_are_caught() {
     let sum = |run: &Run| matches(run, &spec, &call, Reduce::Sum);
     let max = |run: &Run| matches(run, &spec, &call, Reduce::Max);
     let lse = |run: &Run| lse_matches(run, &spec, &call);
+    let scores_far_apart = Call { scale: 5.0, ..call.clone() };
+    let loud = |run: &Run| lse_matches(run, &spec, &scores_far_apart);
     let back = Call { back: Some(333), columns: 350, accumulate: true, ..call.clone() };
     let pieces = |run: &Run| matches(run, &spec, &back, Reduce::Sum);
     let some = Call { seen: vec![3..4, 100..200], ..call.clone() };
@@ -236,7 +241,7 @@ fn faults_are_caught() {
     assert_caught(380, "a slab is overwritten while warps still read it", lse);
     assert_caught(381, "a range begins with its slab", ranges);
     assert_caught(382, "lanes' sums are added whatever they are relative to", lse);
-    assert_caught(383, "a sum is not rescaled when its reference moves", lse);
+    assert_caught(383, "a sum is not rescaled when its reference moves", loud);
     assert_caught(384, "a slab is read before its copy has landed", lse);
     assert_caught(120, "a row's softmax sees the token after it", lse);
 }

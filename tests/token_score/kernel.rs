@@ -24,6 +24,7 @@ pub struct Call {
     pub accumulate: bool,
     /// Of the log-sum-exps: all slots where there are none.
     pub seen: Vec<Range<usize>>,
+    pub scale: f32,
 }
 
 impl Call {
@@ -76,7 +77,7 @@ impl<'a> Case<'a> {
     fn lse(&self, s: usize, seen: &[Range<usize>]) -> Vec<f64> {
         match self.call.used(s) {
             0 => vec![],
-            n => oracle_lse(&self.queries(s), n, &self.cache.heads(s), SCALE, seen),
+            n => oracle_lse(&self.queries(s), n, &self.cache.heads(s), self.call.scale, seen),
         }
     }
 
@@ -108,14 +109,12 @@ impl<'a> Case<'a> {
             max_tokens: *call.rows.iter().max().unwrap() as i32,
             lse_rows: call.lse_rows as i32,
             dtype: if call.bf16 { ffi::KVW_BF16 } else { ffi::KVW_F16 },
-            scale: SCALE,
+            scale: call.scale,
             ..Default::default()
         };
         run.call(&op!(kvw_token_score), &change(params))
     }
 }
-
-const SCALE: f32 = 0.2;
 
 /// The log-sum-exps over `call.seen`; rows that do not take part stay as they are.
 pub fn lse_matches(run: &Run, spec: &Spec, call: &Call) -> Result<(), String> {
@@ -156,7 +155,7 @@ pub fn matches(run: &Run, spec: &Spec, call: &Call, reduce: Reduce) -> Result<()
             0 => vec![0.0; heads * lines * call.columns],
             n => {
                 let (q, views) = (case.queries(s), case.cache.heads(s));
-                oracle(&q, n, &rows, &views, SCALE, &first(s), call.columns, reduce)
+                oracle(&q, n, &rows, &views, call.scale, &first(s), call.columns, reduce)
             }
         });
     }
