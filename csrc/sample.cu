@@ -30,6 +30,7 @@
 #include "common/check.cuh"
 #include "common/launch.cuh"
 #include "common/radix.cuh"
+#include "common/random.cuh"
 #include "common/rank.cuh"
 
 namespace {
@@ -66,13 +67,6 @@ PRIM u64 rank_of(int id, float x) {
 }
 
 PRIM int id_of(u64 rank) { return (1 << ID_BITS) - 1 - int(rank & ((1u << ID_BITS) - 1)); }
-
-PRIM u64 random_bits(u64 seed, int32_t step) {
-    u64 z = seed + (u64((long long)step) + 1) * 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return z ^ (z >> 31);
-}
 
 struct Shared {
     u64 sums[BINS];
@@ -231,7 +225,7 @@ __global__ void __launch_bounds__(THREADS, 2) sample(const __grid_constant__ kvw
         }
         u64 least = u64(__fmul_rn(fmaxf(p.min_p[s], 0.f), ONE));
         float scale = __fdiv_rn(1.f, temperature);
-        token = draw(row, shared, random_bits(p.seeds[s], p.steps[s]), token, [&](int id, float x) {
+        token = draw(row, shared, kvw::random_bits(p.seeds[s], p.steps[s]), token, [&](int id, float x) {
             bool kept = rank_of(id, x) >= cut && (least == 0 || plain(x) >= least);
             return kept ? weight(x, max, scale) : 0ull;
         });

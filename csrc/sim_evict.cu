@@ -129,7 +129,7 @@ kvw_status kvw_sim_evict(const kvw_sim_evict_params* p, kvw_stream stream) {
     }
     if (p->op == KVW_EVICT_REPRESENT) {
         if (!p->plain) return KVW_LAUNCH(kvw_represent, dim3(seqs), CRUSH_THREADS, 0, stream, *p);
-        size_t shared = size_t(p->columns + 31) / 32 * 4;
+        size_t shared = size_t(p->columns + 127) / 128 * 16; // a bit a token, in units that are carved
         return KVW_LAUNCH(represent, dim3(seqs), CRUSH_THREADS, shared, stream, *p);
     }
     switch (p->cache.head_dim) {

@@ -212,9 +212,9 @@ fn faults_are_caught() {
     let ptx = |heads, anchor| chosen(heads, anchor, false);
     assert_caught(731, "ptx: places are given before all are counted", ptx(5, Anchor::Mean));
     assert_caught(732, "ptx: all of a warp at one distance share a place", ptx(5, Anchor::Mean));
-    assert_caught(733, "ptx: a candidate after the last is counted", ptx(5, Anchor::Mean));
+    assert_caught(733, "ptx: a candidate after the last is counted", ptx(5, Anchor::Zeros));
     assert_caught(734, "ptx: a table of three bits is the wrong one", ptx(32, Anchor::Zeros));
-    assert_caught(735, "ptx: bits are turned the other way", ptx(5, Anchor::Mean));
+    assert_caught(735, "ptx: bits are turned half as far", ptx(32, Anchor::Mean));
     assert_caught(736, "ptx: votes are counted before all are there", ptx(5, Anchor::Mean));
     assert_caught(737, "ptx: the largest distance has no places", ptx(32, Anchor::Ones));
     assert_caught(738, "ptx: tokens are written before all are counted", ptx(5, Anchor::Mean));

@@ -139,8 +139,12 @@ pub struct Ask {
 /// Representatives of rows of any tokens.
 pub fn represent(run: &Run, tokens: usize, ask: Ask) -> Result<(), String> {
     let mut noise = Noise(64);
-    // Bits of heads that there are not mean nothing.
-    let word = |i: usize| [0, u32::MAX, 1, noise.bits() as u32, noise.bits() as u32][i % 5];
+    // Some bits most tokens have, some few. Those of heads that there are not mean nothing.
+    const OFTEN: u32 = 0xC3A5_0F31;
+    let word = |i: usize| {
+        let any = noise.bits() as u32;
+        [0, u32::MAX, OFTEN, any, any & OFTEN][i % 5]
+    };
     let words: Vec<u32> = (0..3 * tokens).map(word).collect();
     chosen(run, &words, ask)
 }
