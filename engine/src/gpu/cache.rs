@@ -58,12 +58,11 @@ impl Cache {
         plan: &Plan,
         rows: usize,
     ) -> Result<Self> {
-        if spec.kivi_exact {
-            let what = "`kivi_exact` quantises slabs in part, for parity tests on the CPU";
-            return Err(GpuError::Unsupported(what.into()));
-        }
-        if spec.selects() {
-            let what = "`evict` and `tsp` choose tokens on the processor only; leave --device out";
+        let refused = [
+            (spec.kivi_exact, "`kivi_exact` quantises slabs in part, for parity tests on the CPU"),
+            (spec.selects(), "`evict` and `tsp` run on the processor only"),
+        ];
+        if let Some((_, what)) = refused.into_iter().find(|(asked, _)| *asked) {
             return Err(GpuError::Unsupported(what.into()));
         }
         let heads = shape.layers * shape.kv_heads;
