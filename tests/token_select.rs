@@ -220,6 +220,7 @@ fn ctas_share_large_segments() {
 }
 
 #[test]
+#[ignore = "takes minutes on the checked executor; run with --ignored"]
 fn faults_are_caught() {
     let rows = ragged(700);
     let alone = |run: &Run| {
