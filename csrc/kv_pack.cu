@@ -1,17 +1,18 @@
 // kv_pack: writing the cache: RoPE, the f16 ring, and packing of the 64 tokens that leave the window.
 //
 // Math      K' = rotate(K, position), beyond the range of f16 +-65504, as V; ring[slot] = (K', V); packed
-//           slab = quantise(its 64 tokens), bit for bit src/slab/codec.rs::encode_rounded
-// Shapes    k, v [T, H, D] f16 or bf16 with strides between tokens; the cache as slab.h has it
+//           slab = quantise(its 64 tokens), bit for bit src/slab/codec.rs::encode_rounded. APPEND: with hadamard K' is
+//           that times the Hadamard matrix of D, and q_out is q turned likewise, bit for bit what rope_select gives
+// Shapes    k, v [T, H, D] f16 or bf16 with strides between tokens, q [T, q_heads, D] f16; the cache as slab.h has it
 // Layout    K quantised per channel over group tokens, V per token over group channels (KIVI,
 //           arXiv:2402.02750)
-// Bytes     8 D a token and head; f16 slabs are read and packed ones written, and the lower half of feedback is
-//           read -> kvw_kv_pack_bytes()
-// Launch    APPEND grid (H, S), FILL (tiles of 16 tokens, H, S), FLUSH (slabs, H, S); 128 threads, at
+// Bytes     8 D a token and head, 4 D a query head; f16 slabs are read and packed ones written, and the lower half
+//           of feedback is read -> kvw_kv_pack_bytes()
+// Launch    APPEND grid (H + q_heads / 4, S), FILL (tiles of 16 tokens, H, S), FLUSH (slabs, H, S); 128 threads, at
 //           most 17 KB of shared memory; with feedback 320 D bytes more
 // Workspace none
 // Order     deterministic; no atomics; every word of a slab is written by the one lane that owns it
-// Oracle    src/slab/codec.rs, src/kv_pack/kivi.rs
+// Oracle    src/slab/codec.rs, src/kv_pack/kivi.rs, src/rope_select/oracle.rs, src/hadamard.rs
 //
 // APPEND: a slab leaves the window with token len - 1 if (len - window) is a positive multiple of 64. In
 // a ring of kvw_ring_slabs(window) that token may fall on the slab's first one, so the slab is packed
@@ -36,11 +37,15 @@
 //    of which four or five shuffles are half, and 600 a block of eight for the errors of the block before and the
 //    barrier. Predicted 45,000 clocks at D = 128, 26 us, once in 64 steps of a head; two-level metadata adds 60 a
 //    channel, its f64 steps.
+// 5. Queries are turned by CTAs of their own beside those that append, a warp a head: a decoded token takes one launch
+//    from its projections to attention instead of two. Predicted to save 2 us a layer, a launch's gap and floor; 64 us a
+//    step of 32 layers. Sines are computed by the lane that needs them, four at D = 128: no barrier before the first.
 #include "kv_pack.h"
 #include "rope_select.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
-#include "common/feedback.cuh"
+#include "common/kivi.cuh"
+#include "common/turn.cuh"
 
 namespace {
 
@@ -63,9 +68,14 @@ PRIM float2 two(const Params& p, const void* rows, int64_t i) {
     return __half22float2(*reinterpret_cast<const __half2*>(static_cast<const __half*>(rows) + i));
 }
 
-template <int D> PRIM KeyWords key_words(const Params& p, int64_t token, int head, int n) {
+template <int D>
+PRIM KeyWords key_words(const Params& p, int64_t token, int head, int n, const __half* key = nullptr) {
     bool half = p.pairing == KVW_ROPE_HALF;
     KeyWords w = {{half ? 2 * n : 4 * n, half ? 2 * n + D / 2 : 4 * n + 2}, {}};
+    if (key) {
+        for (int i = 0; i < 2; i++) w.word[i] = *reinterpret_cast<const uint32_t*>(key + w.c[i]);
+        return w;
+    }
     int64_t row = token * p.k_stride + head * D;
     float2 x = two(p, p.k, row + w.c[0]), y = two(p, p.k, row + w.c[1]);
     if (p.positions) {
@@ -88,22 +98,44 @@ template <int D> PRIM uint32_t value_word(const Params& p, int64_t token, int he
     return half2_bits(half_saturated(x.x), half_saturated(x.y));
 }
 
-template <int D> constexpr int V_SECTION = Slab<KVW_SLAB_F16, D, 32>::V_CODES;
-
-template <int D> PRIM __half& v_element(unsigned char* slab, int token, int channel) {
-    return *reinterpret_cast<__half*>(slab + V_SECTION<D> + v_word<D>(token, channel) + token % 2 * 2);
-}
-
 template <int D> PRIM unsigned char* ring_slab(const Head<D, 0>& head, int slab) {
     return head.ring + size_t(slab % head.cache.ring_slabs) * Slab<KVW_SLAB_F16, D, 32>::BYTES;
 }
 
-// Row `token` of k and v to `slot` of the ring.
-template <int D> PRIM void write_token(const Params& p, const Head<D, 0>& head, int64_t token, int slot) {
+// A head of a token times its rotation and, where it is asked for, the Hadamard matrix; by one warp.
+template <int D> PRIM void turn_head(const Params& p, const void* x, int64_t at, int token, __half* out) {
+    int lane = int(threadIdx.x) % 32;
+    float y[D / 32], position = float(p.positions[token]);
+    rotate_head(
+        y, lane, p.pairing == KVW_ROPE_HALF,
+        [&](int c) {
+            return p.dtype == KVW_BF16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(x)[at + c])
+                                       : __half2float(static_cast<const __half*>(x)[at + c]);
+        },
+        [&](int pair, float& sin, float& cos) {
+            sin_cos(__fmul_rn(position, p.inv_freq[pair]), sin, cos);
+        });
+    if (!KVW_FAULT(218)) __syncwarp(); // the head is read: out may be x
+    if (p.hadamard) times_hadamard(y, lane);
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) out[32 * i + lane] = half_saturated(y[i]);
+}
+
+// Four query heads of a token, a warp each.
+template <int D> PRIM void turn_queries(const Params& p, int token, int first) {
+    int head = first + int(threadIdx.x) / 32;
+    if (head >= p.q_heads) return;
+    __half* out = static_cast<__half*>(p.q_out) + (int64_t(token) * p.q_heads + head) * D;
+    turn_head<D>(p, p.q, token * p.q_stride + head * D, token, out);
+}
+
+// Row `token` of k and v to `slot` of the ring; `key` is its key where that has been turned.
+template <int D>
+PRIM void write_token(const Params& p, const Head<D, 0>& head, int64_t token, int slot, const __half* key) {
     unsigned char* slab = ring_slab(head, slot / TOKENS);
     int at = slot % TOKENS;
     for (int n = int(threadIdx.x); n < D / 4; n += PACK_THREADS) {
-        KeyWords w = key_words<D>(p, token, head.head, n);
+        KeyWords w = key_words<D>(p, token, head.head, n, key);
         *reinterpret_cast<uint32_t*>(slab + k_word<D>(at, w.c[0])) = w.word[0];
         *reinterpret_cast<uint32_t*>(slab + k_word<D>(at, w.c[1])) = w.word[1];
     }
@@ -194,65 +226,6 @@ PRIM void pack_slab(const Params& p, const Head<D, 0>& head, int i, uint32_t* me
     pack_whole(Packer<D>(p.cache, format, p.range, from, bytes, meta), weights, shared);
 }
 
-// KIVI: V of one token, by one warp. Lane (r, q) takes channels 8 j + r, j = q mod 4; of the lanes whose codes
-// share a word the first joins them into it. This token owns one half of the word at most.
-template <int D> PRIM void pack_value(const Packer<D>& packer, int token) {
-    constexpr int PAIRS = D / 8;
-    const Layout& l = packer.l;
-    const int bits = packer.bits, slots = 16 / bits, max_code = packer.rounding.max_code;
-    const int share = min(slots, 4); // lanes
-    const int group_pairs = l.v_group / 8;
-    int lane = int(threadIdx.x) % 32, r = lane / 4, q = lane % 4;
-    int tile = token / 16, t = token % 8 / 2, side = token % 16 / 8, e = token % 2;
-#pragma unroll 1
-    for (int first = 0; first < PAIRS; first += group_pairs) {
-        int end = min(first + group_pairs, PAIRS);
-        float low = INFINITY, high = -INFINITY;
-        for (int j = first + q; j < end; j += 4) {
-            float x = __half2float(v_element<D>(packer.from, token, 8 * j + r));
-            low = fminf(low, x);
-            high = fmaxf(high, x);
-        }
-#pragma unroll
-        for (int lanes = 1; lanes < 32; lanes *= 2) {
-            low = fminf(low, __shfl_xor_sync(~0u, low, lanes));
-            high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
-        }
-        __half scale = group_scale(low, high, max_code), min = __float2half_rn(low + 0.f);
-        int pair = ((tile * 4 + t) * l.v_groups + first / group_pairs) * 2 + side;
-        __half* meta = reinterpret_cast<__half*>(packer.to + l.v_meta) + 2 * pair + e;
-        if (lane == 0) meta[0] = scale, meta[l.v_minima / 2] = min;
-        for (int j0 = first; j0 < end; j0 += 4) {
-            __half& x = v_element<D>(packer.from, token, 8 * (j0 + q) + r);
-            float code = code_of(__half2float(x), low, __half2float(scale), max_code);
-            x = half_saturated(fmaf(code, __half2float(scale), __half2float(min)));
-            int f = tile * PAIRS + j0 + q, word = f * bits / 16, shift = (f * bits & 15) + 16 * e;
-            uint32_t codes = uint32_t(code) << shift, mask = ((1u << bits * share) - 1) << shift;
-            for (int lanes = 1; lanes < share; lanes *= 2) codes |= __shfl_xor_sync(~0u, codes, lanes);
-            if (KVW_FAULT(207)) mask |= mask << 16 | mask >> 16;
-            unsigned char* at =
-                packer.to + l.v_codes + (word / 2 * 32 + r * 4 + t) * 16 + (2 * (word % 2) + side) * 4;
-            uint32_t* own = reinterpret_cast<uint32_t*>(at);
-            if (q % share == 0) *own = (*own & ~mask) | codes;
-        }
-    }
-}
-
-// KIVI: K of `keys` and V of `values`, tokens of slab i, in the table's format. The tokens of one lane's
-// words, (t, side), stay with one warp, one after the other.
-template <int D> PRIM void advance(const Packer<D>& packer, Span keys, Span values) {
-    if (keys.from < keys.until) packer.pack_keys(keys);
-    for (int token = values.from; token < values.until; token++) {
-        int words = token % 16 / 2; // t + 4 * side
-        if (words % PACK_WARPS == packer.warp) pack_value(packer, token);
-    }
-    __syncthreads(); // meta is free again
-}
-
-PRIM Span within(int slab, int from, int until) {
-    return {min(max(from - slab * TOKENS, 0), TOKENS), min(max(until - slab * TOKENS, 0), TOKENS)};
-}
-
 template <int D>
 PRIM void advance_slab(const Head<D, 0>& head, int i, Span keys, Span values, uint32_t* meta) {
     SlabAddress to = table_slab(head, i);
@@ -268,17 +241,24 @@ PRIM void advance_slab(const Head<D, 0>& head, int i, Span keys, Span values, ui
 template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) append(const __grid_constant__ Params p) {
     KVW_DYN_SHARED(unsigned char, shared);
     KVW_SHARED(uint32_t, meta, META_WORDS<D>);
-    int s = int(blockIdx.y), window = p.cache.window;
+    KVW_SHARED(__half, turned, D);
+    int s = int(blockIdx.y), window = p.cache.window, more = int(blockIdx.x) - p.cache.kv_heads;
+    if (more >= 0) return turn_queries<D>(p, s, more * PACK_WARPS);
     Head<D, 0> head(p.cache, s, int(blockIdx.x));
     int len = head.len, rest = len - window;
     if (len < 1) return;
+    const __half* key = p.hadamard && !KVW_FAULT(219) ? turned : nullptr;
+    if (key) {
+        if (threadIdx.x < 32) turn_head<D>(p, p.k, s * p.k_stride + head.head * D, s, turned);
+        if (!KVW_FAULT(217)) __syncthreads();
+    }
     bool leaves = rest >= TOKENS && rest % TOKENS == 0;
     bool first = window == 0 || p.kivi_exact || KVW_FAULT(202);
-    if (first) write_token(p, head, s, len - 1);
+    if (first) write_token(p, head, s, len - 1, key);
     __syncthreads();
     if (!p.kivi_exact && leaves) pack_slab(p, head, rest / TOKENS - 1, meta, shared);
     __syncthreads();
-    if (!first) write_token(p, head, s, len - 1);
+    if (!first) write_token(p, head, s, len - 1, key);
     if (!p.kivi_exact) return;
     if (rest < 0) return;
     bool keys = len % window == 0; // tokens rest .. len - 1; V of token rest - 1
@@ -307,9 +287,10 @@ template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) flush(const 
 
 template <int D> kvw_status launch(const Params& p, kvw_stream stream) {
     unsigned heads = unsigned(p.cache.kv_heads), seqs = unsigned(p.cache.seqs), most = unsigned(p.max_tokens);
+    unsigned queries = unsigned(p.q ? (p.q_heads + PACK_WARPS - 1) / PACK_WARPS : 0);
     size_t shared = p.feedback ? Feedback<D>::BYTES : 0;
     if (p.op == KVW_PACK_APPEND)
-        return KVW_LAUNCH((append<D>), dim3(heads, seqs), PACK_THREADS, shared, stream, p);
+        return KVW_LAUNCH((append<D>), dim3(heads + queries, seqs), PACK_THREADS, shared, stream, p);
     if (p.op == KVW_PACK_FLUSH)
         return KVW_LAUNCH((flush<D>), dim3(most, heads, seqs), PACK_THREADS, shared, stream, p);
     // A run of `most` slots touches one aligned tile more than it fills.
@@ -317,6 +298,23 @@ template <int D> kvw_status launch(const Params& p, kvw_stream stream) {
 }
 
 } // namespace
+
+// What APPEND turns: queries, and keys by more than RoPE.
+static kvw_status check_turned(const kvw_kv_pack_params& p) {
+    bool append = p.op == KVW_PACK_APPEND && p.positions;
+    KVW_REQUIRE(p.hadamard == 0 || (p.hadamard == 1 && append), SHAPE, hadamard);
+    KVW_OPTIONAL(p, q);
+    KVW_OPTIONAL(p, q_out);
+    KVW_REQUIRE(!p.q_out == !p.q, NULL, q_out);
+    if (!p.q) return KVW_OK;
+    int64_t row = int64_t(p.q_heads) * p.cache.head_dim;
+    KVW_REQUIRE(append, SHAPE, q);
+    KVW_REQUIRE(p.dtype == KVW_F16, FORMAT, dtype);
+    KVW_REQUIRE(p.q_heads >= 1 && p.q_heads <= GRID_YZ_MAX, SHAPE, q_heads);
+    KVW_REQUIRE(p.q_stride >= row && p.q_stride % 8 == 0, SHAPE, q_stride);
+    KVW_REQUIRE(p.q != p.q_out || p.q_stride == row, SHAPE, q_stride);
+    return KVW_OK;
+}
 
 kvw_status kvw_kv_pack_check(const kvw_kv_pack_params* p) {
     KVW_CHECK_PARAMS(p);
@@ -350,6 +348,7 @@ kvw_status kvw_kv_pack_check(const kvw_kv_pack_params* p) {
     KVW_REQUIRE(p->k_stride >= row && p->k_stride % 8 == 0, SHAPE, k_stride);
     KVW_REQUIRE(p->v_stride >= row && p->v_stride % 8 == 0, SHAPE, v_stride);
     KVW_REQUIRE(fill ? p->tokens >= 1 : p->tokens == c.seqs, SHAPE, tokens);
+    KVW_TRY(check_turned(*p));
     if (fill) {
         KVW_REQUIRED(*p, cu_tokens);
         int64_t room = int64_t(c.ring_slabs) * KVW_SLAB_TOKENS;
@@ -371,7 +370,8 @@ size_t kvw_kv_pack_bytes(const kvw_kv_pack_params* p) {
     size_t weights = p->feedback ? size_t(c.kv_heads) * c.head_dim * (c.head_dim - 1) : 0;
     if (p->op == KVW_PACK_FILL) return p->tokens * token;
     if (p->op == KVW_PACK_FLUSH) return size_t(c.seqs) * c.kv_heads * p->max_tokens * slab + weights;
-    return p->tokens * (token + (c.table ? (c.kv_heads * slab + weights) / TOKENS : 0));
+    size_t queries = p->q ? size_t(p->q_heads) * c.head_dim * 4 : 0;
+    return p->tokens * (token + queries + (c.table ? (c.kv_heads * slab + weights) / TOKENS : 0));
 }
 
 kvw_status kvw_kv_pack(const kvw_kv_pack_params* p, kvw_stream stream) {

@@ -4,7 +4,8 @@
 //           b cos), beyond the range of f16 +-65504. With hadamard, that head times the orthonormal Hadamard matrix
 //           of D before it is rounded, additions in the order of src/hadamard.rs::keys; D = 96: three of 32 mixed
 //           by the reflection 1 - 2/3
-// Shapes    x, out [T, heads, D] f16 with a stride between tokens; positions [T]; inv_freq [D / 2]
+// Shapes    x, out [T, heads, D] f16 with a stride between tokens, the last rest_heads of out's heads in rest;
+//           positions [T]; inv_freq [D / 2]
 // Layout    pair i = (2i, 2i + 1) interleaved, (i, i + D / 2) half
 // Bytes     x once, out once, 4 a position, 2 D of frequencies -> kvw_rope_select_bytes()
 // Launch    a CTA of 256 threads a token, 1 KB of shared memory; with hadamard a warp takes a head
@@ -18,17 +19,24 @@
 // 2. A thread turns four neighbouring pairs: 16-byte accesses interleaved, twice 8 bytes half. Heads
 //    whose size or stride is odd in that sense take the same kernel with one pair a thread.
 // 3. Queries and keys of a fused projection lie side by side, so one launch turns both: x its first query head, heads
-//    their sum, x_stride the whole row.
-// 4. With hadamard lane l has channels 32 i + l: five stages by shuffles, the others within the lane. The partner of
-//    a channel in RoPE is loaded as well: it is in L1, and D = 96 has it in another lane.
+//    their sum, x_stride the whole row. Attention wants dense queries: rest leaves the keys in their rows. Predicted to
+//    save 2 us a layer against a launch for each, the gap between two launches and the floor of a small one.
+// 4. With hadamard lane l has channels 32 i + l: five stages by shuffles, the others within the lane (common/turn.cuh).
 #include "rope_select.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
-#include "common/rope.cuh"
+#include "common/turn.cuh"
 
 namespace {
 
 constexpr int THREADS = 256;
+
+// Where a head of a token goes.
+PRIM __half* out_head(const kvw_rope_select_params& p, int token, int head) {
+    int own = p.heads - p.rest_heads, left = KVW_FAULT(304) ? head : head - own;
+    if (head < own) return static_cast<__half*>(p.out) + token * p.out_stride + head * p.head_dim;
+    return static_cast<__half*>(p.rest) + token * p.rest_stride + left * p.head_dim;
+}
 
 // PAIRS halves at p as one access.
 template <int PAIRS> struct alignas(2 * PAIRS) Halves {
@@ -71,49 +79,14 @@ __global__ void __launch_bounds__(THREADS) rope(const __grid_constant__ kvw_rope
     }
     if (!KVW_FAULT(301)) __syncthreads();
     const __half* in = static_cast<const __half*>(p.x) + token * p.x_stride;
-    __half* out = static_cast<__half*>(p.out) + token * p.out_stride;
     int a_head = pairs / PAIRS;
     for (int n = int(threadIdx.x); n < p.heads * a_head; n += THREADS) {
         int head = n / a_head, i = n % a_head * PAIRS;
-        turn<PAIRS, HALF>(in + head * p.head_dim, out + head * p.head_dim, i, p.head_dim, sin, cos);
+        turn<PAIRS, HALF>(in + head * p.head_dim, out_head(p, token, head), i, p.head_dim, sin, cos);
     }
 }
 
 // ---- and the Hadamard matrix
-
-// Sums and differences of the lanes' values, neighbours first.
-PRIM float across_lanes(float x, int lane) {
-#pragma unroll
-    for (int apart = 1; apart < 32; apart *= 2) {
-        float other = __shfl_xor_sync(~0u, x, apart);
-        x = lane & apart ? __fsub_rn(other, x) : __fadd_rn(x, other);
-    }
-    return x;
-}
-
-// The same between blocks of 32 channels, then the factor 1 / sqrt(32 N).
-template <int N> PRIM void across_blocks(float (&x)[N]) {
-    constexpr float FACTOR = N == 2 ? 0.125f : N == 4 ? 0.08838834764831845f : 0.0625f;
-#pragma unroll
-    for (int apart = 1; apart < N; apart *= 2) {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            if (i & apart) continue;
-            float a = x[i], b = x[i + apart];
-            x[i] = __fadd_rn(a, b);
-            x[i + apart] = __fsub_rn(a, b);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < N; i++) x[i] = __fmul_rn(x[i], FACTOR);
-}
-
-template <> PRIM void across_blocks<3>(float (&x)[3]) {
-    constexpr float FACTOR = 0.17677669529663687f; // 1 / sqrt(32)
-    float sum = __fadd_rn(__fadd_rn(x[0], x[1]), x[2]), share = KVW_FAULT(303) ? -1.f : -2.f / 3;
-#pragma unroll
-    for (int i = 0; i < 3; i++) x[i] = __fmul_rn(fmaf(sum, share, x[i]), FACTOR);
-}
 
 template <int D>
 __global__ void __launch_bounds__(THREADS) hadamard(const __grid_constant__ kvw_rope_select_params p) {
@@ -130,20 +103,13 @@ __global__ void __launch_bounds__(THREADS) hadamard(const __grid_constant__ kvw_
     if (!KVW_FAULT(302)) __syncthreads();
     for (int head = int(threadIdx.x) / 32; head < p.heads; head += THREADS / 32) {
         const __half* in = static_cast<const __half*>(p.x) + token * p.x_stride + head * D;
-        __half* out = static_cast<__half*>(p.out) + token * p.out_stride + head * D;
+        __half* out = out_head(p, token, head);
         float x[D / 32];
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            int c = 32 * i + lane, pair = half ? c % (D / 2) : c / 2;
-            bool first = half ? c < D / 2 : c % 2 == 0;
-            int partner = half ? first ? c + D / 2 : c - D / 2 : c ^ 1;
-            float b = __fmul_rn(__half2float(in[partner]), sin[pair]);
-            x[i] = __fadd_rn(__fmul_rn(__half2float(in[c]), cos[pair]), first ? -b : b);
-        }
+        kvw::rotate_head(
+            x, lane, half, [&](int c) { return __half2float(in[c]); },
+            [&](int pair, float& s, float& c) { s = sin[pair], c = cos[pair]; });
         __syncwarp(); // the head is read: out may be x
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) x[i] = across_lanes(x[i], lane);
-        across_blocks<D / 32>(x);
+        kvw::times_hadamard(x, lane);
 #pragma unroll
         for (int i = 0; i < D / 32; i++) out[32 * i + lane] = kvw::half_saturated(x[i]);
     }
@@ -164,9 +130,13 @@ kvw_status kvw_rope_select_check(const kvw_rope_select_params* p) {
     const int d = p->head_dim;
     KVW_REQUIRE(p->hadamard == 0 || (p->hadamard == 1 && (d == 64 || d == 96 || d == 128 || d == 256)), SHAPE,
                 hadamard);
-    int64_t row = int64_t(p->heads) * d;
-    KVW_REQUIRE(p->x_stride >= row, SHAPE, x_stride);
-    KVW_REQUIRE(p->out_stride >= row, SHAPE, out_stride);
+    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
+    KVW_OPTIONAL(*p, rest);
+    KVW_REQUIRE(p->rest_heads >= 0 && p->rest_heads < p->heads, SHAPE, rest_heads);
+    KVW_REQUIRE(!p->rest == (p->rest_heads == 0), NULL, rest);
+    KVW_REQUIRE(p->rest_stride >= int64_t(p->rest_heads) * d, SHAPE, rest_stride);
+    KVW_REQUIRE(p->x_stride >= int64_t(p->heads) * d, SHAPE, x_stride);
+    KVW_REQUIRE(p->out_stride >= int64_t(p->heads - p->rest_heads) * d, SHAPE, out_stride);
     KVW_REQUIRE(p->x != p->out || p->x_stride == p->out_stride, SHAPE, out_stride);
     return KVW_OK;
 }
@@ -181,7 +151,7 @@ size_t kvw_rope_select_bytes(const kvw_rope_select_params* p) {
 kvw_status kvw_rope_select(const kvw_rope_select_params* p, kvw_stream stream) {
     KVW_TRY(kvw_rope_select_check(p));
     bool half = p->pairing == KVW_ROPE_HALF;
-    bool wide = p->head_dim % 8 == 0 && p->x_stride % 8 == 0 && p->out_stride % 8 == 0;
+    bool wide = (p->head_dim | p->x_stride | p->out_stride | p->rest_stride) % 8 == 0;
     dim3 grid(unsigned(p->tokens));
     if (p->hadamard) {
         switch (p->head_dim) {

@@ -10,15 +10,19 @@ typedef struct kvw_rope_select_params {
     uint32_t struct_size;     /* sizeof(kvw_rope_select_params) */
     int32_t pairing;          /* KVW_ROPE_* */
     const void *x;            /* [T, heads, D] f16 */
-    void *out;                /* [T, heads, D] f16, may be x */
+    void *out;                /* [T, heads - rest_heads, D] f16, may be x */
+    void *rest;               /* [T, rest_heads, D] f16: the last of x's heads, may be where they lie; or null */
     const int32_t *positions; /* [T] */
     const float *inv_freq;    /* [D / 2] radians a position, scaling applied */
     int64_t x_stride;         /* elements between tokens of x */
     int64_t out_stride;       /* elements between tokens of out */
+    int64_t rest_stride;      /* elements between tokens of rest */
     int32_t tokens;           /* T */
-    int32_t heads;
+    int32_t heads;            /* of x */
+    int32_t rest_heads;       /* 0 where rest is null */
     int32_t head_dim;         /* D, even, at most 256 */
     int32_t hadamard;         /* 1: then times the orthonormal Hadamard matrix of D, 64, 96, 128 or 256; or 0 */
+    int32_t reserved;         /* 0 */
 } kvw_rope_select_params;
 
 KVW_API kvw_status kvw_rope_select_check(const kvw_rope_select_params *p);

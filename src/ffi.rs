@@ -311,6 +311,10 @@ pub struct kvw_kv_pack_params {
     pub positions: *const i32,
     #[doc = " [D / 2] radians a position, scaling applied; null with positions null"]
     pub inv_freq: *const f32,
+    #[doc = " [T, q_heads, D] f16: queries, which APPEND turns as it does keys; or null"]
+    pub q: *const ::core::ffi::c_void,
+    #[doc = " [T, q_heads, D] f16, may be q; null with q null"]
+    pub q_out: *mut ::core::ffi::c_void,
     #[doc = " [S + 1] first row of each sequence in k, v (FILL)"]
     pub cu_tokens: *const i32,
     #[doc = " [S, lens_heads] first slab to pack (FLUSH)"]
@@ -321,10 +325,15 @@ pub struct kvw_kv_pack_params {
     pub k_stride: i64,
     #[doc = " elements between tokens of v"]
     pub v_stride: i64,
+    #[doc = " elements between tokens of q, a multiple of 8"]
+    pub q_stride: i64,
     #[doc = " T"]
     pub tokens: i32,
     #[doc = " FILL: most new tokens of any sequence; FLUSH: most slabs of any (seq, head)"]
     pub max_tokens: i32,
+    pub q_heads: i32,
+    #[doc = " 1 (APPEND with positions): K and q after RoPE times the Hadamard matrix of D; or 0"]
+    pub hadamard: i32,
     #[doc = " KVW_ROPE_INTERLEAVED or KVW_ROPE_HALF"]
     pub pairing: i32,
     #[doc = " 1 (APPEND, FLUSH): KIVI's own boundaries, window % group == 0; see kv_pack.cu"]
@@ -336,7 +345,7 @@ pub struct kvw_kv_pack_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_kv_pack_params"][::core::mem::size_of::<kvw_kv_pack_params>() - 224usize];
+    ["Size of kvw_kv_pack_params"][::core::mem::size_of::<kvw_kv_pack_params>() - 256usize];
     ["Alignment of kvw_kv_pack_params"][::core::mem::align_of::<kvw_kv_pack_params>() - 8usize];
     ["Offset of field: kvw_kv_pack_params::struct_size"]
         [::core::mem::offset_of!(kvw_kv_pack_params, struct_size) - 0usize];
@@ -352,28 +361,38 @@ const _: () = {
         [::core::mem::offset_of!(kvw_kv_pack_params, positions) - 144usize];
     ["Offset of field: kvw_kv_pack_params::inv_freq"]
         [::core::mem::offset_of!(kvw_kv_pack_params, inv_freq) - 152usize];
+    ["Offset of field: kvw_kv_pack_params::q"]
+        [::core::mem::offset_of!(kvw_kv_pack_params, q) - 160usize];
+    ["Offset of field: kvw_kv_pack_params::q_out"]
+        [::core::mem::offset_of!(kvw_kv_pack_params, q_out) - 168usize];
     ["Offset of field: kvw_kv_pack_params::cu_tokens"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, cu_tokens) - 160usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, cu_tokens) - 176usize];
     ["Offset of field: kvw_kv_pack_params::first"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, first) - 168usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, first) - 184usize];
     ["Offset of field: kvw_kv_pack_params::feedback"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, feedback) - 176usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, feedback) - 192usize];
     ["Offset of field: kvw_kv_pack_params::k_stride"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, k_stride) - 184usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, k_stride) - 200usize];
     ["Offset of field: kvw_kv_pack_params::v_stride"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, v_stride) - 192usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, v_stride) - 208usize];
+    ["Offset of field: kvw_kv_pack_params::q_stride"]
+        [::core::mem::offset_of!(kvw_kv_pack_params, q_stride) - 216usize];
     ["Offset of field: kvw_kv_pack_params::tokens"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, tokens) - 200usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, tokens) - 224usize];
     ["Offset of field: kvw_kv_pack_params::max_tokens"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, max_tokens) - 204usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, max_tokens) - 228usize];
+    ["Offset of field: kvw_kv_pack_params::q_heads"]
+        [::core::mem::offset_of!(kvw_kv_pack_params, q_heads) - 232usize];
+    ["Offset of field: kvw_kv_pack_params::hadamard"]
+        [::core::mem::offset_of!(kvw_kv_pack_params, hadamard) - 236usize];
     ["Offset of field: kvw_kv_pack_params::pairing"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, pairing) - 208usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, pairing) - 240usize];
     ["Offset of field: kvw_kv_pack_params::kivi_exact"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, kivi_exact) - 212usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, kivi_exact) - 244usize];
     ["Offset of field: kvw_kv_pack_params::range"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, range) - 216usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, range) - 248usize];
     ["Offset of field: kvw_kv_pack_params::dtype"]
-        [::core::mem::offset_of!(kvw_kv_pack_params, dtype) - 220usize];
+        [::core::mem::offset_of!(kvw_kv_pack_params, dtype) - 252usize];
 };
 impl Default for kvw_kv_pack_params {
     fn default() -> Self {
@@ -800,8 +819,10 @@ pub struct kvw_rope_select_params {
     pub pairing: i32,
     #[doc = " [T, heads, D] f16"]
     pub x: *const ::core::ffi::c_void,
-    #[doc = " [T, heads, D] f16, may be x"]
+    #[doc = " [T, heads - rest_heads, D] f16, may be x"]
     pub out: *mut ::core::ffi::c_void,
+    #[doc = " [T, rest_heads, D] f16: the last of x's heads, may be where they lie; or null"]
+    pub rest: *mut ::core::ffi::c_void,
     #[doc = " [T]"]
     pub positions: *const i32,
     #[doc = " [D / 2] radians a position, scaling applied"]
@@ -810,17 +831,24 @@ pub struct kvw_rope_select_params {
     pub x_stride: i64,
     #[doc = " elements between tokens of out"]
     pub out_stride: i64,
+    #[doc = " elements between tokens of rest"]
+    pub rest_stride: i64,
     #[doc = " T"]
     pub tokens: i32,
+    #[doc = " of x"]
     pub heads: i32,
+    #[doc = " 0 where rest is null"]
+    pub rest_heads: i32,
     #[doc = " D, even, at most 256"]
     pub head_dim: i32,
     #[doc = " 1: then times the orthonormal Hadamard matrix of D, 64, 96, 128 or 256; or 0"]
     pub hadamard: i32,
+    #[doc = " 0"]
+    pub reserved: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_rope_select_params"][::core::mem::size_of::<kvw_rope_select_params>() - 72usize];
+    ["Size of kvw_rope_select_params"][::core::mem::size_of::<kvw_rope_select_params>() - 96usize];
     ["Alignment of kvw_rope_select_params"]
         [::core::mem::align_of::<kvw_rope_select_params>() - 8usize];
     ["Offset of field: kvw_rope_select_params::struct_size"]
@@ -831,22 +859,30 @@ const _: () = {
         [::core::mem::offset_of!(kvw_rope_select_params, x) - 8usize];
     ["Offset of field: kvw_rope_select_params::out"]
         [::core::mem::offset_of!(kvw_rope_select_params, out) - 16usize];
+    ["Offset of field: kvw_rope_select_params::rest"]
+        [::core::mem::offset_of!(kvw_rope_select_params, rest) - 24usize];
     ["Offset of field: kvw_rope_select_params::positions"]
-        [::core::mem::offset_of!(kvw_rope_select_params, positions) - 24usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, positions) - 32usize];
     ["Offset of field: kvw_rope_select_params::inv_freq"]
-        [::core::mem::offset_of!(kvw_rope_select_params, inv_freq) - 32usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, inv_freq) - 40usize];
     ["Offset of field: kvw_rope_select_params::x_stride"]
-        [::core::mem::offset_of!(kvw_rope_select_params, x_stride) - 40usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, x_stride) - 48usize];
     ["Offset of field: kvw_rope_select_params::out_stride"]
-        [::core::mem::offset_of!(kvw_rope_select_params, out_stride) - 48usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, out_stride) - 56usize];
+    ["Offset of field: kvw_rope_select_params::rest_stride"]
+        [::core::mem::offset_of!(kvw_rope_select_params, rest_stride) - 64usize];
     ["Offset of field: kvw_rope_select_params::tokens"]
-        [::core::mem::offset_of!(kvw_rope_select_params, tokens) - 56usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, tokens) - 72usize];
     ["Offset of field: kvw_rope_select_params::heads"]
-        [::core::mem::offset_of!(kvw_rope_select_params, heads) - 60usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, heads) - 76usize];
+    ["Offset of field: kvw_rope_select_params::rest_heads"]
+        [::core::mem::offset_of!(kvw_rope_select_params, rest_heads) - 80usize];
     ["Offset of field: kvw_rope_select_params::head_dim"]
-        [::core::mem::offset_of!(kvw_rope_select_params, head_dim) - 64usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, head_dim) - 84usize];
     ["Offset of field: kvw_rope_select_params::hadamard"]
-        [::core::mem::offset_of!(kvw_rope_select_params, hadamard) - 68usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, hadamard) - 88usize];
+    ["Offset of field: kvw_rope_select_params::reserved"]
+        [::core::mem::offset_of!(kvw_rope_select_params, reserved) - 92usize];
 };
 impl Default for kvw_rope_select_params {
     fn default() -> Self {

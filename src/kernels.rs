@@ -6,6 +6,7 @@ use std::fmt::Debug;
 
 use crate::error::{Error, Result};
 use crate::ffi::{self, kvw_status, kvw_stream};
+use crate::range::range;
 
 /// What enqueues an op.
 type Function<P> = unsafe extern "C" fn(*const P, kvw_stream) -> kvw_status;
@@ -58,8 +59,7 @@ pub(crate) unsafe fn enqueue<P: Debug>(
     args: &P,
     stream: kvw_stream,
 ) -> Result<()> {
-    #[cfg(feature = "nvtx")]
-    let _range = nvtx::LocalRange::new(&std::ffi::CString::new(op).unwrap_or_default());
+    range!(op);
     // SAFETY: the caller's promise; the op reads `args` before it returns, its text is static and NUL-terminated.
     let (status, what) = unsafe {
         let status = function(args, stream);

@@ -26,6 +26,7 @@ pub mod page_table;
 pub mod paged_attn;
 pub mod pages;
 pub mod prefill_attn;
+mod range;
 mod rank;
 pub mod rms_norm;
 pub mod rope_select;

@@ -5,6 +5,7 @@ mod device;
 mod kivi;
 mod ops;
 mod rounded;
+mod turned;
 
 use crate::cases::somewhere;
 use crate::exec::{assert_caught, executors, op};
@@ -104,6 +105,39 @@ fn c_checks_need_no_gpu() {
             ("kivi, odd window", |p| (p.kivi_exact, p.cache.window) = (1, 48), ffi::KVW_ERR_SHAPE),
         ],
     );
+    let turning = Params {
+        positions: somewhere(),
+        inv_freq: somewhere(),
+        q: somewhere(),
+        q_out: somewhere(),
+        q_stride: 3 * 128,
+        q_heads: 3,
+        hadamard: 1,
+        ..valid
+    };
+    kv_pack.refuses(
+        turning,
+        &[
+            ("hadamard", |p| p.hadamard = 2, ffi::KVW_ERR_SHAPE),
+            ("q unaligned", |p| p.q = 8 as _, ffi::KVW_ERR_ALIGN),
+            ("q_out missing", |p| p.q_out = null_mut(), ffi::KVW_ERR_NULL),
+            ("q_out alone", |p| p.q = null(), ffi::KVW_ERR_NULL),
+            ("dtype", |p| p.dtype = ffi::KVW_BF16, ffi::KVW_ERR_FORMAT),
+            ("q_heads", |p| p.q_heads = 0, ffi::KVW_ERR_SHAPE),
+            ("q_stride", |p| p.q_stride = 376, ffi::KVW_ERR_SHAPE),
+            ("q_stride odd", |p| p.q_stride = 385, ffi::KVW_ERR_SHAPE),
+            ("q_stride in place", |p| p.q_stride = 512, ffi::KVW_ERR_SHAPE),
+            (
+                "hadamard without positions",
+                |p| (p.positions, p.inv_freq) = (null(), null()),
+                ffi::KVW_ERR_SHAPE,
+            ),
+            ("q without positions", unturned, ffi::KVW_ERR_SHAPE),
+            ("hadamard filled", |p| p.op = ffi::KVW_PACK_FILL, ffi::KVW_ERR_SHAPE),
+            ("q filled", |p| (p.op, p.hadamard) = (ffi::KVW_PACK_FILL, 0), ffi::KVW_ERR_SHAPE),
+        ],
+    );
+    assert_eq!(kv_pack.bytes(&turning), kv_pack.bytes(&valid) + 3 * 128 * 4);
     // A token; a 64th of an f16 slab read and of one written, f16 or q2.
     assert_eq!(kv_pack.bytes(&valid), 128 * 8 + (32768 + 32768) / 64);
     let mut q2 = valid;
@@ -138,6 +172,10 @@ fn c_checks_need_no_gpu() {
             ),
         ],
     );
+}
+
+fn unturned(p: &mut Params) {
+    (p.positions, p.inv_freq, p.hadamard) = (null(), null(), 0);
 }
 
 #[test]
@@ -183,6 +221,13 @@ fn faults_are_caught() {
     assert_caught(216, "the grid of minima ends with the smallest elements", rounded(TWO_LEVEL));
     assert_caught(214, "an error is taken from what was wanted, not from the key", fed(GROUPS));
     assert_caught(215, "errors of the same eight channels are left out", fed(TWO_LEVEL));
+    let turned = |hadamard, window| {
+        let case = turned::Case { hadamard, window, ..turned::CASE };
+        move |run: &crate::exec::Run| turned::appended(run, &case)
+    };
+    assert_caught(217, "no barrier between turning a key and writing it", turned(true, 0));
+    assert_caught(218, "a query is written over while others read it", turned(false, 64));
+    assert_caught(219, "keys are not multiplied", turned(true, 64));
     assert_caught(
         207,
         "a value's codes wipe out its neighbour's, in the other half of the words",

@@ -1,5 +1,7 @@
 //! rope_select: hand-worked turns, frequencies of stretched models, every path against the oracle.
 
+mod parted;
+
 use crate::cases::{Noise, assert_close, close, f64s, somewhere, widen};
 use crate::exec::{Run, assert_caught, executors, op};
 use half::f16;
@@ -87,8 +89,21 @@ fn c_checks_need_no_gpu() {
         tokens: 5,
         heads: 3,
         head_dim: 64,
-        hadamard: 0,
+        ..Default::default()
     };
+    let both = Params { rest: somewhere(), rest_stride: 128, rest_heads: 2, ..valid };
+    op!(kvw_rope_select).refuses(
+        both,
+        &[
+            ("rest missing", |p| p.rest = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
+            ("rest unaligned", |p| p.rest = 8 as _, ffi::KVW_ERR_ALIGN),
+            ("rest without heads", |p| p.rest_heads = 0, ffi::KVW_ERR_NULL),
+            ("rest_heads", |p| p.rest_heads = 3, ffi::KVW_ERR_SHAPE),
+            ("rest_heads, negative", |p| p.rest_heads = -1, ffi::KVW_ERR_SHAPE),
+            ("rest_stride", |p| p.rest_stride = 127, ffi::KVW_ERR_SHAPE),
+            ("out_stride", |p| p.out_stride = 63, ffi::KVW_ERR_SHAPE),
+        ],
+    );
     op!(kvw_rope_select).refuses(
         valid,
         &[
@@ -106,6 +121,7 @@ fn c_checks_need_no_gpu() {
             ("heads", |p| p.heads = 0, ffi::KVW_ERR_SHAPE),
             ("head_dim odd", |p| p.head_dim = 63, ffi::KVW_ERR_SHAPE),
             ("head_dim beyond 256", |p| p.head_dim = 258, ffi::KVW_ERR_SHAPE),
+            ("reserved", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
             ("hadamard", |p| p.hadamard = 2, ffi::KVW_ERR_SHAPE),
             ("hadamard of 48", |p| (p.hadamard, p.head_dim) = (1, 48), ffi::KVW_ERR_SHAPE),
         ],
@@ -150,6 +166,7 @@ impl Case {
             heads: self.heads as i32,
             head_dim: self.d as i32,
             hadamard: self.hadamard.into(),
+            ..Default::default()
         };
         run.call(&op!(kvw_rope_select), &params)?;
         Ok([rows(x), rows(&to.download())])
@@ -161,7 +178,7 @@ impl Case {
 }
 
 /// A head times the orthonormal Hadamard matrix of its size.
-fn times_hadamard(head: &mut [f64]) {
+pub fn times_hadamard(head: &mut [f64]) {
     let (d, x) = (head.len(), head.to_vec());
     let order = if d == 96 { 32 } else { d };
     let sign = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
@@ -235,6 +252,9 @@ fn heads_are_turned_and_multiplied() {
 fn faults_are_caught() {
     assert_caught(301, "no barrier between writing the sines and using them", |run| {
         matches(run, CASE)
+    });
+    assert_caught(304, "the rest keeps its places among all heads", |run| {
+        CASE.parted(run, &CASE.noise(2), &[5, 6], 3)
     });
     let hadamard = |d| move |run: &Run| matches(run, Case { d, hadamard: true, ..CASE });
     assert_caught(302, "the same, where heads are multiplied", hadamard(96));

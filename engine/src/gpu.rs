@@ -39,7 +39,7 @@ use crate::source::Source;
 use crate::spec::CacheSpec;
 use cache::Cache;
 use control::{Control, Grid};
-pub use fit::fit;
+pub use fit::{fit, instead};
 use metered::Metered;
 use model::Network;
 use platform::{Buffer, GpuError, Platform, Replay, Result};
@@ -61,6 +61,8 @@ pub struct Options {
     pub weights: Stored,
     /// Bytes of the pools of slabs; `None`: what `rows` sequences of the whole context take, as far as memory goes.
     pub budget: Option<usize>,
+    /// Tokens that a sequence must be able to hold, beside no other; memory is short otherwise.
+    pub least: usize,
     /// Tokens of a prompt that are read together, as far as memory for them is set aside: more take it when they come.
     pub block: usize,
     /// Rows of a prompt that pass through a layer together.
@@ -70,7 +72,15 @@ pub struct Options {
 impl Options {
     /// For `rows` sequences of `context` tokens.
     pub fn new(rows: usize, context: usize) -> Self {
-        Self { rows, context, weights: Stored::Blocks, budget: None, block: BLOCK, piece: BLOCK }
+        Self {
+            rows,
+            context,
+            weights: Stored::Blocks,
+            budget: None,
+            least: context,
+            block: BLOCK,
+            piece: BLOCK,
+        }
     }
 }
 
@@ -158,13 +168,13 @@ fn open_planned(
         last: None,
         piece,
     };
-    gpu.fund(most, options.budget)?;
+    gpu.fund(most, options.budget, options.least)?;
     Ok(gpu)
 }
 
 impl Gpu {
     /// Makes the scratch of attention for steps up to `most`, then the pools.
-    fn fund(&mut self, most: Grid, budget: Option<usize>) -> Result<()> {
+    fn fund(&mut self, most: Grid, budget: Option<usize>, least: usize) -> Result<()> {
         let scratch = |each| {
             let grid = Grid { each, ..most };
             self.platform.kernels().paged_attn_workspace(&self.attention(grid))
@@ -173,7 +183,7 @@ impl Gpu {
         // Its tickets are zero before the first call, and every call leaves them so.
         self.scratch = Buffer::zeroed(&self.platform, (Use::Scratch, "attention"), bytes)?;
         let (free, _) = self.platform.memory()?;
-        self.cache.fund(budget, (free as f64 * POOL_SHARE) as usize)
+        self.cache.fund(budget, least, (free as f64 * POOL_SHARE) as usize)
     }
 
     /// Logits that chose what follows token `token` of the turn of `row` in the last step, `[vocab]`; `None` where there

@@ -1,6 +1,7 @@
 //! One GPU through cudarc: its primary context, one stream, memory from the driver's pool, copies, graphs.
 //!
-//! Everything is enqueued on the stream; only [`Cuda::read`], [`Cuda::download`] and [`Cuda::synchronize`] wait.
+//! Everything is enqueued on the stream, with feature `nvtx` in a range of the method's name; only [`Cuda::read`],
+//! [`Cuda::download`] and [`Cuda::synchronize`] wait.
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -12,6 +13,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError,
 use super::blas::Blas;
 use super::staging::{STAGE, Staging};
 use super::{Gemm, Pieces};
+use crate::range::range;
 use crate::{Error, Result, ffi};
 
 /// A GPU's primary context and one stream.
@@ -77,6 +79,7 @@ impl Graph {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn launch(&self) -> Result<()> {
+        range!("recording");
         self.0.launch().map_err(failed)
     }
 }
@@ -149,6 +152,7 @@ impl Cuda {
     /// # Safety
     /// `at` is an address of this device with room for `host`.
     pub unsafe fn write(&self, at: u64, host: &[u8]) -> Result<()> {
+        range!("write");
         self.context.bind_to_thread().map_err(failed)?;
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         for (i, part) in host.chunks(STAGE).enumerate() {
@@ -163,6 +167,7 @@ impl Cuda {
     /// # Safety
     /// `at` is an address of this device of as many bytes.
     pub unsafe fn read(&self, at: u64, host: &mut [u8]) -> Result<()> {
+        range!("read");
         self.context.bind_to_thread().map_err(failed)?;
         // SAFETY: the caller's promise; `host` is borrowed until the copy is over.
         let copied = unsafe { result::memcpy_dtoh_async(host, at, self.stream.cu_stream()) };
@@ -174,6 +179,7 @@ impl Cuda {
     /// # Safety
     /// `at` is an address of this device of as many bytes.
     pub unsafe fn zero(&self, at: u64, bytes: usize) -> Result<()> {
+        range!("zero");
         self.context.bind_to_thread().map_err(failed)?;
         // SAFETY: the caller's promise.
         unsafe { result::memset_d8_async(at, 0, bytes, self.stream.cu_stream()) }.map_err(failed)
@@ -184,6 +190,7 @@ impl Cuda {
     /// # Safety
     /// What is read and written are addresses of this device and do not overlap.
     pub unsafe fn copy(&self, pieces: &Pieces) -> Result<()> {
+        range!("copy");
         let Pieces { to, from, to_pitch, from_pitch, width, rows } = *pieces;
         if width == 0 || rows == 0 {
             return Ok(());
@@ -216,6 +223,7 @@ impl Cuda {
     /// # Safety
     /// The addresses of `gemm` hold as many elements as it says until the product has run.
     pub unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        range!("gemm");
         self.context.bind_to_thread().map_err(failed)?;
         let blas = match self.blas.get() {
             Some(blas) => blas,

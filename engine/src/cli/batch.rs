@@ -96,7 +96,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let (rows, pool) = (usize::from(args.parallel), args.pool_size);
     let longest = longest.min(context);
     let lengths = Lengths { context, block: args.block.max(1) };
-    let mut runner = place.runner(&spec, Room { rows, lengths, longest, pool })?;
+    let mut runner = place.runner(&spec, Room { rows, lengths, least: 1, longest, pool })?;
     let root: Key = Sha256::digest(format!("{model_hash} {spec}")).into();
     let mut batch = Batch::new(&mut *runner, args.block, root);
     let work = Work { lines: &lines, tokenizer: &tokenizer, answers: &mut answers };

@@ -147,7 +147,7 @@ fn at_depth(
         return Ok(());
     }
     let lengths = lengths(&tests, depth);
-    let room = Room { rows, lengths, longest: lengths.context, pool: None };
+    let room = Room { rows, lengths, least: lengths.context, longest: lengths.context, pool: None };
     host::forget_peak();
     let mut runner = place.runner(spec, room)?;
     let stop = open::stop_on_ctrl_c()?;

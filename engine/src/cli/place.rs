@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use kvwarp::device::Device;
 
 use super::args::{self, ModelArgs};
@@ -11,6 +11,7 @@ use super::{Usage, open};
 use crate::calibration::Calibration;
 use crate::fit::Fit;
 use crate::gpu::cuda::CudaPlatform;
+use crate::gpu::platform::GpuError;
 use crate::gpu::{self, Options};
 use crate::model::Model;
 use crate::runner::{BLOCK, CpuRunner, Runner};
@@ -50,6 +51,8 @@ pub struct Room {
     /// Sequences at once.
     pub rows: usize,
     pub lengths: Lengths,
+    /// Tokens that a sequence must be able to hold; on a GPU.
+    pub least: usize,
     /// Tokens that the longest will hold.
     pub longest: usize,
     /// Bytes of the pools; `None` = what `rows` sequences of `longest` tokens take, and their rings to be shared.
@@ -93,7 +96,7 @@ impl<'s> Place<'s> {
 
     /// A runner with room for so much; on a GPU the weights are put there.
     pub fn runner(&self, spec: &CacheSpec, room: Room) -> anyhow::Result<Box<dyn Runner + '_>> {
-        let Room { rows, lengths: Lengths { context, block }, longest, pool } = room;
+        let Room { rows, lengths: Lengths { context, block }, least, longest, pool } = room;
         match self {
             Self::Cpu(model) => {
                 let runner = CpuRunner::new(model, spec, rows, context)?;
@@ -113,7 +116,7 @@ impl<'s> Place<'s> {
                     .into());
                 }
                 let new = Options::new(rows, context);
-                let options = Options { weights: *weights, budget: pool, block, ..new };
+                let options = Options { weights: *weights, budget: pool, least, block, ..new };
                 let mut progress = Progress::new("loading weights", 1000);
                 let mut shown = 0;
                 let mut step = |done: usize, all: usize| {
@@ -130,8 +133,24 @@ impl<'s> Place<'s> {
                     &mut step,
                 );
                 progress.clear();
-                Ok(Box::new(runner?))
+                match runner {
+                    Err(error @ GpuError::Memory { .. }) if pool.is_none() => {
+                        Err(gpu.advised(error, spec, &options))
+                    }
+                    runner => Ok(Box::new(runner?)),
+                }
             }
+        }
+    }
+}
+
+impl OnGpu<'_> {
+    /// The error with what would fit, where something would.
+    fn advised(&self, error: GpuError, spec: &CacheSpec, options: &Options) -> anyhow::Error {
+        let Self { source, calibration, free, .. } = self;
+        match gpu::instead(source, spec, calibration.as_ref(), options, *free) {
+            Ok(instead) if !instead.is_empty() => anyhow!("{error}: {instead}"),
+            _ => error.into(),
         }
     }
 }
@@ -140,7 +159,7 @@ impl Room {
     /// For one sequence.
     pub fn one(context: usize) -> Self {
         let lengths = Lengths { context, block: BLOCK };
-        Self { rows: 1, lengths, longest: context, pool: None }
+        Self { rows: 1, lengths, least: context, longest: context, pool: None }
     }
 }
 

@@ -105,14 +105,14 @@ impl Cache {
     }
 
     /// Makes the pools, by what sequences of the whole context take, each frozen once: of `budget` bytes, or of what
-    /// `rows` sequences may need where there is no budget, as far as `free` bytes go.
-    pub fn fund(&mut self, budget: Option<usize>, free: usize) -> Result<()> {
-        let full = self.whole();
-        let bytes = self.slabs_of(&full);
+    /// `rows` sequences may need where there is no budget, as far as `free` bytes go. One of `least` tokens must fit.
+    pub fn fund(&mut self, budget: Option<usize>, least: usize, free: usize) -> Result<()> {
+        let full = self.whole(self.shape.context);
+        let (bytes, one) = (self.slabs_of(&full), self.slabs_of(&self.whole(least)));
         let budget = budget.unwrap_or(free.min(self.rows * bytes));
-        if budget < bytes {
-            let what = "keys and values of one sequence of the whole context";
-            return Err(GpuError::Memory { what, need: bytes, free: budget });
+        if budget < one {
+            let what = "keys and values of one sequence";
+            return Err(GpuError::Memory { what, need: one, free: budget });
         }
         for (f, &need) in full.iter().enumerate().filter(|(_, need)| **need > 0) {
             let slabs = (need as f64 * (budget as f64 / bytes as f64)) as usize;
@@ -130,18 +130,18 @@ impl Cache {
     /// Bytes that a sequence of the whole context takes: slabs, their copies once it is frozen, rings, page tables.
     pub fn sequence_bytes(&self) -> usize {
         let rows = [&self.rings, &self.table].map(|buffer| buffer.bytes() / self.rows);
-        self.slabs_of(&self.whole()) + rows.iter().sum::<usize>()
+        self.slabs_of(&self.whole(self.shape.context)) + rows.iter().sum::<usize>()
     }
 
     /// [`super::Gpu::holds_all`]
     pub fn holds_all(&self) -> bool {
         let most = self.slots.each_ref().map(|slots| slots.available() + slots.used());
-        check(&self.whole().map(|slabs| slabs * self.rows), &most).is_ok()
+        check(&self.whole(self.shape.context).map(|slabs| slabs * self.rows), &most).is_ok()
     }
 
-    /// Slabs of a sequence of the whole context, frozen once.
-    fn whole(&self) -> Slabs {
-        let mut slabs = self.need(0, self.shape.context);
+    /// Slabs of a sequence of `len` tokens, frozen once.
+    fn whole(&self, len: usize) -> Slabs {
+        let mut slabs = self.need(0, len);
         slabs[Format::F16 as usize] += self.ring_slabs() * self.stores.len();
         slabs
     }

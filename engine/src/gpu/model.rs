@@ -17,12 +17,12 @@ pub struct Work {
     pub x: Buffer,
     /// Normalised residual stream, `[rows, width]` f16.
     h: Buffer,
-    /// Queries and keys, `[rows, heads + kv_heads, D]` f16.
-    qk: Buffer,
-    /// Queries of more than one row, `[rows, heads, D]` f16.
+    /// Queries, keys and, where one matrix gives them all, values, `[rows, heads + 1 or 2 kv_heads, D]` f16.
+    qkv: Buffer,
+    /// Queries once they are rotated, `[rows, heads, D]` f16.
     q: Buffer,
-    /// `[rows, kv_heads, D]` f16
-    pub v: Buffer,
+    /// Values of a matrix of their own, `[rows, kv_heads, D]` f16.
+    v: Buffer,
     /// What attention gives, `[rows, heads, D]` f16.
     pub mix: Buffer,
     /// `[rows, 2 ffn]` f16
@@ -72,7 +72,7 @@ impl Network {
         let work = Work {
             x: Buffer::new(platform, (Use::Activations, "activations"), step * width * 4)?,
             h: halves(width)?,
-            qk: halves((heads + kv_heads) * head_dim)?,
+            qkv: halves((heads + 2 * kv_heads) * head_dim)?,
             q: halves(heads * head_dim)?,
             v: halves(kv_heads * head_dim)?,
             mix: halves(heads * head_dim)?,
@@ -87,53 +87,50 @@ impl Network {
         Ok(Self { config: config.clone(), weights, ops, work, inv_freq, turned })
     }
 
-    /// Queries, keys and values of `tokens` rows of the residual stream `x`, queries and keys rotated by `positions`.
-    pub fn project(&self, layer: &Layer, x: u64, positions: u64, tokens: usize) -> Result<()> {
-        let Config { width, rms_eps, heads, kv_heads, .. } = self.config;
-        let Work { h, qk, v, q, .. } = &self.work;
+    /// Queries, keys and values of `tokens` rows of the residual stream `x`, none of them rotated.
+    pub fn project(&self, layer: &Layer, x: u64, tokens: usize) -> Result<()> {
+        let Config { width, rms_eps, .. } = self.config;
+        let Work { h, qkv, v, .. } = &self.work;
         self.ops.rms_norm(x, layer.attn_norm.at(), h.at(), [tokens, width], rms_eps)?;
-        self.ops.project(&layer.qk, h.at(), qk.at(), tokens)?;
-        self.ops.project(&layer.v, h.at(), v.at(), tokens)?;
-        if tokens == 1 {
-            // One row is dense with its keys: both in one launch.
-            return self.rope(qk.at(), qk.at(), positions, heads + kv_heads, 1);
-        }
-        self.rope(qk.at(), q.at(), positions, heads, tokens)?;
-        self.rope(self.keys(), self.keys(), positions, kv_heads, tokens)
+        self.ops.project(&layer.qkv, h.at(), qkv.at(), tokens)?;
+        layer.v.iter().try_for_each(|own| self.ops.project(own, h.at(), v.at(), tokens))
     }
 
-    /// Rotates `heads` heads of rows of queries and keys.
-    fn rope(&self, x: u64, out: u64, positions: u64, heads: usize, tokens: usize) -> Result<()> {
-        let row = self.row_stride();
-        let dense = out == self.work.q.at();
+    /// Rotates queries and keys by `positions`, each row's by its own.
+    pub fn rotate(&self, layer: &Layer, positions: u64, tokens: usize) -> Result<()> {
+        let Config { heads, kv_heads, head_dim, .. } = self.config;
+        let (row, keys) = (self.row_stride(layer), self.keys());
         let params = params!(kvw_rope_select_params {
             pairing: self.pairing(),
-            x: at(x),
-            out: at(out),
+            x: at(self.work.qkv.at()),
+            out: at(self.queries()),
+            rest: at(keys),
             positions: at(positions),
             inv_freq: at(self.inv_freq.at()),
             x_stride: row,
-            out_stride: if dense { (heads * self.config.head_dim) as i64 } else { row },
+            out_stride: (heads * head_dim) as i64,
+            rest_stride: row,
             tokens: tokens as i32,
-            heads: heads as i32,
-            head_dim: self.config.head_dim as i32,
+            heads: (heads + kv_heads) as i32,
+            rest_heads: kv_heads as i32,
+            head_dim: head_dim as i32,
             hadamard: i32::from(self.turned),
         });
         self.ops.run(|k| &k.rope_select, &params)
     }
 
-    /// Queries of `tokens` rows, dense.
-    pub fn queries(&self, tokens: usize) -> u64 {
-        if tokens == 1 { self.work.qk.at() } else { self.work.q.at() }
+    /// Rotated queries, dense.
+    pub fn queries(&self) -> u64 {
+        self.work.q.at()
     }
 
     fn keys(&self) -> u64 {
-        self.work.qk.at() + (2 * self.config.heads * self.config.head_dim) as u64
+        self.work.qkv.at() + (2 * self.config.heads * self.config.head_dim) as u64
     }
 
     /// Elements from a row of queries and keys to the next.
-    fn row_stride(&self) -> i64 {
-        ((self.config.heads + self.config.kv_heads) * self.config.head_dim) as i64
+    fn row_stride(&self, layer: &Layer) -> i64 {
+        layer.qkv.matrix.rows as i64
     }
 
     fn pairing(&self) -> i32 {
@@ -144,18 +141,37 @@ impl Network {
     }
 
     /// What writing the keys and values of `tokens` rows needs, but for the op's own numbers.
-    pub fn packing(&self, op: i32, cache: kvw_cache, tokens: usize) -> kvw_kv_pack_params {
+    pub fn packing(
+        &self,
+        layer: &Layer,
+        op: i32,
+        cache: kvw_cache,
+        tokens: usize,
+    ) -> kvw_kv_pack_params {
+        let (row, kv) = (self.row_stride(layer), self.config.kv_heads * self.config.head_dim);
+        let (v, v_stride) = match layer.v {
+            Some(_) => (self.work.v.at(), kv as i64),
+            None => (self.keys() + 2 * kv as u64, row),
+        };
         params!(kvw_kv_pack_params {
             op: op,
             cache: cache,
             k: at(self.keys()),
-            v: at(self.work.v.at()),
-            k_stride: self.row_stride(),
-            v_stride: (self.config.kv_heads * self.config.head_dim) as i64,
+            v: at(v),
+            k_stride: row,
+            v_stride: v_stride,
             tokens: tokens as i32,
             pairing: self.pairing(),
             dtype: KVW_F16,
         })
+    }
+
+    /// Has an append rotate queries and keys by `positions`, which [`Network::rotate`] would do in a launch of its own.
+    pub fn rotating(&self, layer: &Layer, params: &mut kvw_kv_pack_params, positions: u64) {
+        (params.positions, params.inv_freq) = (at(positions), at(self.inv_freq.at()));
+        (params.q, params.q_out) = (at(self.work.qkv.at()), at(self.queries()));
+        (params.q_stride, params.q_heads) = (self.row_stride(layer), self.config.heads as i32);
+        params.hadamard = i32::from(self.turned);
     }
 
     /// Adds what attention gave and the feed-forward block to `tokens` rows of the residual stream `x`.

@@ -185,7 +185,9 @@ impl Gpu {
         for first in (0..block.tokens).step_by(self.piece) {
             let rows = self.piece.min(block.tokens - first);
             let x = prompt.x.at() + (4 * first * net.config.width) as u64;
-            net.project(layer, x, prompt.at(block.words.positions) + 4 * first as u64, rows)?;
+            net.project(layer, x, rows)?;
+            let positions = prompt.at(block.words.positions) + 4 * first as u64;
+            net.rotate(layer, positions, rows)?;
             let piece = Piece { prompt, block, layer: index, first, rows };
             self.fill(&piece)?;
             if !last {
@@ -224,7 +226,8 @@ impl Gpu {
     fn fill(&self, piece: &Piece<'_>) -> Result<()> {
         let &Piece { prompt, block, layer, first, rows } = piece;
         let cache = self.staged(prompt, block, layer, first);
-        let mut params = self.net.packing(KVW_PACK_FILL, cache, rows);
+        let mut params =
+            self.net.packing(&self.net.weights.layers[layer], KVW_PACK_FILL, cache, rows);
         params.cu_tokens = at(self.firsts(piece));
         params.max_tokens = rows as i32;
         self.net.ops.run(|k| &k.kv_pack, &params)
@@ -232,11 +235,10 @@ impl Gpu {
 
     fn attend_piece(&self, piece: &Piece<'_>) -> Result<()> {
         let &Piece { prompt, block, layer, first, rows } = piece;
-        // One row is dense with its keys, which attention need not know.
         let params = params!(kvw_prefill_attn_params {
             q_heads: self.net.config.heads as i32,
             cache: self.staged(prompt, block, layer, first),
-            q: at(self.net.queries(rows)),
+            q: at(self.net.queries()),
             out: at(self.net.work.mix.at()),
             cu_tokens: at(self.firsts(piece)),
             tokens: rows as i32,
@@ -255,7 +257,8 @@ impl Gpu {
         }
         let mut cache = self.staged(prompt, block, layer, block.tokens - 1);
         cache.packed = std::ptr::null();
-        let mut params = self.net.packing(KVW_PACK_FLUSH, cache, 0);
+        let mut params =
+            self.net.packing(&self.net.weights.layers[layer], KVW_PACK_FLUSH, cache, 0);
         params.first = at(prompt.at(block.words.packed));
         params.max_tokens = (after - before) as i32;
         params.feedback = at(self.cache.feedback(layer));

@@ -66,7 +66,10 @@ impl Gpu {
             tokens,
         )?;
         for (index, layer) in net.weights.layers.iter().enumerate() {
-            net.project(layer, x, place(places.positions), tokens)?;
+            net.project(layer, x, tokens)?;
+            if grid.each > 1 {
+                net.rotate(layer, place(places.positions), tokens)?;
+            }
             self.append(index, grid, &places)?;
             self.attend(index, grid, &places)?;
             net.finish(layer, x, tokens)?;
@@ -80,11 +83,16 @@ impl Gpu {
         Ok(())
     }
 
-    /// Keys and values into the rings; a slab that leaves the window with a single token is packed.
+    /// Keys and values into the rings. A single token is rotated, with its queries, as it is written; a slab that leaves
+    /// the window with it is packed.
     fn append(&self, layer: usize, grid: Grid, places: &Places) -> Result<()> {
         let cache = self.cache.view(layer, grid.rows, self.control.at(places.lens));
         let op = if grid.each == 1 { KVW_PACK_APPEND } else { KVW_PACK_FILL };
-        let mut params = self.net.packing(op, cache, grid.tokens());
+        let weights = &self.net.weights.layers[layer];
+        let mut params = self.net.packing(weights, op, cache, grid.tokens());
+        if grid.each == 1 {
+            self.net.rotating(weights, &mut params, self.control.at(places.positions));
+        }
         params.cu_tokens = at(self.control.at(places.firsts));
         params.max_tokens = grid.each as i32;
         params.feedback = at(self.cache.feedback(layer));
@@ -95,7 +103,7 @@ impl Gpu {
     fn attend(&self, layer: usize, grid: Grid, places: &Places) -> Result<()> {
         let params = kvwarp::ffi::kvw_paged_attn_params {
             cache: self.cache.view(layer, grid.rows, self.control.at(places.lens)),
-            q: at(self.net.queries(grid.tokens())),
+            q: at(self.net.queries()),
             out: at(self.net.work.mix.at()),
             workspace: at(self.scratch.at()),
             workspace_bytes: self.scratch.bytes(),

@@ -1,18 +1,18 @@
 //! A model's weights on the device.
 //!
 //! f16 and bf16 stay as they are, f32 becomes f16. Matrices in blocks stay in blocks, in the kernels' planes, or become
-//! f16 ([`Stored`]). Projections of the same input are one matrix: q above k, gate above up.
+//! f16 ([`Stored`]). Projections of the same input are one matrix: q above k above v, gate above up.
 //!
 //! Where the cache keeps values turned by Hadamard matrices of 32 ([`kvwarp::hadamard::values`]), the turn is in the rows of
 //! v and in the columns of o: in f32, before they are rounded to f16.
 
+mod turned;
+
 use std::rc::Rc;
 
-use half::f16;
 use kvwarp::ffi::{self, KVW_BF16, KVW_F16, KVW_F32};
 use kvwarp::hadamard;
 use kvwarp::linear::{self, WeightType};
-use rayon::prelude::*;
 
 use super::metered::Metered;
 use super::platform::{Buffer, Result};
@@ -20,6 +20,7 @@ use super::tally::Use;
 use crate::config::Config;
 use crate::model::matrix;
 use crate::source::Source;
+use turned::{Turned, decoded};
 
 /// Elements that are turned into f16 and sent together.
 const PIECE: usize = 1 << 23;
@@ -31,16 +32,6 @@ pub enum Stored {
     F16,
     /// In blocks.
     Blocks,
-}
-
-/// Which sides of a matrix are turned by Hadamard matrices of 32.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Turned {
-    No,
-    /// Outputs: 32 rows at a time.
-    Rows,
-    /// Inputs: 32 columns at a time.
-    Columns,
 }
 
 /// `[rows, cols]` of `KVW_*` elements.
@@ -61,9 +52,10 @@ pub struct Linear {
 /// One transformer block.
 pub struct Layer {
     pub attn_norm: Buffer,
-    /// Rows of q, then of k.
-    pub qk: Linear,
-    pub v: Linear,
+    /// Rows of q, then of k, then of v where all three have the same elements.
+    pub qkv: Linear,
+    /// v where it has elements of its own.
+    pub v: Option<Linear>,
     pub o: Matrix,
     pub ffn_norm: Buffer,
     /// Rows of gate, then of up.
@@ -93,11 +85,11 @@ impl Weights {
         let total = source.weights.iter().map(|tensor| tensor.bytes.len()).sum();
         let mut upload = Upload { platform, source, stored, done: 0, total, progress };
         let Config { vocab, width, layers, tied_embeddings, .. } = source.config;
-        let embedding = Rc::new(upload.matrix(&["token_embd"], &[vocab], width, Turned::No)?);
+        let embedding = Rc::new(upload.matrix(&["token_embd"], &[vocab], width, &[Turned::No])?);
         let layers = (0..layers).map(|n| upload.layer(n, turned)).collect::<Result<_>>()?;
         let output = match tied_embeddings {
             true => Rc::clone(&embedding),
-            false => Rc::new(upload.matrix(&["output"], &[vocab], width, Turned::No)?),
+            false => Rc::new(upload.matrix(&["output"], &[vocab], width, &[Turned::No])?),
         };
         let output_norm = upload.vector("output_norm", width)?;
         Ok(Self { embedding, layers, output_norm, output })
@@ -106,8 +98,8 @@ impl Weights {
     /// Bytes of the largest matrix that products of many rows unpack; the output's never have that many.
     pub fn unpacked_bytes(&self) -> usize {
         let of = |l: &Layer| {
-            let all = [&l.qk.matrix, &l.v.matrix, &l.o, &l.gate_up.matrix, &l.down];
-            all.map(Matrix::unpacked_bytes).into_iter().max()
+            let all = [&l.qkv.matrix, &l.o, &l.gate_up.matrix, &l.down].into_iter();
+            all.chain(l.v.as_ref().map(|v| &v.matrix)).map(Matrix::unpacked_bytes).max()
         };
         self.layers.iter().filter_map(of).max().unwrap_or(0)
     }
@@ -128,22 +120,34 @@ impl Upload<'_> {
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
         let name = |part: &str| format!("blk.{n}.{part}");
         let side = |turned_side| if turned { turned_side } else { Turned::No };
+        let names = [name("attn_q"), name("attn_k"), name("attn_v")];
+        let (rows, sides) = ([q, kv, kv], [Turned::No, Turned::No, side(Turned::Rows)]);
+        let kept = [0, 1, 2].map(|i| self.kept(&names[i], sides[i]));
+        let joined = if kept.iter().all(|dtype| *dtype == kept[0]) { 3 } else { 2 };
+        let mut some = |i: std::ops::Range<usize>| {
+            self.linear(&names[i.clone()], &rows[i.clone()], width, &sides[i])
+        };
+        let (qkv, v) = (some(0..joined)?, (joined < 3).then(|| some(joined..3)).transpose()?);
+        let (gate_up, no) = ([name("ffn_gate"), name("ffn_up")], [Turned::No; 2]);
+        let gate_up = gate_up.each_ref().map(String::as_str);
         Ok(Layer {
             attn_norm: self.vector(&name("attn_norm"), width)?,
-            qk: self.linear(&[name("attn_q"), name("attn_k")], &[q, kv], width, Turned::No)?,
-            v: self.linear(&[name("attn_v")], &[kv], width, side(Turned::Rows))?,
-            o: self.matrix(&[&name("attn_output")], &[width], q, side(Turned::Columns))?,
+            qkv,
+            v,
+            o: self.matrix(&[&name("attn_output")], &[width], q, &[side(Turned::Columns)])?,
             ffn_norm: self.vector(&name("ffn_norm"), width)?,
-            gate_up: Linear {
-                matrix: self.matrix(
-                    &[&name("ffn_gate"), &name("ffn_up")],
-                    &[ffn, ffn],
-                    width,
-                    Turned::No,
-                )?,
-                bias: None,
-            },
-            down: self.matrix(&[&name("ffn_down")], &[width], ffn, Turned::No)?,
+            gate_up: Linear { matrix: self.matrix(&gate_up, &[ffn, ffn], width, &no)?, bias: None },
+            down: self.matrix(&[&name("ffn_down")], &[width], ffn, &no[..1])?,
+        })
+    }
+
+    /// Type of the elements that a matrix has on the device; `None` for a matrix that no kernel knows.
+    fn kept(&self, name: &str, turned: Turned) -> Option<i32> {
+        let kind = WeightType::from_ggml(self.source.weights.get(name)?.kind.id())?;
+        Some(match kind {
+            _ if turned != Turned::No => KVW_F16,
+            WeightType::BF16 => KVW_BF16,
+            kind => blocks(kind).filter(|_| self.stored == Stored::Blocks).unwrap_or(KVW_F16),
         })
     }
 
@@ -158,7 +162,7 @@ impl Upload<'_> {
         names: &[String],
         rows: &[usize],
         cols: usize,
-        turned: Turned,
+        turned: &[Turned],
     ) -> Result<Linear> {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let matrix = self.matrix(&names, rows, cols, turned)?;
@@ -166,11 +170,12 @@ impl Upload<'_> {
             return Ok(Linear { matrix, bias: None });
         }
         let mut bias = Vec::new();
-        for (name, &rows) in names.iter().zip(rows) {
-            bias.extend(self.source.weights.vector(&format!("{name}.bias"), rows)?);
-        }
-        if turned == Turned::Rows {
-            hadamard::values(&mut bias);
+        for ((name, &rows), turned) in names.iter().zip(rows).zip(turned) {
+            let mut part = self.source.weights.vector(&format!("{name}.bias"), rows)?;
+            if *turned == Turned::Rows {
+                hadamard::values(&mut part);
+            }
+            bias.extend(part);
         }
         let buffer =
             Buffer::of(self.platform, (Use::Weights, "biases"), bytemuck::cast_slice(&bias))?;
@@ -178,38 +183,36 @@ impl Upload<'_> {
         Ok(Linear { matrix, bias: Some(bias) })
     }
 
-    /// Matrices of `cols` columns, one above the other.
+    /// Matrices of `cols` columns, one above the other; f16 where their elements differ.
     fn matrix(
         &mut self,
         names: &[&str],
         rows: &[usize],
         cols: usize,
-        turned: Turned,
+        turned: &[Turned],
     ) -> Result<Matrix> {
         let weights = &self.source.weights;
         let parts = names.iter().zip(rows).map(|(name, &rows)| matrix(weights, name, rows, cols));
         let parts = parts.collect::<crate::error::Result<Vec<_>>>()?;
-        let kind = parts[0].kind();
-        let alike = turned == Turned::No && parts.iter().all(|part| part.kind() == kind);
-        let bytes = |names: &[&str]| {
-            names.iter().filter_map(|name| weights.get(name)).map(|t| t.bytes).collect::<Vec<_>>()
-        };
+        let kept: Vec<_> = names.iter().zip(turned).map(|(name, t)| self.kept(name, *t)).collect();
+        let dtype = kept[0].filter(|_| kept.iter().all(|dtype| *dtype == kept[0]));
+        let bytes: Vec<_> =
+            names.iter().filter_map(|name| weights.get(name)).map(|t| t.bytes).collect();
+        let as_they_are = turned.iter().all(|turned| *turned == Turned::No)
+            && parts.iter().all(|part| part.kind() == WeightType::F16);
         let rows = rows.iter().sum();
-        let (dtype, buffer) = match kind {
-            WeightType::F16 if alike => (KVW_F16, self.raw(&bytes(names))?),
-            WeightType::BF16 if alike => (KVW_BF16, self.raw(&bytes(names))?),
-            kind => match blocks(kind).filter(|_| alike && self.stored == Stored::Blocks) {
-                Some(dtype) if self.platform.holds() => {
-                    let bytes = bytes(names).concat();
-                    let all = linear::Weights::new(kind, rows, cols, &bytes)?;
-                    (dtype, self.raw(&[&linear::planes(&all)])?)
-                }
-                // Planes have as many bytes as blocks.
-                Some(dtype) => (dtype, self.raw(&bytes(names))?),
-                None => (KVW_F16, self.halves(&parts, turned)?),
-            },
+        let buffer = match dtype {
+            Some(KVW_BF16) => self.raw(&bytes)?,
+            None | Some(KVW_F16) if !as_they_are => self.halves(&parts, turned)?,
+            Some(dtype) if dtype != KVW_F16 && self.platform.holds() => {
+                let bytes = bytes.concat();
+                let all = linear::Weights::new(parts[0].kind(), rows, cols, &bytes)?;
+                self.raw(&[&linear::planes(&all)])?
+            }
+            // Planes have as many bytes as blocks.
+            _ => self.raw(&bytes)?,
         };
-        Ok(Matrix { buffer, dtype, rows, cols })
+        Ok(Matrix { buffer, dtype: dtype.unwrap_or(KVW_F16), rows, cols })
     }
 
     fn note(&mut self, bytes: usize) {
@@ -231,11 +234,11 @@ impl Upload<'_> {
     }
 
     /// As f16.
-    fn halves(&mut self, parts: &[linear::Weights<'_>], turned: Turned) -> Result<Buffer> {
+    fn halves(&mut self, parts: &[linear::Weights<'_>], turned: &[Turned]) -> Result<Buffer> {
         let elements: usize = parts.iter().map(|part| part.rows() * part.cols()).sum();
         let buffer = Buffer::new(self.platform, (Use::Weights, "weights"), 2 * elements)?;
         let mut at = buffer.at();
-        for part in parts.iter().filter(|_| self.platform.holds()) {
+        for (part, &turned) in parts.iter().zip(turned).filter(|_| self.platform.holds()) {
             let blocks = (PIECE / (part.cols() * hadamard::BLOCK)).max(1);
             let step = blocks * hadamard::BLOCK;
             for first in (0..part.rows()).step_by(step) {
@@ -259,41 +262,5 @@ fn blocks(kind: WeightType) -> Option<i32> {
         WeightType::Q4_1 => Some(ffi::KVW_Q4_1),
         WeightType::Q4K => Some(ffi::KVW_Q4_K),
         WeightType::Q6K => Some(ffi::KVW_Q6_K),
-    }
-}
-
-/// Rows `first .. first + rows` in f16.
-fn decoded(
-    part: &linear::Weights<'_>,
-    first: usize,
-    rows: usize,
-    turned: Turned,
-) -> kvwarp::Result<Vec<f16>> {
-    let cols = part.cols();
-    let mut halves = vec![f16::ZERO; rows * cols];
-    let blocks = halves.par_chunks_mut(hadamard::BLOCK * cols).enumerate();
-    blocks.try_for_each(|(block, halves)| {
-        let mut x = vec![0.0; halves.len()];
-        for (i, row) in x.chunks_exact_mut(cols).enumerate() {
-            linear::dequantize_row(part, first + block * hadamard::BLOCK + i, row)?;
-        }
-        match turned {
-            Turned::No => {}
-            Turned::Rows => turn_rows(&mut x, cols),
-            Turned::Columns => hadamard::values(&mut x),
-        }
-        halves.iter_mut().zip(x).for_each(|(half, x)| *half = f16::from_f32(x));
-        Ok::<_, kvwarp::Error>(())
-    })?;
-    Ok(halves)
-}
-
-/// Turns each column of `x` `[32, cols]`.
-fn turn_rows(x: &mut [f32], cols: usize) {
-    let mut column = [0.0; hadamard::BLOCK];
-    for c in 0..cols {
-        column.iter_mut().zip(x[c..].iter().step_by(cols)).for_each(|(to, x)| *to = *x);
-        hadamard::values(&mut column);
-        x[c..].iter_mut().step_by(cols).zip(column).for_each(|(to, x)| *to = x);
     }
 }
