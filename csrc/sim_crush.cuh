@@ -151,6 +151,16 @@ PRIM uint32_t majority(const Crush& crush, int* counts) {
     return __ballot_sync(~0u, 2 * all + KVW_FAULT(716) > crush.tokens);
 }
 
+// Anchors that do not depend on the tokens.
+PRIM uint32_t given_anchor(const kvw_sim_evict_params& p) {
+    switch (p.anchor) {
+    case KVW_ANCHOR_RANDOM: return uint32_t(random_bits(p.seed, 0) >> 32);
+    case KVW_ANCHOR_ALTERNATE: return 0xAAAAAAAAu;
+    case KVW_ANCHOR_ONES: return ~0u;
+    default: return 0;
+    }
+}
+
 // Evenly spaced places: floor(j (all - 1) / (wanted - 1)) for j from 0 to wanted - 1; the first if 1 is wanted.
 struct Spaced {
     uint32_t steps, gaps;
@@ -178,9 +188,7 @@ __global__ void __launch_bounds__(CRUSH_THREADS, 1) represent(const __grid_const
     uint32_t* chosen = carve.take<uint32_t>((p.columns + 31) / 32);
     int s = int(blockIdx.x), lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     Crush crush(p, s);
-    uint32_t odd = 0xAAAAAAAAu, drawn = uint32_t(random_bits(p.seed, 0) >> 32);
-    uint32_t of[] = {0, drawn, odd, 0, ~0u};
-    crush.anchor = p.anchor == KVW_ANCHOR_MEAN ? majority(crush, counts) : of[p.anchor];
+    crush.anchor = p.anchor == KVW_ANCHOR_MEAN ? majority(crush, counts) : given_anchor(p);
     int groups = (crush.n + 31) / 32, stretch = (groups + CRUSH_WARPS - 1) / CRUSH_WARPS;
     int first = min(warp * stretch, groups), end = min(first + stretch, groups);
     auto count = [&](int d, int w) -> int& { return counts[d * CRUSH_WARPS + (w ^ d % 32)]; };

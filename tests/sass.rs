@@ -218,7 +218,6 @@ fn ptx_is_shorter() {
 }
 
 #[test]
-#[ignore = "rows of the newest families are missing: KVW_BLESS=1 cargo test sass -- --ignored"]
 fn kernels_stay_within_their_table() {
     let Some((library, tool)) = kernels() else { return };
     let mut text =
