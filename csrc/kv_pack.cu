@@ -14,10 +14,11 @@
 // Order     deterministic; no atomics; every word of a slab is written by the one lane that owns it
 // Oracle    src/slab/codec.rs, src/kv_pack/kivi.rs, src/rope_select/oracle.rs, src/hadamard.rs
 //
-// APPEND: a slab leaves the window with token len - 1 if (len - window) is a positive multiple of 64. In
-// a ring of kvw_ring_slabs(window) that token may fall on the slab's first one, so the slab is packed
-// before the token is written; only with window 0 the slab holds the token itself and comes after it. The
-// entry's format decides: fp8, q8, q4 and q2 are packed, f16 is copied, a hole drops the tokens.
+// APPEND: a slab leaves the window with token len - 1 if (len - window) is a positive multiple of 64; in a head that has
+// dropped tokens, where `packed` says how many slabs left it before, if it is 64 (packed + 1). In a ring of
+// kvw_ring_slabs(window) that token may fall on the slab's first one, so the slab is packed before the token is
+// written; only with window 0 the slab holds the token itself and comes after it. The entry's format decides: fp8, q8,
+// q4 and q2 are packed, f16 is copied, a hole drops the tokens.
 //
 // kivi_exact: KIVI's schedule with residual length R = window. With N = len after this token: if N % R ==
 // 0, K of the last R tokens is quantised (groups aligned to token 0); if N > R, V of token N - 1 - R. So
@@ -245,18 +246,19 @@ template <int D> __global__ void __launch_bounds__(PACK_THREADS, 4) append(const
     int s = int(blockIdx.y), window = p.cache.window, more = int(blockIdx.x) - p.cache.kv_heads;
     if (more >= 0) return turn_queries<D>(p, s, more * PACK_WARPS);
     Head<D, 0> head(p.cache, s, int(blockIdx.x));
-    int len = head.len, rest = len - window;
+    int len = head.len, rest = len - window, next = rest / TOKENS - 1;
+    if (p.cache.packed && !KVW_FAULT(220)) next = head.packed;
     if (len < 1) return;
     const __half* key = p.hadamard && !KVW_FAULT(219) ? turned : nullptr;
     if (key) {
         if (threadIdx.x < 32) turn_head<D>(p, p.k, s * p.k_stride + head.head * D, s, turned);
         if (!KVW_FAULT(217)) __syncthreads();
     }
-    bool leaves = rest >= TOKENS && rest % TOKENS == 0;
+    bool leaves = next >= 0 && rest == (next + 1) * TOKENS;
     bool first = window == 0 || p.kivi_exact || KVW_FAULT(202);
     if (first) write_token(p, head, s, len - 1, key);
     __syncthreads();
-    if (!p.kivi_exact && leaves) pack_slab(p, head, rest / TOKENS - 1, meta, shared);
+    if (!p.kivi_exact && leaves) pack_slab(p, head, next, meta, shared);
     __syncthreads();
     if (!first) write_token(p, head, s, len - 1, key);
     if (!p.kivi_exact) return;
@@ -322,7 +324,7 @@ kvw_status kvw_kv_pack_check(const kvw_kv_pack_params* p) {
     bool append = p->op == KVW_PACK_APPEND, fill = p->op == KVW_PACK_FILL, flush = p->op == KVW_PACK_FLUSH;
     KVW_REQUIRE(append || fill || flush, SHAPE, op);
     KVW_TRY(check_cache(c));
-    KVW_REQUIRE(fill || !c.packed, SHAPE, packed);
+    KVW_REQUIRE(fill || !c.packed || (append && !p->kivi_exact), SHAPE, packed);
     KVW_REQUIRE(p->kivi_exact == 0 || (p->kivi_exact == 1 && !fill), SHAPE, kivi_exact);
     KVW_REQUIRE(p->kivi_exact == 0 || (c.meta == KVW_META_F16 && !c.pools[KVW_SLAB_FP8]), FORMAT, kivi_exact);
     KVW_REQUIRE(p->kivi_exact == 0 || (c.window >= 1 && c.window % c.group == 0), SHAPE, window);

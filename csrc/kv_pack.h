@@ -11,7 +11,8 @@
 typedef struct kvw_kv_pack_params {
     uint32_t struct_size;     /* sizeof(kvw_kv_pack_params) */
     int32_t op;               /* KVW_PACK_* */
-    kvw_cache cache;          /* APPEND, FILL: lens already count the new tokens. APPEND, FLUSH: packed is null */
+    kvw_cache cache;          /* APPEND, FILL: lens already count the new tokens; packed is null or, APPEND without
+                                 kivi_exact, what was in the table before, FILL: as after it. FLUSH: packed is null */
     const void *k;            /* [T, H, D] of dtype, T = S in APPEND; not read by FLUSH */
     const void *v;            /* [T, H, D] of dtype */
     const int32_t *positions; /* [T] RoPE positions; null: K is rotated already */

@@ -81,6 +81,8 @@ macro_rules! kernels {
                 pub $op: Op<ffi::$params>,
             )*
             paged_attn_workspace: unsafe extern "C" fn(*const ffi::kvw_paged_attn_params) -> usize,
+            token_select_workspace:
+                unsafe extern "C" fn(*const ffi::kvw_token_select_params) -> usize,
         }
 
         impl Kernels {
@@ -95,6 +97,7 @@ macro_rules! kernels {
                         text: ffi::kvw_status_str,
                     },)*
                     paged_attn_workspace: ffi::kvw_paged_attn_workspace,
+                    token_select_workspace: ffi::kvw_token_select_workspace,
                 });
                 #[cfg(not(kvw_cuda))]
                 Err(Error::NotBuilt)
@@ -123,6 +126,10 @@ macro_rules! kernels {
                             *const c_void,
                             unsafe extern "C" fn(*const ffi::kvw_paged_attn_params) -> usize,
                         >(symbol("kvw_paged_attn_workspace")),
+                        token_select_workspace: std::mem::transmute::<
+                            *const c_void,
+                            unsafe extern "C" fn(*const ffi::kvw_token_select_params) -> usize,
+                        >(symbol("kvw_token_select_workspace")),
                     }
                 }
             }
@@ -132,6 +139,7 @@ macro_rules! kernels {
 
 kernels! {
     embed: kvw_embed, kvw_embed_bytes, kvw_embed_params;
+    kv_gather: kvw_kv_gather, kvw_kv_gather_bytes, kvw_kv_gather_params;
     kv_pack: kvw_kv_pack, kvw_kv_pack_bytes, kvw_kv_pack_params;
     linear: kvw_linear, kvw_linear_bytes, kvw_linear_params;
     page_table: kvw_page_table, kvw_page_table_bytes, kvw_page_table_params;
@@ -140,6 +148,7 @@ kernels! {
     rms_norm: kvw_rms_norm, kvw_rms_norm_bytes, kvw_rms_norm_params;
     rope_select: kvw_rope_select, kvw_rope_select_bytes, kvw_rope_select_params;
     sample: kvw_sample, kvw_sample_bytes, kvw_sample_params;
+    sim_evict: kvw_sim_evict, kvw_sim_evict_bytes, kvw_sim_evict_params;
     swiglu: kvw_swiglu, kvw_swiglu_bytes, kvw_swiglu_params;
     token_score: kvw_token_score, kvw_token_score_bytes, kvw_token_score_params;
     token_select: kvw_token_select, kvw_token_select_bytes, kvw_token_select_params;
@@ -150,5 +159,11 @@ impl Kernels {
     pub fn paged_attn_workspace(&self, args: &ffi::kvw_paged_attn_params) -> usize {
         // SAFETY: the function reads the struct's numbers and follows no pointer.
         unsafe { (self.paged_attn_workspace)(args) }
+    }
+
+    /// Scratch bytes of `token_select`; 0 for arguments that it refuses, and for small selections.
+    pub fn token_select_workspace(&self, args: &ffi::kvw_token_select_params) -> usize {
+        // SAFETY: as above.
+        unsafe { (self.token_select_workspace)(args) }
     }
 }

@@ -2,6 +2,7 @@
 
 mod cpu;
 mod device;
+mod dropped;
 mod kivi;
 mod ops;
 mod rounded;
@@ -53,7 +54,16 @@ fn c_checks_need_no_gpu() {
             ("group", |p| p.cache.group = 16, ffi::KVW_ERR_FORMAT),
             ("ring", |p| p.cache.ring = null_mut(), ffi::KVW_ERR_NULL),
             ("ring_slabs", |p| p.cache.ring_slabs = 2, ffi::KVW_ERR_SHAPE),
-            ("packed", |p| p.cache.packed = somewhere(), ffi::KVW_ERR_SHAPE),
+            (
+                "packed, kivi",
+                |p| (p.kivi_exact, p.cache.window, p.cache.packed) = (1, 32, somewhere()),
+                ffi::KVW_ERR_SHAPE,
+            ),
+            (
+                "packed, flushed",
+                |p| (p.op, p.cache.packed) = (ffi::KVW_PACK_FLUSH, somewhere()),
+                ffi::KVW_ERR_SHAPE,
+            ),
             ("meta", |p| p.cache.meta = 2, ffi::KVW_ERR_FORMAT),
             (
                 "byte metadata, group",
@@ -228,6 +238,7 @@ fn faults_are_caught() {
     assert_caught(217, "no barrier between turning a key and writing it", turned(true, 0));
     assert_caught(218, "a query is written over while others read it", turned(false, 64));
     assert_caught(219, "keys are not multiplied", turned(true, 64));
+    assert_caught(220, "a slab leaves as if no token had been dropped", dropped::packs_once);
     assert_caught(
         207,
         "a value's codes wipe out its neighbour's, in the other half of the words",

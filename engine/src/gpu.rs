@@ -138,6 +138,9 @@ fn open_planned(
         let group = config.group();
         return Err(GpuError::Unsupported(format!("{group} query heads a kv head; at most 16")));
     }
+    if let Some(what) = read::refused(spec, piece) {
+        return Err(GpuError::Unsupported(what));
+    }
     let config::Config { layers, kv_heads, head_dim, .. } = *config;
     let shape = Shape { layers, kv_heads, head_dim, context };
     let cache = Cache::new(&platform, spec, shape, plan, rows)?;
@@ -146,14 +149,8 @@ fn open_planned(
     let most = Grid { rows: rows.next_power_of_two(), each: TURN };
     let width = [piece.max(most.tokens()), most.tokens()];
     let net = Network::new(&platform, config, weights, spec.hadamard, width)?;
-    let control = Control::new(&platform, most, cache.edits(most.rows))?;
-    let prompt = Prompt::new(
-        (&platform, config.width, kv_heads),
-        block.min(context),
-        cache.f16_bytes(),
-        piece,
-        cache.ring_slabs(),
-    )?;
+    let lines = if spec.selects() { layers } else { 1 };
+    let control = Control::new(&platform, most, cache.edits(most.rows), lines)?;
     let chosen = Buffer::new(&platform, (Use::Scratch, "chosen tokens"), 4 * most.tokens())?;
     let scratch = Buffer::new(&platform, (Use::Scratch, "attention"), 1)?;
     let mut gpu = Gpu {
@@ -161,13 +158,15 @@ fn open_planned(
         net,
         cache,
         control,
-        prompt: Some(prompt),
+        prompt: None,
         scratch,
         chosen,
         recorded: HashMap::new(),
         last: None,
         piece,
     };
+    // Where tokens are chosen, a prompt is one block.
+    gpu.prompt = Some(gpu.prompt_of(if spec.selects() { context } else { block.min(context) })?);
     gpu.fund(most, options.budget, options.least)?;
     Ok(gpu)
 }

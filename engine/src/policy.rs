@@ -3,11 +3,13 @@
 //!
 //! A policy acts on the tokens of a sequence's first read, each layer after its own attention, so nothing that is computed
 //! in a layer misses a token that is dropped there; what is read later stays, but for what LagKV drops. Tokens that are
-//! kept stay rotated by their own positions, and positions never shrink. A method of a paper does what the paper and its code do; where kvpress does otherwise, that is a method of its
-//! own. [`Share`] of the tokens read says how many stay, those that a method protects among them.
+//! kept stay rotated by their own positions, and positions never shrink. A method of a paper does what the paper and its code
+//! do; where kvpress does otherwise, that is a method of its own. [`Share`] of the tokens read says how many stay, those
+//! that a method protects among them.
 
 mod budget;
 mod choose;
+mod cut;
 mod lag;
 mod method;
 mod observe;
@@ -19,12 +21,14 @@ mod settle;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cut::{Cut, Onward};
 pub use method::{Evict, METHODS, Method, Options};
 pub use observe::Observer;
 pub use repeat::Repeat;
 pub use run::Policy;
 
 pub(crate) use lag::choose as choose_lag;
+pub(crate) use scores::best_unseen;
 
 use std::fmt;
 

@@ -82,7 +82,7 @@ impl Turn<'_> {
 pub struct Frozen {
     /// Tokens given.
     pub len: usize,
-    /// What each head holds; empty where no token can have been dropped, so that all hold `len`.
+    /// What each head holds.
     pub heads: Vec<Held>,
     /// Of each head, `[layers * kv_heads]`, `ceil(tokens / 64)`: packed slabs as the sequence has them, then f16 copies of its
     /// ring.

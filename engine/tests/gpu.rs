@@ -15,6 +15,8 @@ mod machine;
 mod memory;
 #[path = "gpu/pair.rs"]
 mod pair;
+#[path = "gpu/policy.rs"]
+mod policy;
 #[path = "../../tests/simt.rs"]
 mod simt;
 mod support;

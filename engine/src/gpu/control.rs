@@ -42,8 +42,13 @@ pub struct Places {
     pub history_lens: usize,
     /// `[tokens]` u64
     pub seeds: usize,
-    /// `[rows]`
-    pub lens: usize,
+    /// `[lines, stride]`, of which `rows` count: tokens with the new ones
+    lens: usize,
+    /// `[lines, stride]` each: slabs in the table before and with them
+    packed: [usize; 2],
+    /// Layers that are told apart.
+    lines: usize,
+    stride: usize,
     /// `[rows + 1]`
     pub firsts: usize,
     /// `[1]`
@@ -53,9 +58,10 @@ pub struct Places {
 }
 
 impl Places {
-    /// For a step of this shape.
-    pub fn of(grid: Grid) -> Self {
+    /// For a step of this shape, with so many layers told apart.
+    fn of(grid: Grid, lines: usize) -> Self {
         let (tokens, mut next) = (grid.tokens(), 0usize);
+        let stride = grid.rows.next_multiple_of(4);
         let mut place = |words: usize| {
             let at = next;
             next = (at + words).next_multiple_of(4);
@@ -72,12 +78,38 @@ impl Places {
             penalty: place(tokens),
             history_lens: place(tokens),
             seeds: place(2 * tokens),
-            lens: place(grid.rows),
+            lens: place(lines * stride),
+            packed: [(); 2].map(|()| place(lines * stride)),
+            lines,
+            stride,
             firsts: place(grid.rows + 1),
             count: place(1),
             edits: place(0),
         }
     }
+
+    /// Lengths in layer `layer`.
+    pub fn lens(&self, layer: usize) -> usize {
+        self.lens + self.line(layer)
+    }
+
+    /// Slabs in the table of layer `layer`, before the step and with it.
+    pub fn packed(&self, layer: usize) -> [usize; 2] {
+        self.packed.map(|place| place + self.line(layer))
+    }
+
+    fn line(&self, layer: usize) -> usize {
+        layer.min(self.lines - 1) * self.stride
+    }
+}
+
+/// A turn, and what its row holds.
+pub struct Placed<'a> {
+    pub turn: &'a Turn<'a>,
+    /// Tokens given before.
+    pub position: usize,
+    /// By line: tokens held before; slabs in the table before and with the new tokens.
+    pub lines: Vec<(usize, [usize; 2])>,
 }
 
 /// The block on the device, the newest tokens that penalties look at, and edits outside of steps.
@@ -88,6 +120,8 @@ pub struct Control {
     /// A count, then so many edits.
     edits: Buffer,
     words: Vec<u32>,
+    /// Layers that are told apart.
+    lines: usize,
 }
 
 /// Edits that are sent together outside of steps.
@@ -96,9 +130,10 @@ const EDITS: usize = 1 << 14;
 const COUNT: usize = 4;
 
 impl Control {
-    /// For steps of at most `most`, with at most `edits` edits each.
-    pub fn new(platform: &Rc<Metered>, most: Grid, edits: usize) -> Result<Self> {
-        let words = Places::of(most).edits + 2 * edits;
+    /// For steps of at most `most`, with at most `edits` edits each; `lines`: layers that may hold different numbers of
+    /// tokens, 1 where all hold the same.
+    pub fn new(platform: &Rc<Metered>, most: Grid, edits: usize, lines: usize) -> Result<Self> {
+        let words = Places::of(most, lines).edits + 2 * edits;
         Ok(Self {
             block: Buffer::new(platform, (Use::Scratch, "a step's numbers"), 4 * words)?,
             history: Buffer::new(
@@ -112,7 +147,18 @@ impl Control {
                 4 * (COUNT + 2 * EDITS),
             )?,
             words: Vec::new(),
+            lines,
         })
+    }
+
+    /// Where the parts of a step's numbers lie.
+    pub fn places(&self, grid: Grid) -> Places {
+        Places::of(grid, self.lines)
+    }
+
+    /// Layers that are told apart.
+    pub fn lines(&self) -> usize {
+        self.lines
     }
 
     /// Address of a part.
@@ -125,15 +171,15 @@ impl Control {
         self.history.at()
     }
 
-    /// Tells the device of `turns`, each with the tokens that its row held before.
+    /// Tells the device of `turns`.
     pub fn write(
         &mut self,
         platform: &Rc<Metered>,
         grid: Grid,
-        turns: &[(&Turn<'_>, usize)],
+        turns: &[Placed<'_>],
         edits: &[Edit],
     ) -> Result<()> {
-        let places = Places::of(grid);
+        let places = self.places(grid);
         self.words.clear();
         self.words.resize(places.edits, 0);
         self.words[places.count] = edits.len() as u32;
@@ -144,10 +190,15 @@ impl Control {
             self.words[places.firsts + row] = (row * grid.each) as u32;
         }
         let mut history = Vec::new();
-        for &(turn, len) in turns {
-            self.words[places.lens + turn.row.0] = (len + grid.each) as u32;
+        for &Placed { turn, position, ref lines } in turns {
+            for (line, &(len, packed)) in lines.iter().enumerate() {
+                self.words[places.lens(line) + turn.row.0] = (len + grid.each) as u32;
+                for (place, packed) in places.packed(line).into_iter().zip(packed) {
+                    self.words[place + turn.row.0] = packed as u32;
+                }
+            }
             for i in 0..grid.each {
-                let seen = self.place(&places, turn, turn.row.0 * grid.each + i, i, len);
+                let seen = self.place(&places, turn, turn.row.0 * grid.each + i, i, position);
                 if let Some(seen) = seen {
                     history.resize(grid.tokens() * MAX_RECENT, 0);
                     let first = (turn.row.0 * grid.each + i) * MAX_RECENT;

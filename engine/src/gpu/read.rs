@@ -1,110 +1,42 @@
 //! Reading a block of a prompt, layer by layer: one layer's ring is staged long enough for all of it, filled and attended
-//! to piece by piece, and then packed.
+//! to piece by piece, and then packed, or what the policy keeps of it is.
 
-use std::rc::Rc;
+mod block;
+mod choose;
+mod drop;
+mod onward;
 
 use kvwarp::device::Pieces;
 use kvwarp::ffi::{KVW_F16, KVW_F32, KVW_PACK_FILL, KVW_PACK_FLUSH};
+use kvwarp::pages::packed_slabs;
 use kvwarp::slab::TOKENS;
 
 use super::Gpu;
-use super::metered::Metered;
 use super::ops::{at, params};
-use super::platform::{Buffer, Result};
-use super::tally::Use;
-use crate::runner::{Row, RunError};
+use super::platform::Result;
+use crate::runner::{Held, Row, RunError};
 use crate::watch::Watch;
-
-/// What reading `tokens` tokens takes.
-pub struct Prompt {
-    /// Residual stream, `[tokens, width]` f32.
-    x: Buffer,
-    /// `[kv_heads, slabs]` f16 slabs
-    ring: Buffer,
-    /// [`Words`]
-    words: Buffer,
-    tokens: usize,
-    slabs: usize,
-}
-
-/// Word offsets of what a block is told; single numbers 4 words apart, as 16 bytes are what addresses are multiples of.
-struct Words {
-    packed: usize,
-    /// Length after each piece.
-    lens: usize,
-    /// First row of each sequence, of one sequence: 0 and the rows of a whole piece, then of the last.
-    firsts: [usize; 2],
-    ids: usize,
-    positions: usize,
-}
-
-/// Words of a number.
-const WORD: usize = 4;
-
-impl Words {
-    fn of(tokens: usize, pieces: usize) -> Self {
-        let lens = WORD;
-        let firsts = lens + WORD * pieces;
-        let ids = firsts + 2 * WORD;
-        let positions = ids + tokens.next_multiple_of(WORD);
-        Self { packed: 0, lens, firsts: [firsts, firsts + WORD], ids, positions }
-    }
-
-    fn total(&self, tokens: usize) -> usize {
-        self.positions + tokens
-    }
-}
+use block::{Block, Words, pieces};
+pub use block::Prompt;
+pub use choose::{Choice, refused};
 
 /// Some rows of a block in a layer.
 struct Piece<'a> {
     prompt: &'a Prompt,
     block: &'a Block,
     layer: usize,
-    /// First row, of the block's.
-    first: usize,
-    rows: usize,
+    /// Number of the piece.
+    number: usize,
 }
 
-/// A block on its way through the layers.
-struct Block {
-    row: Row,
-    /// Tokens held before, and new ones.
-    len: usize,
-    tokens: usize,
-    /// Slabs packed before and after.
-    packed: [usize; 2],
-    /// Slabs of a head's staged ring.
-    slabs: usize,
-    words: Words,
-}
+impl Piece<'_> {
+    fn rows(&self) -> usize {
+        self.block.pieces[self.number].len()
+    }
 
-impl Prompt {
-    /// Room for `tokens` tokens after whatever a row holds.
-    pub fn new(
-        gpu: (&Rc<Metered>, usize, usize),
-        tokens: usize,
-        slab: usize,
-        piece: usize,
-        ring: usize,
-    ) -> Result<Self> {
-        let (platform, width, kv_heads) = gpu;
-        let slabs = ring + tokens.div_ceil(TOKENS) + 1;
-        let words = Words::of(tokens, tokens.div_ceil(piece)).total(tokens);
-        Ok(Self {
-            x: Buffer::new(
-                platform,
-                (Use::Activations, "a prompt's residual stream"),
-                4 * tokens * width,
-            )?,
-            ring: Buffer::zeroed(
-                platform,
-                (Use::Activations, "a layer's keys and values"),
-                kv_heads * slabs * slab,
-            )?,
-            words: Buffer::new(platform, (Use::Activations, "a prompt's tokens"), 4 * words)?,
-            tokens,
-            slabs,
-        })
+    /// Address of its first rows.
+    fn firsts(&self) -> u64 {
+        self.block.at(self.block.words.firsts(self.number))
     }
 }
 
@@ -113,11 +45,22 @@ impl Gpu {
     fn reserve(&mut self, tokens: usize) -> Result<()> {
         if self.prompt.as_ref().is_none_or(|prompt| prompt.tokens < tokens) {
             self.prompt = None;
-            let gpu = (&self.platform, self.net.config.width, self.net.config.kv_heads);
-            let (slab, ring) = (self.cache.f16_bytes(), self.cache.ring_slabs());
-            self.prompt = Some(Prompt::new(gpu, tokens, slab, self.piece, ring)?);
+            self.prompt = Some(self.prompt_of(tokens)?);
         }
         Ok(())
+    }
+
+    /// Room for a prompt of `tokens` tokens.
+    pub(super) fn prompt_of(&self, tokens: usize) -> Result<Prompt> {
+        let config = &self.net.config;
+        let gpu = (&self.platform, config.width, config.kv_heads);
+        let (slab, ring) = (self.cache.f16_bytes(), self.cache.ring_slabs());
+        let told = (self.piece, self.control.lines());
+        let mut prompt = Prompt::new(gpu, tokens, slab, told, ring)?;
+        if self.cache.spec().selects() {
+            prompt.choice = Some(Choice::new(&self.platform, self.cache.spec(), config, (tokens, self.piece))?);
+        }
+        Ok(prompt)
     }
 
     /// Reads tokens that are known to fit.
@@ -128,46 +71,39 @@ impl Gpu {
         watch: &mut Watch<'_>,
     ) -> Result<(), RunError> {
         self.reserve(tokens.len())?;
-        let (len, before) = (self.cache.len(row), self.cache.packed(row));
+        let (len, n, layers) = (self.cache.len(row), tokens.len(), self.net.config.layers);
+        let before: Vec<_> = (0..layers).map(|layer| self.cache.held(row, layer)).collect();
+        let chooses = len == 0 && self.cache.spec().selects();
         let mut edits = Vec::new();
-        self.cache.extend(row, len + tokens.len(), &mut edits)?;
+        let mut through = n;
+        for (layer, &held) in before.iter().enumerate() {
+            let len = held.len + through;
+            let cut = self.cut((chooses, n), layer, Held { len, ..held });
+            let stays = cut.map_or(len, |cut| cut.stays());
+            let chosen = cut.filter(|_| self.cache.spec().lag().is_some());
+            self.cache.extend(row, layer, stays, &mut edits)?;
+            self.cache.keep(row, layer, (stays, chosen.map_or(held.chosen, |cut| cut.chosen())));
+            through = self.onward((chooses, n), layer, through).map_or(through, |o| o.kept);
+        }
         self.control.edit(&self.net.ops, self.cache.table(), &edits)?;
         let Some(prompt) = &self.prompt else { return Ok(()) };
-        let block = Block {
-            row,
-            len,
-            tokens: tokens.len(),
-            packed: [before, self.cache.packed(row)],
-            slabs: prompt.slabs,
-            words: Words::of(tokens.len(), tokens.len().div_ceil(self.piece)),
-        };
-        self.tell(prompt, &block, tokens)?;
-        let ids = prompt.at(block.words.ids);
+        let pieces = pieces(n, self.piece, self.window(chooses));
+        let words = Words::of(self.control.lines(), pieces.len(), n);
+        let (told, x) = (prompt.words.at(), prompt.x.at());
+        let mut block = Block { row, read: n, before, pieces, words, told, x, chooses };
+        let mut numbers = block.numbers(self.control.lines());
+        numbers.extend(tokens);
+        numbers.resize(words.positions, 0);
+        numbers.extend((len..len + n).map(|position| position as u32));
+        self.platform.write(told, bytemuck::cast_slice(&numbers))?;
         let net = &self.net;
-        net.ops.embed(&net.weights.embedding, ids, (prompt.x.at(), KVW_F32), tokens.len())?;
-        for layer in 0..net.config.layers {
+        net.ops.embed(&net.weights.embedding, block.at(words.ids), (x, KVW_F32), n)?;
+        for layer in 0..layers {
             self.read_layer(prompt, &block, layer, watch)?;
+            self.pass_on(prompt, &mut block, layer)?;
         }
-        self.cache.set_len(row, len + tokens.len());
+        self.cache.set_len(row, len + n);
         Ok(())
-    }
-
-    /// Writes the block's numbers.
-    fn tell(&self, prompt: &Prompt, block: &Block, tokens: &[u32]) -> Result<()> {
-        let (words, n) = (&block.words, tokens.len());
-        let mut out = vec![0u32; words.total(n)];
-        out[words.packed] = block.packed[0] as u32;
-        let last = (n - 1) % self.piece + 1;
-        out[words.firsts[0] + 1] = self.piece as u32;
-        out[words.firsts[1] + 1] = last as u32;
-        for piece in 0..n.div_ceil(self.piece) {
-            let read = ((piece + 1) * self.piece).min(n);
-            out[words.lens + WORD * piece] = (block.len + read) as u32;
-        }
-        out[words.ids..][..n].copy_from_slice(tokens);
-        let positions = (block.len..block.len + n).map(|p| p as u32);
-        out[words.positions..].iter_mut().zip(positions).for_each(|(to, p)| *to = p);
-        self.platform.write(prompt.words.at(), bytemuck::cast_slice(&out))
     }
 
     /// One layer. The last one's outputs are nobody's: its keys and values are all that stays.
@@ -175,125 +111,120 @@ impl Gpu {
         &self,
         prompt: &Prompt,
         block: &Block,
-        index: usize,
+        layer: usize,
         watch: &mut Watch<'_>,
     ) -> Result<(), RunError> {
-        let net = &self.net;
-        let (layer, last) = (&net.weights.layers[index], index + 1 == net.config.layers);
-        let held = block.packed[0]..block.len.div_ceil(TOKENS);
-        held.into_iter().try_for_each(|slab| self.move_slab(prompt, block, index, slab, true))?;
-        for first in (0..block.tokens).step_by(self.piece) {
-            let rows = self.piece.min(block.tokens - first);
-            let x = prompt.x.at() + (4 * first * net.config.width) as u64;
-            net.project(layer, x, rows)?;
-            let positions = prompt.at(block.words.positions) + 4 * first as u64;
-            net.rotate(layer, positions, rows)?;
-            let piece = Piece { prompt, block, layer: index, first, rows };
+        let (net, last) = (&self.net, layer + 1 == self.net.config.layers);
+        let (weights, before) = (&net.weights.layers[layer], block.before[layer]);
+        let held = before.packed..before.len.div_ceil(TOKENS);
+        self.move_slabs((prompt, block.row), layer, held, true)?;
+        for (number, rows) in block.pieces.iter().enumerate() {
+            let x = block.x + (4 * rows.start * net.config.width) as u64;
+            net.project(weights, x, rows.len())?;
+            let positions = block.at(block.words.positions) + 4 * rows.start as u64;
+            net.rotate(weights, positions, rows.len())?;
+            let piece = Piece { prompt, block, layer, number };
             self.fill(&piece)?;
-            if !last {
-                self.attend_piece(&piece)?;
-                net.finish(layer, x, rows)?;
+            let watched = self.watched(&piece);
+            if !last || watched > 0 {
+                self.attend_piece(&piece, watched)?;
+                self.observe(&piece)?;
             }
-            watch.step(rows)?;
+            if !last {
+                net.finish(weights, x, rows.len())?;
+            }
+            watch.step(rows.len())?;
         }
-        self.flush(prompt, block, index)?;
-        let left = block.packed[1]..(block.len + block.tokens).div_ceil(TOKENS);
-        Ok(left
-            .into_iter()
-            .try_for_each(|slab| self.move_slab(prompt, block, index, slab, false))?)
+        let len = before.len + block.tokens();
+        let held = Held { len, ..before };
+        match self.cut((block.chooses, block.read), layer, held) {
+            Some(cut) => Ok(self.drop_staged(prompt, block.row, layer, (held, cut))?),
+            None => {
+                let packed = packed_slabs(len, self.cache.spec().window).max(before.packed);
+                self.flush(prompt, block, layer, packed)?;
+                let left = packed..len.div_ceil(TOKENS);
+                Ok(self.move_slabs((prompt, block.row), layer, left, false)?)
+            }
+        }
     }
 
-    /// The layer as a kernel sees it once the piece at `first` is written.
-    fn staged(
-        &self,
-        prompt: &Prompt,
-        block: &Block,
-        layer: usize,
-        first: usize,
-    ) -> kvwarp::ffi::kvw_cache {
-        let lens = prompt.at(block.words.lens + WORD * (first / self.piece));
-        let mut cache = self.cache.staged(layer, block.row, lens, (prompt.ring.at(), block.slabs));
-        cache.packed = at(prompt.at(block.words.packed));
-        cache
-    }
-
-    /// Address of a piece's first rows.
-    fn firsts(&self, piece: &Piece<'_>) -> u64 {
-        let is_last = usize::from(piece.rows < self.piece);
-        piece.prompt.at(piece.block.words.firsts[is_last])
+    /// The layer as a kernel sees it once a piece is written.
+    fn staged(&self, &Piece { prompt, block, layer, number }: &Piece<'_>) -> kvwarp::ffi::kvw_cache {
+        let told = [block.words.len(layer, number), block.words.packed(layer)];
+        let ring = (prompt.ring.at(), prompt.slabs);
+        self.cache.staged(layer, block.row, told.map(|word| block.at(word)), ring)
     }
 
     fn fill(&self, piece: &Piece<'_>) -> Result<()> {
-        let &Piece { prompt, block, layer, first, rows } = piece;
-        let cache = self.staged(prompt, block, layer, first);
-        let mut params =
-            self.net.packing(&self.net.weights.layers[layer], KVW_PACK_FILL, cache, rows);
-        params.cu_tokens = at(self.firsts(piece));
+        let weights = &self.net.weights.layers[piece.layer];
+        let rows = piece.rows();
+        let mut params = self.net.packing(weights, KVW_PACK_FILL, self.staged(piece), rows);
+        params.cu_tokens = at(piece.firsts());
         params.max_tokens = rows as i32;
         self.net.ops.run(|k| &k.kv_pack, &params)
     }
 
-    fn attend_piece(&self, piece: &Piece<'_>) -> Result<()> {
-        let &Piece { prompt, block, layer, first, rows } = piece;
+    /// Attention of a piece; of its newest `watched` rows also how the weights were normalised.
+    fn attend_piece(&self, piece: &Piece<'_>, watched: usize) -> Result<()> {
+        let rows = piece.rows() as i32;
+        let lse = piece.prompt.choice.as_ref().filter(|_| watched > 0).map_or(0, Choice::lse);
         let params = params!(kvw_prefill_attn_params {
             q_heads: self.net.config.heads as i32,
-            cache: self.staged(prompt, block, layer, first),
+            cache: self.staged(piece),
             q: at(self.net.queries()),
             out: at(self.net.work.mix.at()),
-            cu_tokens: at(self.firsts(piece)),
-            tokens: rows as i32,
-            max_tokens: rows as i32,
+            lse: at(lse),
+            lse_rows: watched as i32,
+            cu_tokens: at(piece.firsts()),
+            tokens: rows,
+            max_tokens: rows,
             sliding_window: self.sliding_window(),
             dtype: KVW_F16,
         });
         self.net.ops.run(|k| &k.prefill_attn, &params)
     }
 
-    /// Packs what has left the window.
-    fn flush(&self, prompt: &Prompt, block: &Block, layer: usize) -> Result<()> {
-        let [before, after] = block.packed;
-        if after == before {
+    /// Packs what has left the window: slabs up to `packed`.
+    fn flush(&self, prompt: &Prompt, block: &Block, layer: usize, packed: usize) -> Result<()> {
+        let before = block.before[layer].packed;
+        if packed == before {
             return Ok(());
         }
-        let mut cache = self.staged(prompt, block, layer, block.tokens - 1);
+        let number = block.pieces.len() - 1;
+        let mut cache = self.staged(&Piece { prompt, block, layer, number });
         cache.packed = std::ptr::null();
         let mut params =
             self.net.packing(&self.net.weights.layers[layer], KVW_PACK_FLUSH, cache, 0);
-        params.first = at(prompt.at(block.words.packed));
-        params.max_tokens = (after - before) as i32;
+        params.first = at(block.at(block.words.packed(layer)));
+        params.max_tokens = (packed - before) as i32;
         params.feedback = at(self.cache.feedback(layer));
         params.range = self.cache.range();
         self.net.ops.run(|k| &k.kv_pack, &params)
     }
 
-    /// Copies a slab of every head from the row's ring to the staged one, or back.
-    fn move_slab(
+    /// Copies slabs of every head from the row's ring to the staged one, or back.
+    fn move_slabs(
         &self,
-        prompt: &Prompt,
-        block: &Block,
+        (prompt, row): (&Prompt, Row),
         layer: usize,
-        slab: usize,
+        slabs: std::ops::Range<usize>,
         staging: bool,
     ) -> Result<()> {
-        let width = self.cache.f16_bytes();
-        let kept = self.cache.ring_slabs();
-        let ring = (self.cache.ring_at(layer, block.row, slab % kept), kept * width);
-        let slot = (slab % block.slabs * width) as u64;
-        let staged = (prompt.ring.at() + slot, block.slabs * width);
-        let (to, from) = if staging { (staged, ring) } else { (ring, staged) };
-        self.platform.copy(&Pieces {
-            to: to.0,
-            from: from.0,
-            to_pitch: to.1,
-            from_pitch: from.1,
-            width,
-            rows: self.net.config.kv_heads,
-        })
-    }
-}
-
-impl Prompt {
-    fn at(&self, word: usize) -> u64 {
-        self.words.at() + 4 * word as u64
+        let (width, kept) = (self.cache.f16_bytes(), self.cache.ring_slabs());
+        for slab in slabs {
+            let ring = (self.cache.ring_at(layer, row, slab % kept), kept * width);
+            let slot = (slab % prompt.slabs * width) as u64;
+            let staged = (prompt.ring.at() + slot, prompt.slabs * width);
+            let (to, from) = if staging { (staged, ring) } else { (ring, staged) };
+            self.platform.copy(&Pieces {
+                to: to.0,
+                from: from.0,
+                to_pitch: to.1,
+                from_pitch: from.1,
+                width,
+                rows: self.net.config.kv_heads,
+            })?;
+        }
+        Ok(())
     }
 }

@@ -10,7 +10,6 @@ use crate::profile::Profile;
 use crate::runner::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check, need_of, plus};
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
-use kvwarp::pages::packed_slabs;
 
 impl From<GpuError> for RunError {
     fn from(error: GpuError) -> Self {
@@ -106,22 +105,18 @@ impl Runner for Gpu {
     }
 
     fn rollback(&mut self, row: Row, n: usize) -> Result<(), RunError> {
-        let len = self.cache.len(row);
-        let fixed = self.cache.packed(row) * kvwarp::slab::TOKENS;
-        let spare = len.saturating_sub(fixed);
+        let spare = self.cache.spare(row);
         if n > spare {
             return Err(ModelError::from(CacheError::Packed { n, spare }).into());
         }
-        self.cache.set_len(row, len - n);
+        self.cache.retreat(row, n);
         Ok(())
     }
 
     /// None where the token before them packs a slab: several tokens are written at once, and pack nothing.
     fn drafts(&self, row: Row) -> usize {
-        let (len, window) = (self.len(row), self.spec().window);
-        let room = self.context().saturating_sub(len + 1).min(TURN - 1);
-        let packed = packed_slabs(len, window);
-        (1..=room).take_while(|n| packed_slabs(len + 1 + n, window) == packed).count()
+        let room = self.context().saturating_sub(self.len(row) + 1).min(TURN - 1);
+        self.cache.loose(row, room)
     }
 
     fn freeze(&mut self, row: Row) -> Result<Frozen, RunError> {

@@ -4,10 +4,10 @@ use kvwarp::ffi::{KVW_F16, KVW_PACK_APPEND, KVW_PACK_FILL};
 use kvwarp::slab::TOKENS;
 
 use super::Gpu;
-use super::control::{Grid, Places, edit};
+use super::control::{Grid, Placed, Places, edit};
 use super::ops::{FEW_ROWS, at, params};
 use super::platform::Result;
-use crate::runner::{RunError, Turn};
+use crate::runner::{Held, RunError, Turn};
 
 impl Gpu {
     /// Turns of `each` tokens; returns each one's choices.
@@ -20,16 +20,23 @@ impl Gpu {
         let grid = Grid { rows: (highest + 1).next_power_of_two(), each };
         let (mut edits, mut placed) = (Vec::new(), Vec::new());
         for &turn in turns {
-            let len = self.cache.len(turn.row);
-            self.cache.extend(turn.row, len + each, &mut edits)?;
-            placed.push((turn, len));
+            let held = |gpu: &Self, line| gpu.cache.held(turn.row, line);
+            let before: Vec<_> = (0..self.control.lines()).map(|line| held(self, line)).collect();
+            for layer in 0..self.net.config.layers {
+                let len = self.cache.held(turn.row, layer).len + each;
+                self.cache.extend(turn.row, layer, len, &mut edits)?;
+            }
+            let after = |(line, b): (usize, &Held)| (b.len, [b.packed, held(self, line).packed]);
+            let lines = before.iter().enumerate().map(after).collect();
+            placed.push(Placed { turn, position: self.cache.len(turn.row), lines });
         }
         self.control.write(&self.platform, grid, &placed, &edits)?;
         self.launch(grid)?;
-        placed.iter().for_each(|(turn, len)| self.cache.set_len(turn.row, len + each));
+        turns.iter().for_each(|turn| self.cache.advance(turn.row, each));
         self.last = Some(grid);
         let mut chosen = vec![0u32; grid.tokens()];
         self.platform.read(self.chosen.at(), bytemuck::cast_slice_mut(&mut chosen))?;
+        turns.iter().try_for_each(|turn| self.drop_by_lag(turn.row))?;
         let of = |turn: &&Turn<'_>| chosen[turn.row.0 * each..][..each].to_vec();
         Ok(turns.iter().map(of).collect())
     }
@@ -55,7 +62,7 @@ impl Gpu {
     /// Everything between the control block and the chosen tokens.
     fn body(&self, grid: Grid) -> Result<()> {
         let (net, tokens) = (&self.net, grid.tokens());
-        let (x, places) = (net.work.x.at(), Places::of(grid));
+        let (x, places) = (net.work.x.at(), self.control.places(grid));
         let place = |place| self.control.at(place);
         let list = (place(places.count), place(places.edits));
         edit(&net.ops, self.cache.table(), list, self.cache.edits(grid.rows))?;
@@ -86,7 +93,7 @@ impl Gpu {
     /// Keys and values into the rings. A single token is rotated, with its queries, as it is written; a slab that leaves
     /// the window with it is packed.
     fn append(&self, layer: usize, grid: Grid, places: &Places) -> Result<()> {
-        let cache = self.cache.view(layer, grid.rows, self.control.at(places.lens));
+        let cache = self.cache.view(layer, grid.rows, self.told(layer, &places, 0));
         let op = if grid.each == 1 { KVW_PACK_APPEND } else { KVW_PACK_FILL };
         let weights = &self.net.weights.layers[layer];
         let mut params = self.net.packing(weights, op, cache, grid.tokens());
@@ -100,9 +107,17 @@ impl Gpu {
         self.net.ops.run(|k| &k.kv_pack, &params)
     }
 
+    /// Addresses of a layer's lengths and, where lengths alone do not say it, of the slabs in its table: before the new
+    /// tokens (0) or with them (1).
+    fn told(&self, layer: usize, places: &Places, with: usize) -> [u64; 2] {
+        let packed = self.control.at(places.packed(layer)[with]);
+        let lag = self.cache.spec().lag().is_some();
+        [self.control.at(places.lens(layer)), if lag { packed } else { 0 }]
+    }
+
     fn attend(&self, layer: usize, grid: Grid, places: &Places) -> Result<()> {
         let params = kvwarp::ffi::kvw_paged_attn_params {
-            cache: self.cache.view(layer, grid.rows, self.control.at(places.lens)),
+            cache: self.cache.view(layer, grid.rows, self.told(layer, &places, 1)),
             q: at(self.net.queries()),
             out: at(self.net.work.mix.at()),
             workspace: at(self.scratch.at()),
@@ -116,7 +131,7 @@ impl Gpu {
     pub(super) fn attention(&self, grid: Grid) -> kvwarp::ffi::kvw_paged_attn_params {
         params!(kvw_paged_attn_params {
             q_heads: self.net.config.heads as i32,
-            cache: self.cache.view(0, grid.rows, self.control.at(0)),
+            cache: self.cache.view(0, grid.rows, [self.control.at(0), 0]),
             q_len: grid.each as i32,
             max_slabs: self.cache.shape().context.div_ceil(TOKENS) as i32,
             sliding_window: self.sliding_window(),

@@ -8,16 +8,13 @@ use kvwarp::token_select::{self, Pool};
 
 use super::budget::{self, DYNAMIC_MOST, DYNAMIC_PERIOD};
 use super::choose::{Scored, kept};
+use super::cut::{Cut, Onward};
 use super::observe::{Observer, Wants};
 use super::scores::scores;
 use super::{Budget, Evict, Method, Share};
 use crate::cache::{Cache, CacheError};
 use crate::runner::Row;
 use crate::spec::CacheSpec;
-
-/// FastKV's window and its neighbours, of the scores that say which tokens go on.
-const TSP_WINDOW: usize = 8;
-const TSP_POOL: usize = 7;
 
 /// What a policy knows of a read.
 pub struct Policy {
@@ -45,7 +42,7 @@ impl Policy {
             Some((Method::Window, window)) => (usize::from(window), Wants::Nothing),
             _ => (0, Wants::Nothing),
         };
-        let newest = if self.goes_on(layer) { window.max(TSP_WINDOW) } else { window };
+        let newest = if self.goes_on(layer) { window.max(Onward::WINDOW) } else { window };
         let asks = newest > 0 || wants != Wants::Nothing;
         asks.then(|| Observer::new((newest, wants), self.q_heads, n, first.to_vec()))
     }
@@ -83,19 +80,18 @@ impl Policy {
         (team, observer): (&Team, Option<&mut Observer>),
         heads: &[HeadView<'_>],
     ) -> Result<Option<Vec<u32>>, CacheError> {
-        let (Some(tsp), Some(observer)) = (self.spec.tsp, observer) else { return Ok(None) };
-        let k = tsp.rate.of(self.tokens).max(TSP_WINDOW);
-        if !self.goes_on(layer) || k >= n {
+        let asked = Onward::new(&self.spec, self.tokens, (layer, self.layers), n);
+        let (Some(Onward { kept, window, pool }), Some(observer)) = (asked, observer) else {
             return Ok(None);
-        }
-        let open = n - TSP_WINDOW;
-        let attention = observer.window(team, TSP_WINDOW, heads)?;
+        };
+        let open = n - window;
+        let attention = observer.window(team, window, heads)?;
         let mut total = vec![0.0; open];
         // Each query head is pooled by itself, so the group may be all heads.
         let columns: Vec<f32> =
             attention.chunks_exact(n).flat_map(|row| &row[..open]).copied().collect();
-        token_select::pool(&columns, self.q_heads, Pool::Max, TSP_POOL, &mut total);
-        let mut onward = token_select::top_k(&total, k - TSP_WINDOW);
+        token_select::pool(&columns, self.q_heads, Pool::Max, pool, &mut total);
+        let mut onward = token_select::top_k(&total, kept - window);
         onward.extend(open as u32..n as u32);
         Ok(Some(onward))
     }
@@ -175,10 +171,9 @@ impl Policy {
         let chosen = |k| (0..heads).map(|h| self.pick(&scored, h, k)).collect();
         match self.spec.budget() {
             Budget::Uniform | Budget::Pyramid => {
-                let k = match self.spec.budget() {
-                    Budget::Pyramid => budget::pyramid(even, scored.open(), layer, self.layers),
-                    _ => even,
-                };
+                let place = (layer, self.layers);
+                let cut = Cut::first_read(&self.spec, self.tokens, place, scored.n);
+                let k = cut.map_or(scored.open(), |cut| cut.k);
                 let chosen: Vec<_> = chosen(k);
                 keep(&mut scored, chosen, (cache, row), layer)?;
                 return cache.compress(row, layer, team);

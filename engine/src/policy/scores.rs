@@ -6,7 +6,7 @@ use kvwarp::threads::Team;
 use kvwarp::token_select::{self, Pool};
 
 use super::choose::Scored;
-use super::{Evict, Method, Observer};
+use super::{Cut, Evict, Method, Observer};
 
 /// `[heads, n]` of a method that asks for layer `layer` alone.
 pub(super) fn scores(
@@ -61,18 +61,11 @@ pub(super) fn scores(
                 scores.iter_mut().for_each(|norm| *norm = -*norm);
             }
         }
-        (Method::Random, _) => {
-            for (i, score) in scores.iter_mut().enumerate() {
-                let seed = u64::from(evict.options.seed) << 32 | layer as u64;
-                let draw = kvwarp::sample::draw(seed, i as i32);
-                *score = (draw >> 40) as f32;
-            }
-        }
-        // Newer is better; also for texts too short for two partitions.
+        // Also LagKV of texts too short for two partitions.
         _ => scores
             .chunks_exact_mut(n)
             .flat_map(|row| row.iter_mut().enumerate())
-            .for_each(|(i, score)| *score = i as f32),
+            .for_each(|(i, score)| *score = unseen(evict, layer, i)),
     }
     Ok(scores)
 }
@@ -94,4 +87,21 @@ fn ranked(
         }
     }
     Ok(())
+}
+
+/// Score of token `i` by a method that looks at no token: the newer, or chance.
+fn unseen(evict: &Evict, layer: usize, i: usize) -> f32 {
+    if evict.method() != Method::Random {
+        return i as f32;
+    }
+    let seed = u64::from(evict.options.seed) << 32 | layer as u64;
+    (kvwarp::sample::draw(seed, i as i32) >> 40) as f32
+}
+
+/// The best of `cut`'s only stretch, where the method looks at no token.
+pub(crate) fn best_unseen(evict: &Evict, layer: usize, cut: &Cut) -> Option<Vec<u32>> {
+    matches!(evict.method(), Method::Recent | Method::Random).then(|| {
+        let score = |i| unseen(evict, layer, cut.first + i);
+        token_select::top_k(&(0..cut.width).map(score).collect::<Vec<_>>(), cut.k)
+    })
 }

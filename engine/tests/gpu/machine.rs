@@ -82,6 +82,7 @@ macro_rules! ops {
 
 ops! {
     kvw_embed: kvw_embed_params;
+    kvw_kv_gather: kvw_kv_gather_params;
     kvw_kv_pack: kvw_kv_pack_params;
     kvw_linear: kvw_linear_params;
     kvw_page_table: kvw_page_table_params;
@@ -90,7 +91,10 @@ ops! {
     kvw_rms_norm: kvw_rms_norm_params;
     kvw_rope_select: kvw_rope_select_params;
     kvw_sample: kvw_sample_params;
+    kvw_sim_evict: kvw_sim_evict_params;
     kvw_swiglu: kvw_swiglu_params;
+    kvw_token_score: kvw_token_score_params;
+    kvw_token_select: kvw_token_select_params;
 }
 
 /// The executor's memory and kernels.

@@ -156,15 +156,17 @@ impl<'m> Pair<'m> {
         let (row, host, _) = self.rows[i];
         let frozen = self.gpu.freeze(row).unwrap();
         let Config { layers, kv_heads, head_dim, .. } = *self.gpu.config();
-        let slabs = frozen.len.div_ceil(TOKENS);
+        let mut entries = &frozen.entries[..];
         for (layer, h) in (0..layers).flat_map(|l| (0..kv_heads).map(move |h| (l, h))) {
-            let view = self.cache.views(host, layer)[h];
-            for slab in 0..slabs {
+            let (view, len) = (self.cache.views(host, layer)[h], frozen.heads[layer * kv_heads + h].len);
+            assert_eq!(view.len, len, "tokens of head {h} of layer {layer}");
+            let (own, others) = entries.split_at(len.div_ceil(TOKENS));
+            entries = others;
+            for (slab, &entry) in own.iter().enumerate() {
                 let expected = view.slab(slab).unwrap();
-                let entry = frozen.entries[(layer * kv_heads + h) * slabs + slab];
                 assert_eq!(entry.get().unwrap().0, expected.layout.format, "slab {slab}");
                 let found = self.gpu.slab(entry).unwrap();
-                let here = (frozen.len - slab * TOKENS).min(TOKENS) * head_dim;
+                let here = (len - slab * TOKENS).min(TOKENS) * head_dim;
                 let values = |bytes: &[u8]| {
                     let (mut k, mut v) =
                         (vec![0.0; TOKENS * head_dim], vec![0.0; TOKENS * head_dim]);

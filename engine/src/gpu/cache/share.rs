@@ -4,55 +4,63 @@ use kvwarp::device::Pieces;
 use kvwarp::pages::Entry;
 use kvwarp::slab::{Format, TOKENS};
 
-use super::{Cache, Edit, Sequence};
+use super::lines::{Line, Sequence};
+use super::{Cache, Edit};
 use crate::gpu::platform::Result;
-use crate::runner::{Frozen, Row, RunError, check};
+use crate::runner::{Frozen, Held, Row, RunError, Slabs, check};
 
 impl Cache {
     /// What `row` holds, shared.
     pub fn freeze(&mut self, row: Row) -> Result<Frozen, RunError> {
-        let (len, packed) = (self.len(row), self.packed(row));
-        check(&self.need_frozen(len), &self.free())?;
-        let (heads, slabs) = (self.stores.len(), len.div_ceil(TOKENS));
-        let mut entries = vec![Entry::HOLE; heads * slabs];
-        let mut copies = Vec::new();
-        for h in 0..heads {
-            for slab in 0..slabs {
-                entries[h * slabs + slab] = if slab < packed {
-                    let entry = self.sequence(row).entries[slab * heads + h];
+        let mut need = Slabs::default();
+        need[Format::F16 as usize] = self.need_frozen(row);
+        check(&need, &self.free())?;
+        let (mut heads, mut entries, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+        for h in 0..self.stores.len() {
+            let (layer, head) = (h / self.shape.kv_heads, h % self.shape.kv_heads);
+            let held = self.held(row, layer);
+            for slab in 0..held.len.div_ceil(TOKENS) {
+                entries.push(if slab < held.packed {
+                    let entry = self.line(row, layer).entries[slab * self.shape.kv_heads + head];
                     self.share(entry);
                     entry
                 } else {
                     let entry = self.take(Format::F16)?;
                     copies.push((self.slab_at(entry), self.recent_at(row, h, slab)));
                     entry
-                };
+                });
             }
+            heads.push(held);
         }
         self.copy_all(&copies)?;
-        Ok(Frozen { len, heads: Vec::new(), entries })
+        Ok(Frozen { len: self.len(row), heads, entries })
     }
 
     /// A new sequence that continues from `frozen`; the edits tell the device of its table.
     pub fn thaw(&mut self, frozen: &Frozen, edits: &mut Vec<Edit>) -> Result<Row, RunError> {
         let row = self.open()?;
-        let (heads, slabs) = (self.stores.len(), frozen.len.div_ceil(TOKENS));
-        let packed = kvwarp::pages::packed_slabs(frozen.len, self.spec.window);
-        let mut entries = vec![Entry::HOLE; heads * packed];
-        let mut copies = Vec::new();
-        for h in 0..heads {
-            for slab in 0..slabs {
-                let entry = frozen.entries[h * slabs + slab];
-                if slab < packed {
+        let kv_heads = self.shape.kv_heads;
+        let line = |held: &Held| Line {
+            len: held.len,
+            chosen: held.chosen,
+            entries: vec![Entry::HOLE; kv_heads * held.packed],
+        };
+        let mut layers: Vec<_> = frozen.heads.iter().step_by(kv_heads).map(line).collect();
+        let (mut rest, mut copies) = (&frozen.entries[..], Vec::new());
+        for (h, held) in frozen.heads.iter().enumerate() {
+            let (entries, others) = rest.split_at(held.len.div_ceil(TOKENS));
+            rest = others;
+            for (slab, &entry) in entries.iter().enumerate() {
+                if slab < held.packed {
                     self.share(entry);
-                    entries[slab * heads + h] = entry;
+                    layers[h / kv_heads].entries[slab * kv_heads + h % kv_heads] = entry;
                     edits.push([self.table_index(row, h, slab), entry.0]);
                 } else {
                     copies.push((self.recent_at(row, h, slab), self.slab_at(entry)));
                 }
             }
         }
-        self.sequences[row.0] = Some(Sequence { len: frozen.len, entries });
+        self.sequences[row.0] = Some(Sequence { len: frozen.len, layers });
         self.copy_all(&copies)?;
         Ok(row)
     }

@@ -10,8 +10,9 @@ use crate::gpu::platform::Buffer;
 use crate::runner::Row;
 
 impl Cache {
-    /// The first `seqs` rows of a layer to a kernel, lengths `[seqs]` at `lens`.
-    pub fn view(&self, layer: usize, seqs: usize, lens: u64) -> kvw_cache {
+    /// The first `seqs` rows of a layer to a kernel, lengths `[seqs]` at `lens`, slabs in the table at `packed` or, where
+    /// that is 0, as lengths have it.
+    pub fn view(&self, layer: usize, seqs: usize, [lens, packed]: [u64; 2]) -> kvw_cache {
         let Shape { kv_heads, head_dim, .. } = self.shape;
         let row = layer * self.rows * kv_heads;
         kvw_cache {
@@ -19,6 +20,7 @@ impl Cache {
             ring: at(self.ring_at(layer, Row(0), 0)),
             table: at(self.table.at() + (row * self.stride * size_of::<Entry>()) as u64),
             lens: at(lens),
+            packed: at(packed),
             seqs: seqs as i32,
             kv_heads: kv_heads as i32,
             head_dim: head_dim as i32,
@@ -33,16 +35,26 @@ impl Cache {
         }
     }
 
-    /// The same of one row, whose recent tokens lie in another ring of `slabs` slabs a head.
-    pub fn staged(&self, layer: usize, row: Row, lens: u64, ring: (u64, usize)) -> kvw_cache {
-        let table =
-            self.table.at() + u64::from(self.table_index(row, layer * self.shape.kv_heads, 0)) * 4;
+    /// The same of one row.
+    pub fn view_of(&self, layer: usize, row: Row, told: [u64; 2]) -> kvw_cache {
+        let line = u64::from(self.table_index(row, layer * self.shape.kv_heads, 0));
         kvw_cache {
-            table: at(table),
-            ring: at(ring.0),
-            ring_slabs: ring.1 as i32,
-            ..self.view(layer, 1, lens)
+            table: at(self.table.at() + line * size_of::<Entry>() as u64),
+            ring: at(self.ring_at(layer, row, 0)),
+            ..self.view(layer, 1, told)
         }
+    }
+
+    /// The same of one row, whose recent tokens lie in another ring of `slabs` slabs a head.
+    pub fn staged(
+        &self,
+        layer: usize,
+        row: Row,
+        told: [u64; 2],
+        (ring, slabs): (u64, usize),
+    ) -> kvw_cache {
+        let own = self.view_of(layer, row, told);
+        kvw_cache { ring: at(ring), ring_slabs: slabs as i32, ..own }
     }
 
     /// Weights of the rounding errors of a layer's keys, or 0.

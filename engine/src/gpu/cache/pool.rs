@@ -1,0 +1,69 @@
+//! Memory for slabs: how much of it there is to be, and who has it.
+
+use kvwarp::pages::{Entry, Slots};
+use kvwarp::slab::Format;
+
+use super::Cache;
+use crate::gpu::platform::{Buffer, GpuError, Result};
+use crate::gpu::tally::Use;
+use crate::runner::{RunError, Slabs, check};
+
+impl Cache {
+    /// Makes the pools, by what sequences of the whole context take, each frozen once: of `budget` bytes, or of what
+    /// `rows` sequences may need where there is no budget, as far as `free` bytes go. One of `least` tokens must fit.
+    pub fn fund(&mut self, budget: Option<usize>, least: usize, free: usize) -> Result<()> {
+        let full = self.whole(self.shape.context);
+        let (bytes, one) = (self.slabs_of(&full), self.slabs_of(&self.whole(least)));
+        let budget = budget.unwrap_or(free.min(self.rows * bytes));
+        if budget < one {
+            let what = "keys and values of one sequence";
+            return Err(GpuError::Memory { what, need: one, free: budget });
+        }
+        for (f, &need) in full.iter().enumerate().filter(|(_, need)| **need > 0) {
+            let slabs = (need as f64 * (budget as f64 / bytes as f64)) as usize;
+            let slabs = slabs.min(Slots::MOST);
+            self.pools[f] = Some(Buffer::new(
+                &self.platform,
+                (Use::Pools, "keys and values"),
+                slabs * self.slab_bytes[f],
+            )?);
+            self.slots[f] = Slots::new(slabs);
+        }
+        Ok(())
+    }
+
+    /// Bytes that a sequence of the whole context takes: slabs, their copies once it is frozen, rings, page tables.
+    pub fn sequence_bytes(&self) -> usize {
+        let rows = [&self.rings, &self.table].map(|buffer| buffer.bytes() / self.rows);
+        self.slabs_of(&self.whole(self.shape.context)) + rows.iter().sum::<usize>()
+    }
+
+    /// [`super::Gpu::holds_all`]
+    pub fn holds_all(&self) -> bool {
+        let most = self.slots.each_ref().map(|slots| slots.available() + slots.used());
+        check(&self.whole(self.shape.context).map(|slabs| slabs * self.rows), &most).is_ok()
+    }
+
+    /// Slabs of a sequence of `len` tokens, frozen once.
+    fn whole(&self, len: usize) -> Slabs {
+        let mut slabs = self.need(0, len);
+        slabs[Format::F16 as usize] += self.ring_slabs() * self.stores.len();
+        slabs
+    }
+
+    fn slabs_of(&self, slabs: &Slabs) -> usize {
+        slabs.iter().zip(self.slab_bytes).map(|(n, bytes)| n * bytes).sum()
+    }
+
+    pub(super) fn take(&mut self, format: Format) -> Result<Entry, RunError> {
+        let slot = self.slots[format as usize].take();
+        let slot = slot.ok_or(RunError::Exhausted { format, need: 1, free: 0 })?;
+        Ok(Entry::new(format, slot))
+    }
+
+    pub(super) fn give(&mut self, entry: Entry) {
+        if let Some((format, slot)) = entry.get() {
+            self.slots[format as usize].give(slot as u32);
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Dropping tokens of a layer: scores, the best of each stretch, and what stays written where it belongs.
+
+use kvwarp::ffi::{self, KVW_F16, kvw_cache};
+use kvwarp::pages::packed_slabs;
+use kvwarp::slab::TOKENS;
+
+use super::Piece;
+use super::block::Prompt;
+use super::choose::{Choice, Frame, Numbers};
+use crate::gpu::Gpu;
+use crate::gpu::ops::{at, params};
+use crate::gpu::platform::Result;
+use crate::policy::{Cut, Method, best_unseen};
+use crate::runner::{Held, Row, RunError};
+
+impl Gpu {
+    /// What a layer drops of what it holds once `read` tokens have passed through it, among which the policy `chooses` or
+    /// not; `None` where all stay.
+    pub(super) fn cut(
+        &self,
+        (chooses, read): (bool, usize),
+        layer: usize,
+        held: Held,
+    ) -> Option<Cut> {
+        let spec = self.cache.spec();
+        match spec.evict.filter(|_| spec.lag().is_some()) {
+            Some(evict) => Cut::lag(&evict, held),
+            None if chooses => {
+                Cut::first_read(spec, read, (layer, self.net.config.layers), held.len)
+            }
+            None => None,
+        }
+    }
+
+    /// Adds what a piece of a layer gives to the tokens to what is known of them.
+    pub(super) fn observe(&self, piece: &Piece<'_>) -> Result<()> {
+        let Some((choice, evict, cut)) = self.observed(piece) else { return Ok(()) };
+        let (watched, rows) = (self.watched(piece), piece.rows());
+        let last = piece.number + 1 == piece.block.pieces.len();
+        match evict {
+            Method::Column => {
+                self.attention_to(piece, choice, (watched, rows), (cut.width, piece.number > 0))
+            }
+            Method::Window if last => {
+                let window = cut.len - cut.width;
+                self.attention_to(piece, choice, (watched, window.min(rows)), (cut.width, false))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Room, method and cut of a layer whose method asks for attention.
+    fn observed<'a>(&self, piece: &Piece<'a>) -> Option<(&'a Choice, Method, Cut)> {
+        let method = self.cache.spec().evict?.method();
+        let len = piece.block.before[piece.layer].len + piece.block.tokens();
+        let held = Held { len, ..piece.block.before[piece.layer] };
+        let cut = self.cut((piece.block.chooses, piece.block.read), piece.layer, held)?;
+        Some((piece.prompt.choice.as_ref()?, method, cut))
+    }
+
+    /// Attention of a piece's newest `rows` rows to the first `columns` tokens, `more` than there is already or not;
+    /// log-sum-exps of the newest `watched` rows are there.
+    pub(super) fn attention_to(
+        &self,
+        piece: &Piece<'_>,
+        choice: &Choice,
+        (watched, rows): (usize, usize),
+        (columns, more): (usize, bool),
+    ) -> Result<()> {
+        let q_heads = self.net.config.heads;
+        let lse = choice.newest(&self.platform, q_heads, (watched, rows))?;
+        let all = piece.rows() as i32;
+        let params = params!(kvw_token_score_params {
+            op: ffi::KVW_SCORE_SUM,
+            cache: self.staged(piece),
+            q: at(self.net.queries()),
+            lse: at(lse),
+            scores: at(choice.columns.at()),
+            cu_tokens: at(piece.firsts()),
+            q_heads: q_heads as i32,
+            tokens: all,
+            max_tokens: all,
+            lse_rows: rows as i32,
+            columns: columns as i32,
+            accumulate: i32::from(more),
+            dtype: KVW_F16,
+        });
+        self.net.ops.run(|k| &k.token_score, &params)
+    }
+
+    /// Drops what `cut` says of a staged layer, and writes what stays to the table's slabs and the row's ring.
+    pub(super) fn drop_staged(
+        &self,
+        prompt: &Prompt,
+        row: Row,
+        layer: usize,
+        (held, cut): (Held, Cut),
+    ) -> Result<()> {
+        let (Some(choice), Some(evict)) = (&prompt.choice, self.cache.spec().evict) else {
+            return Ok(());
+        };
+        let best = best_unseen(&evict, layer, &cut);
+        let on_host = best.is_some();
+        let packed = packed_slabs(cut.stays(), self.cache.spec().window).max(held.packed);
+        let frame = Frame { cut, held, packed, best };
+        let heads = self.net.config.kv_heads;
+        choice.write(&self.platform, heads, &frame)?;
+        let numbers = Numbers::of(heads * cut.parts);
+        let told = |words: [usize; 2]| words.map(|word| choice.number(word));
+        if !on_host && cut.k > 0 {
+            let ring = (prompt.ring.at(), prompt.slabs);
+            let cache = self.cache.staged(layer, row, told(numbers.before), ring);
+            self.score(choice, (&cut, &numbers), cache)?;
+            self.best(choice, (&cut, &numbers))?;
+            choice.place(&self.platform, heads, &frame)?;
+        }
+        if frame.stays() == 0 {
+            return Ok(());
+        }
+        let params = params!(kvw_kv_gather_params {
+            max_slabs: frame.stays().div_ceil(TOKENS) as i32,
+            cache: self.cache.view_of(layer, row, told(numbers.after)),
+            from: at(prompt.ring.at()),
+            slots: at(choice.slots.at()),
+            first: at(choice.number(numbers.base)),
+            feedback: at(self.cache.feedback(layer)),
+            from_slabs: prompt.slabs as i32,
+            slots_stride: frame.stays() as i32,
+            range: self.cache.range(),
+        });
+        self.net.ops.run(|k| &k.kv_gather, &params)
+    }
+
+    /// Scores of each stretch of each head, `[kv_heads, parts, width]`.
+    fn score(
+        &self,
+        choice: &Choice,
+        (cut, numbers): (&Cut, &Numbers),
+        cache: kvw_cache,
+    ) -> Result<()> {
+        let Some(evict) = self.cache.spec().evict else { return Ok(()) };
+        if evict.method() == Method::Lag {
+            let params = params!(kvw_sim_evict_params {
+                op: ffi::KVW_EVICT_LAG,
+                cache: cache,
+                scores: at(choice.scores.at()),
+                first: at(choice.number(numbers.firsts)),
+                lag: cut.width as i32,
+                partitions: cut.parts as i32,
+                v_weight: 1.0,
+            });
+            return self.net.ops.run(|k| &k.sim_evict, &params);
+        }
+        let heads = self.net.config.kv_heads;
+        let pool = if evict.options.max { ffi::KVW_POOL_MAX } else { ffi::KVW_POOL_AVG };
+        self.pool(choice, (heads, self.net.config.heads / heads), cut.width, (pool, evict.options.pool.into()))
+    }
+
+    /// Attention to `columns` tokens, pooled over neighbours and summed over `group` query heads each.
+    pub(super) fn pool(
+        &self,
+        choice: &Choice,
+        (rows, group): (usize, usize),
+        columns: usize,
+        (pool, width): (i32, usize),
+    ) -> Result<()> {
+        let params = params!(kvw_token_select_params {
+            op: ffi::KVW_SELECT_POOL,
+            scores: at(choice.columns.at()),
+            out: at(choice.scores.at()),
+            rows: rows as i32,
+            n: columns as i32,
+            group: group as i32,
+            width: width as i32,
+            pool: pool,
+        });
+        self.net.ops.run(|k| &k.token_select, &params)
+    }
+
+    /// Slots of the best of each stretch, `[kv_heads, parts, k]`.
+    fn best(&self, choice: &Choice, (cut, numbers): (&Cut, &Numbers)) -> Result<()> {
+        let rows = self.net.config.kv_heads * cut.parts;
+        self.top_k(choice, choice.number(numbers.k), (rows, cut.width), cut.k)?;
+        let params = params!(kvw_token_select_params {
+            op: ffi::KVW_SELECT_GATHER,
+            indices: at(choice.indices.at()),
+            first: at(choice.number(numbers.firsts)),
+            positions: at(choice.order.at()),
+            out_positions: at(choice.picked.at()),
+            rows: rows as i32,
+            n: cut.len as i32,
+            index_stride: cut.k as i32,
+        });
+        self.net.ops.run(|k| &k.token_select, &params)
+    }
+
+    /// Ascending indices of the best `k` of each of `rows` rows of `n` scores; `k` also lies at `number` for each row.
+    pub(super) fn top_k(
+        &self,
+        choice: &Choice,
+        number: u64,
+        (rows, n): (usize, usize),
+        k: usize,
+    ) -> Result<()> {
+        let params = params!(kvw_token_select_params {
+            op: ffi::KVW_SELECT_TOP_K,
+            scores: at(choice.scores.at()),
+            k: at(number),
+            indices: at(choice.indices.at()),
+            counts: at(choice.counts.at()),
+            workspace: at(choice.workspace.at()),
+            workspace_bytes: choice.workspace.bytes(),
+            rows: rows as i32,
+            n: n as i32,
+            segment: 1,
+            index_stride: k as i32,
+        });
+        self.net.ops.run(|k| &k.token_select, &params)
+    }
+
+    /// What LagKV drops of `row` once a decoded token has completed a partition.
+    pub(in crate::gpu) fn drop_by_lag(&mut self, row: Row) -> Result<(), RunError> {
+        let due = |held: Held| self.cut((false, 0), 0, held);
+        let layers = 0..self.net.config.layers;
+        let cuts: Vec<_> = layers.map(|l| self.cache.held(row, l)).map(|h| (h, due(h))).collect();
+        for (layer, (held, cut)) in cuts.into_iter().enumerate() {
+            let (Some(cut), Some(prompt)) = (cut, &self.prompt) else { continue };
+            let recent = held.packed..held.len.div_ceil(TOKENS);
+            self.move_slabs((prompt, row), layer, recent, true)?;
+            self.drop_staged(prompt, row, layer, (held, cut))?;
+            self.cache.keep(row, layer, (cut.stays(), cut.chosen()));
+        }
+        Ok(())
+    }
+}
