@@ -161,7 +161,9 @@ fn bad_lines_are_named_by_number_and_field() {
     std::fs::remove_file(stage.path("chat_template.jinja")).unwrap();
     stage.put("in", r#"{"messages": [{"role": "user", "content": "x"}]}"#);
     assert!(stage.refusal("in", "out", &[]).1.contains("no chat template"));
-    for (more, part) in [(["--parallel", "0"], "1..=64"), (["--pool-size", "2X"], "512M, 2G or 80GB")] {
+    for (more, part) in
+        [(["--parallel", "0"], "1..=64"), (["--pool-size", "2X"], "512M, 2G or 80GB")]
+    {
         let (code, error) = stage.refusal("in", "out", &more);
         assert!(code == 2 && error.contains(part), "{error}");
     }

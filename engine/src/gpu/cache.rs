@@ -16,10 +16,10 @@ use kvwarp::slab::{Format, Layout, Meta, TOKENS};
 use super::metered::Metered;
 use super::platform::{Buffer, GpuError, Result};
 use super::tally::Use;
-use lines::Sequence;
 use crate::cache::{Plan, Shape, need};
 use crate::runner::{Row, Slabs};
 use crate::spec::CacheSpec;
+use lines::Sequence;
 
 /// An entry and where it goes in the device's table.
 pub type Edit = [u32; 2];

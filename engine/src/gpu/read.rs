@@ -16,8 +16,8 @@ use super::ops::{at, params};
 use super::platform::Result;
 use crate::runner::{Held, Row, RunError};
 use crate::watch::Watch;
-use block::{Block, Words, pieces};
 pub use block::Prompt;
+use block::{Block, Words, pieces};
 pub use choose::{Choice, refused};
 
 /// Some rows of a block in a layer.
@@ -58,7 +58,8 @@ impl Gpu {
         let told = (self.piece, self.control.lines());
         let mut prompt = Prompt::new(gpu, tokens, slab, told, ring)?;
         if self.cache.spec().selects() {
-            prompt.choice = Some(Choice::new(&self.platform, self.cache.spec(), config, (tokens, self.piece))?);
+            prompt.choice =
+                Some(Choice::new(&self.platform, self.cache.spec(), config, (tokens, self.piece))?);
         }
         Ok(prompt)
     }
@@ -149,7 +150,10 @@ impl Gpu {
     }
 
     /// The layer as a kernel sees it once a piece is written.
-    fn staged(&self, &Piece { prompt, block, layer, number }: &Piece<'_>) -> kvwarp::ffi::kvw_cache {
+    fn staged(
+        &self,
+        &Piece { prompt, block, layer, number }: &Piece<'_>,
+    ) -> kvwarp::ffi::kvw_cache {
         let told = [block.words.len(layer, number), block.words.packed(layer)];
         let ring = (prompt.ring.at(), prompt.slabs);
         self.cache.staged(layer, block.row, told.map(|word| block.at(word)), ring)

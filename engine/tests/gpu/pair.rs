@@ -99,7 +99,19 @@ impl<'m> Pair<'m> {
     pub fn join(&mut self, prompt: &[u32], block: usize) {
         let (device, host) = (self.gpu.open().unwrap(), self.cache.open());
         assert_eq!(self.exact.open(), host);
-        let (last, read) = prompt.split_last().unwrap();
+        self.rows.push((device, host, 0));
+        self.read(self.rows.len() - 1, prompt, block);
+    }
+
+    /// Sequence `i` is told more after its newest token.
+    pub fn tell(&mut self, i: usize, tokens: &[u32]) {
+        let tokens = [&[self.rows[i].2], tokens].concat();
+        self.read(i, &tokens, tokens.len());
+    }
+
+    fn read(&mut self, i: usize, tokens: &[u32], block: usize) {
+        let (device, host, _) = self.rows[i];
+        let (last, read) = tokens.split_last().unwrap();
         for block in read.chunks(block) {
             watched(|watch| self.gpu.read(device, block, watch)).unwrap();
             for cache in [&mut self.cache, &mut self.exact] {
@@ -108,7 +120,7 @@ impl<'m> Pair<'m> {
                 cache.unstage();
             }
         }
-        self.rows.push((device, host, *last));
+        self.rows[i].2 = *last;
     }
 
     pub fn leave(&mut self, i: usize) {
@@ -158,7 +170,8 @@ impl<'m> Pair<'m> {
         let Config { layers, kv_heads, head_dim, .. } = *self.gpu.config();
         let mut entries = &frozen.entries[..];
         for (layer, h) in (0..layers).flat_map(|l| (0..kv_heads).map(move |h| (l, h))) {
-            let (view, len) = (self.cache.views(host, layer)[h], frozen.heads[layer * kv_heads + h].len);
+            let (view, len) =
+                (self.cache.views(host, layer)[h], frozen.heads[layer * kv_heads + h].len);
             assert_eq!(view.len, len, "tokens of head {h} of layer {layer}");
             let (own, others) = entries.split_at(len.div_ceil(TOKENS));
             entries = others;

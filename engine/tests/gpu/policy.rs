@@ -1,45 +1,110 @@
-//! Policies on the device against those of the CPU path.
+//! Policies on the device against those of the CPU path: how many tokens stay in every layer, which ones in the first,
+//! whose keys and values depend on tokens alone, and what follows.
 
 use kvwarp_engine::gpu::platform::GpuError;
 use kvwarp_engine::gpu::{self, Options};
-use kvwarp_engine::runner::Runner;
+use kvwarp_engine::runner::{Runner, Turn};
 
-use crate::machine::Machine;
-use crate::pair::{Pair, Seen, fixture, on_device, on_host, text};
-use crate::simt::Simt;
-use crate::{GIB, machine, options};
+use crate::pair::{GREEDY, Pair, fixture, on_device, on_host, text};
+use crate::{machine, options};
 
-/// 300 tokens are read, of which some stay, and `steps` follow; every length, and what the first layer holds.
-fn alone(spec: &str, n: usize, steps: usize) -> Seen {
+/// A sequence of 300 tokens, of which some stay, and three more.
+fn alone(spec: &str) {
     let (machine, source) = (machine(), fixture("llama3"));
     let host = on_host(&source, None);
     let gpu = on_device(&source, spec, None, &options(1), &machine);
     let mut pair = Pair::new(gpu, &host);
-    pair.join(&text(7, n), n);
+    pair.join(&text(7, 300), 300);
+    (0..3).for_each(|_| pair.step());
     pair.compare_slabs(0);
-    (0..steps).for_each(|_| pair.step());
-    pair.compare_slabs(0);
-    assert!(steps == 0 || machine.records() == 1, "the same launches at every length");
     pair.leave(0);
-    assert_eq!(pair.gpu.used(), [0; 5]);
     eprintln!("{spec}: {:?}", pair.seen);
-    std::mem::take(&mut pair.seen)
+    assert_eq!(pair.gpu.used(), [0; 5], "{spec}");
+    assert!(pair.seen.slabs[0] < 3e-3 && pair.seen.other == 0, "{spec}: {:?}", pair.seen);
 }
 
 #[test]
-fn methods_keep_what_the_processor_keeps() {
-    for spec in [
-        "f16,evict=lagkv:0.25:lag=64",
-        "f16,evict=snapkv:0.3:window=16",
-        "f16,evict=fastkv:0.3",
-        "f16,evict=h2o:0.3",
-        "f16,evict=streaming:0.3",
-        "f16,evict=random:0.3:seed=5",
-        "f16,evict=snapkv:0.3:window=16,budget=pyramid",
-        "f16,evict=fastkv:0.2,tsp=0.4",
-        "f16,tsp=0.3",
+fn scores_without_attention() {
+    for spec in ["lagkv:0.25:lag=64", "streaming:0.3", "random:0.3:seed=5", "streaming:0"] {
+        alone(&format!("f16,evict={spec}"));
+    }
+}
+
+#[test]
+fn scores_by_attention() {
+    for spec in ["snapkv:0.3:window=16", "h2o:0.3", "snapkv:0.3:window=16,budget=pyramid"] {
+        alone(&format!("f16,evict={spec}"));
+    }
+}
+
+#[test]
+fn fewer_tokens_go_deeper() {
+    for spec in ["tsp=0.3", "evict=fastkv:0.2,tsp=0.4", "evict=h2o:0.3,tsp=0:0.5"] {
+        alone(&format!("f16,{spec}"));
+    }
+}
+
+/// Partitions are complete after a prompt, after what is read later, and after steps, of two sequences at different times.
+#[test]
+fn lagkv_goes_on_while_decoding() {
+    let (machine, source) = (machine(), fixture("llama3"));
+    let host = on_host(&source, None);
+    for spec in ["f16,evict=lagkv:0.5:lag=16:sink=5", "q8,evict=lagkv:0.25:lag=32,window=0"] {
+        let gpu = on_device(&source, spec, None, &options(2), &machine);
+        let mut pair = Pair::new(gpu, &host);
+        pair.join(&text(3, 20), 20);
+        pair.join(&text(4, 150), 150);
+        (0..40).for_each(|_| pair.step());
+        pair.tell(0, &text(5, 170));
+        (0..20).for_each(|_| pair.step());
+        (0..2).for_each(|i| pair.compare_slabs(i));
+        eprintln!("{spec}: {:?}", pair.seen);
+        assert!(pair.seen.slabs[0] < 3e-3 && pair.seen.slabs[1] < 0.1, "{spec}: {:?}", pair.seen);
+        assert_eq!(pair.seen.other, 0, "{spec}: {:?}", pair.seen);
+    }
+}
+
+#[test]
+fn a_thawed_sequence_has_lost_the_same_tokens() {
+    let (machine, source) = (machine(), fixture("llama3"));
+    let spec = "q8,evict=lagkv:0.5:lag=16,tsp=0:0.6";
+    let mut gpu = on_device(&source, spec, None, &options(2), &machine);
+    let row = gpu.open().unwrap();
+    let prompt = text(6, 220);
+    crate::pair::watched(|watch| gpu.read(row, &prompt, watch)).unwrap();
+    let frozen = gpu.freeze(row).unwrap();
+    assert!(frozen.heads[0].len > frozen.heads.last().unwrap().len, "{:?}", frozen.heads);
+    let twin = gpu.thaw(&frozen).unwrap();
+    let mut tokens = [[9], [9]];
+    for _ in 0..24 {
+        let turn = |row, tokens| Turn { row, tokens, choice: &GREEDY, draw: 0, recent: &[] };
+        let turns = [turn(row, &tokens[0][..]), turn(twin, &tokens[1][..])];
+        let mut chosen = Vec::new();
+        gpu.step(&turns, &mut chosen).unwrap();
+        assert_eq!(chosen[0], chosen[1]);
+        tokens = [[chosen[0][0]], [chosen[1][0]]];
+    }
+    gpu.melt(frozen);
+    [row, twin].map(|row| gpu.close(row));
+    assert_eq!(gpu.used(), [0; 5]);
+}
+
+#[test]
+fn what_is_chosen_on_the_processor_only_is_refused_by_name() {
+    let source = fixture("llama3");
+    for (spec, part) in [
+        ("f16,evict=kvzip:0.3", "evict=kvzip"),
+        ("f16,evict=keynorm:0.3", "evict=keynorm"),
+        ("f16,evict=snapkv:0.3,budget=dynamickv", "budget"),
+        ("f16,evict=snapkv:0.3,refine=kvcrush:0.2", "refine"),
+        ("f16,evict=snapkv:0.3:window=65", "at most 64"),
     ] {
-        let seen = alone(spec, 300, 3);
-        assert!(seen.slabs[0] < 3e-3, "{spec}: {seen:?}");
+        let options = Options { piece: 128, ..options(1) };
+        let spec = spec.parse().unwrap();
+        let opened = gpu::open(&source, &spec, None, &options, machine(), &mut |_, _| {});
+        match opened.err() {
+            Some(GpuError::Unsupported(what)) => assert!(what.contains(part), "{what}"),
+            other => panic!("{part}: {other:?}"),
+        }
     }
 }

@@ -13,7 +13,8 @@ impl Cache {
     /// `rows` sequences may need where there is no budget, as far as `free` bytes go. One of `least` tokens must fit.
     pub fn fund(&mut self, budget: Option<usize>, least: usize, free: usize) -> Result<()> {
         let full = self.whole(self.shape.context);
-        let (bytes, one) = (self.slabs_of(&full), self.slabs_of(&self.whole(least)));
+        let (bytes, one) =
+            (self.slabs_of(&full), self.slabs_of(&self.whole(least.min(self.shape.context))));
         let budget = budget.unwrap_or(free.min(self.rows * bytes));
         if budget < one {
             let what = "keys and values of one sequence";

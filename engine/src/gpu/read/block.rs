@@ -80,7 +80,7 @@ pub fn pieces(tokens: usize, most: usize, window: usize) -> Vec<Range<usize>> {
     if let [.., before, last] = &mut pieces[..]
         && last.len() < window
     {
-        let middle = before.start + (tokens - before.start) / 2;
+        let middle = before.start + (tokens - before.start) / 2 / WORD * WORD;
         (before.end, last.start) = (middle, middle);
     }
     pieces

@@ -28,7 +28,11 @@ pub fn refused(spec: &CacheSpec, piece: usize) -> Option<String> {
     let evict = spec.evict.filter(|_| spec.selects())?;
     let window = usize::from(evict.options.window);
     if window > piece / 2 {
-        return Some(format!("evict={}:window={window}: at most {} on a GPU", evict.name(), piece / 2));
+        return Some(format!(
+            "evict={}:window={window}: at most {} on a GPU",
+            evict.name(),
+            piece / 2
+        ));
     }
     let part = match evict.method() {
         _ if spec.refine.is_some() => "refine".into(),
@@ -164,7 +168,11 @@ impl Choice {
                 bytemuck::cast_slice(&order),
             )?,
             numbers: buffer(Numbers::of(rows).total)?,
-            workspace: Buffer::zeroed(platform, (Use::Scratch, "choosing tokens"), workspace.max(1))?,
+            workspace: Buffer::zeroed(
+                platform,
+                (Use::Scratch, "choosing tokens"),
+                workspace.max(1),
+            )?,
             deeper: buffer(WORD)?,
             x: buffer(onward * width)?,
             words: buffer(Words::of(layers, onward.div_ceil(piece), onward).total(onward))?,

@@ -153,7 +153,12 @@ impl Gpu {
         }
         let heads = self.net.config.kv_heads;
         let pool = if evict.options.max { ffi::KVW_POOL_MAX } else { ffi::KVW_POOL_AVG };
-        self.pool(choice, (heads, self.net.config.heads / heads), cut.width, (pool, evict.options.pool.into()))
+        self.pool(
+            choice,
+            (heads, self.net.config.heads / heads),
+            cut.width,
+            (pool, evict.options.pool.into()),
+        )
     }
 
     /// Attention to `columns` tokens, pooled over neighbours and summed over `group` query heads each.
