@@ -26,33 +26,19 @@ impl Tile {
     #[inline(always)]
     pub fn decode<L: Lanes>(&mut self, l: L, slab: Slab<'_>, head: &HeadView<'_>) {
         let held = (head.len - slab.start).min(TOKENS);
-        self.plain(l, slab, head, |tile, slab| {
-            tile.keys(l, slab);
-            tile.values(l, slab);
-            tile.values[held * slab.layout.head_dim / 16..].fill(Row::default());
-        });
+        let mut room = std::mem::take(&mut self.room);
+        let slab = plain(l, slab, head, &mut room);
+        self.keys(l, &slab);
+        self.values(l, &slab);
+        self.values[held * slab.layout.head_dim / 16..].fill(Row::default());
+        self.room = room;
     }
 
     /// Decodes the keys of `slab` of `head` alone.
     #[inline(always)]
     pub fn decode_keys<L: Lanes>(&mut self, l: L, slab: Slab<'_>, head: &HeadView<'_>) {
-        self.plain(l, slab, head, |tile, slab| tile.keys(l, slab));
-    }
-
-    /// Calls `body` with the slab as the decoders read it.
-    #[inline(always)]
-    fn plain<L: Lanes>(
-        &mut self,
-        l: L,
-        slab: Slab<'_>,
-        head: &HeadView<'_>,
-        body: impl FnOnce(&mut Self, &Slab<'_>),
-    ) {
         let mut room = std::mem::take(&mut self.room);
-        let (lines, _) = room.lines(slab.layout, 1);
-        let mut slab = slab;
-        slab.make_plain(l, head.pools.plain_layout(slab.layout.format), lines);
-        body(self, &slab);
+        self.keys(l, &plain(l, slab, head, &mut room));
         self.room = room;
     }
 
@@ -190,6 +176,20 @@ impl Tile {
             }
         }
     }
+}
+
+/// The slab as the decoders read it. Not a call of theirs: what an instruction set is given for must be inlined, and a closure
+/// this large is not.
+#[inline(always)]
+fn plain<'a, L: Lanes>(
+    l: L,
+    mut slab: Slab<'a>,
+    head: &HeadView<'a>,
+    room: &'a mut Room,
+) -> Slab<'a> {
+    let (lines, _) = room.lines(slab.layout, 1);
+    slab.make_plain(l, head.pools.plain_layout(slab.layout.format), lines);
+    slab
 }
 
 #[inline(always)]

@@ -73,28 +73,31 @@ impl Scaling {
         if self.values < 2 {
             return out.fill(0.0);
         }
-        let width = self.low.len();
-        let (first, lane) = (self.first / 16, self.first % 16);
-        let moments = |token: usize| {
-            let rows = &tile.values[token * width..][..width];
-            let x = rows[first].0[lane] - self.low[first].0[lane];
-            let origin = l.splat(x * self.inverse[first].0[lane]);
-            let (mut sum, mut squares) = (l.splat(0.0), l.splat(0.0));
-            for ((row, low), inverse) in rows.iter().zip(&self.low).zip(&self.inverse) {
-                let inverse = l.get(&inverse.0);
-                let x = l.mul(l.sub(l.get(&row.0), l.get(&low.0)), inverse);
-                let x = l.positive(inverse, l.sub(x, origin));
-                (sum, squares) = (l.add(sum, x), l.fma(x, x, squares));
-            }
-            (sum, squares)
-        };
         for (pair, token) in out.chunks_mut(2).zip(tokens.step_by(2)) {
-            let ((a, b), (c, d)) = (moments(token), moments(token + pair.len() - 1));
+            let [a, b] = self.moments(l, tile, token);
+            let [c, d] = self.moments(l, tile, token + pair.len() - 1);
             let sums = l.sums([a, b, c, d]);
             for (to, sums) in pair.iter_mut().zip(sums.as_chunks::<2>().0) {
                 *to = variance(sums[0], sums[1], self.values);
             }
         }
+    }
+
+    /// Sum and sum of squares of a token's scaled values from the first that takes part, by lanes.
+    #[inline(always)]
+    fn moments<L: Lanes>(&self, l: L, tile: &Tile, token: usize) -> [L::F; 2] {
+        let (width, first, lane) = (self.low.len(), self.first / 16, self.first % 16);
+        let rows = &tile.values[token * width..][..width];
+        let x = rows[first].0[lane] - self.low[first].0[lane];
+        let origin = l.splat(x * self.inverse[first].0[lane]);
+        let (mut sum, mut squares) = (l.splat(0.0), l.splat(0.0));
+        for ((row, low), inverse) in rows.iter().zip(&self.low).zip(&self.inverse) {
+            let inverse = l.get(&inverse.0);
+            let x = l.mul(l.sub(l.get(&row.0), l.get(&low.0)), inverse);
+            let x = l.positive(inverse, l.sub(x, origin));
+            (sum, squares) = (l.add(sum, x), l.fma(x, x, squares));
+        }
+        [sum, squares]
     }
 }
 

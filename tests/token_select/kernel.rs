@@ -88,6 +88,8 @@ impl Select<'_> {
         params.workspace_bytes = op.workspace(&params);
         let workspace = run.upload("workspace", &vec![0u8; params.workspace_bytes.max(16)]);
         params.workspace = workspace.ptr().cast();
+        // All but what slices leave: a ticket, eight counters and three histograms a segment.
+        let clear = if params.workspace_bytes > 0 { 4 + self.k.len() * (8 + 3 * 2048) } else { 0 };
         let (want, best) = self.want();
         for turn in 0..2 {
             let indices = run.upload("indices", &vec![-7i32; self.rows.len() * self.index_stride]);
@@ -97,6 +99,10 @@ impl Select<'_> {
                 Params { indices: indices.ptr(), counts: counts.ptr(), kth: found.ptr(), ..params };
             run.call(&op, &call)?;
             let (indices, counts) = (indices.download(), counts.download());
+            // Checked before the next turn, which would wait for ever for counters that are too high.
+            if workspace.download()[..4 * clear].iter().any(|byte| *byte != 0) {
+                return Err(format!("turn {turn}: the workspace is not left as it was found"));
+            }
             for (r, want) in want.iter().enumerate() {
                 let mut row: Vec<i32> = want.iter().map(|&i| i as i32).collect();
                 row.resize(row.len().max(self.index_stride), -7);

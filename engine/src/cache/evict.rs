@@ -3,6 +3,7 @@
 use kvwarp::kv_gather;
 use kvwarp::pages::HeadView;
 use kvwarp::slab::Format;
+use kvwarp::threads::Team;
 
 use super::{Cache, CacheError, Sequence, open_mut};
 use crate::policy::{Evict, choose_lag};
@@ -42,9 +43,16 @@ impl Cache {
     ///
     /// # Errors
     /// [`CacheError::Kernel`].
-    pub fn lag_staged(&mut self, row: Row, layer: usize, evict: &Evict) -> Result<(), CacheError> {
+    pub fn lag_staged(
+        &mut self,
+        row: Row,
+        layer: usize,
+        evict: &Evict,
+        team: &Team,
+    ) -> Result<(), CacheError> {
         let first = self.range(layer).start;
-        for (h, choice) in self.lags(self.staged_views(row, layer), row, layer, evict)? {
+        let views = self.staged_views(row, layer);
+        for (h, choice) in self.lags(views, (row, layer), evict, team)? {
             let head = &mut self.sequence_mut(row).heads[first + h];
             let from = std::mem::replace(&mut head.chosen, choice.1);
             self.keep(row, layer, h, from, &choice.0)?;
@@ -57,10 +65,16 @@ impl Cache {
     ///
     /// # Errors
     /// [`CacheError::Kernel`].
-    pub fn lag(&mut self, row: Row, layer: usize, evict: &Evict) -> Result<(), CacheError> {
+    pub fn lag(
+        &mut self,
+        row: Row,
+        layer: usize,
+        evict: &Evict,
+        team: &Team,
+    ) -> Result<(), CacheError> {
         let (first, bytes) = (self.range(layer).start, self.ring_bytes());
         let f16 = *self.pools.layout(Format::F16);
-        for (h, (slots, chosen)) in self.lags(self.views(row, layer), row, layer, evict)? {
+        for (h, (slots, chosen)) in self.lags(self.views(row, layer), (row, layer), evict, team)? {
             let Sequence { heads, rings, .. } = self.sequence_mut(row);
             let head = &mut heads[first + h];
             let ring = rings.slice_mut((first + h) * bytes, bytes);
@@ -76,14 +90,14 @@ impl Cache {
     fn lags(
         &self,
         views: Vec<HeadView<'_>>,
-        row: Row,
-        layer: usize,
+        (row, layer): (Row, usize),
         evict: &Evict,
+        team: &Team,
     ) -> Result<Vec<(usize, (Vec<u32>, usize))>, CacheError> {
         let heads = &self.sequence(row).heads[self.range(layer)];
         let mut all = Vec::new();
         for (h, (view, head)) in views.iter().zip(heads).enumerate() {
-            all.extend(choose_lag(evict, view, head.chosen)?.map(|choice| (h, choice)));
+            all.extend(choose_lag(team, evict, view, head.chosen)?.map(|choice| (h, choice)));
         }
         Ok(all)
     }

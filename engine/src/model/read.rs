@@ -151,7 +151,7 @@ impl Model<'_> {
     /// Packs layer `index`; LagKV drops what it would have while decoding.
     fn settle(&self, (cache, row): (&mut Cache, Row), index: usize) -> Result<(), ModelError> {
         if let Some(evict) = cache.spec().evict.filter(|_| cache.spec().lag().is_some()) {
-            cache.lag_staged(row, index, &evict)?;
+            cache.lag_staged(row, index, &evict, &self.team)?;
         }
         Ok(cache.compress(row, index, &self.team)?)
     }

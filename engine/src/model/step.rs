@@ -6,6 +6,7 @@ use kvwarp::pages::HeadView;
 use kvwarp::prefill_attn::LseRows;
 use kvwarp::rope_select::Angles;
 use kvwarp::slab::TOKENS;
+use kvwarp::threads::Team;
 use kvwarp::{hadamard, paged_attn, prefill_attn, rms_norm, swiglu};
 
 use super::layers::{Layer, Linear};
@@ -109,7 +110,7 @@ impl Model<'_> {
                     || paged_attn::cpu(team, q, &views, 0.0, mask, mix, &mut work.decode),
                 )?;
                 drop(views);
-                settle(cache, index, turns)?;
+                settle(cache, index, turns, &self.team)?;
             }
         }
         if turned {
@@ -165,11 +166,16 @@ fn append(
 }
 
 /// Drops what a policy drops while decoding, now that `layer` has attended to it.
-fn settle(cache: &mut Cache, layer: usize, turns: &[(Row, usize)]) -> Result<(), CacheError> {
+fn settle(
+    cache: &mut Cache,
+    layer: usize,
+    turns: &[(Row, usize)],
+    team: &Team,
+) -> Result<(), CacheError> {
     let Some(evict) = cache.spec().evict.filter(|_| cache.spec().lag().is_some()) else {
         return Ok(());
     };
-    turns.iter().try_for_each(|&(row, _)| cache.lag(row, layer, &evict))
+    turns.iter().try_for_each(|&(row, _)| cache.lag(row, layer, &evict, team))
 }
 
 /// What each row sees, a view a kv head: the tokens of its sequence up to its own.

@@ -1,6 +1,9 @@
 //! LagKV's own choice (arXiv:2504.04704): of each partition of tokens that has a whole one after it, the best.
 
+use std::sync::{Mutex, PoisonError};
+
 use kvwarp::pages::HeadView;
+use kvwarp::threads::Team;
 use kvwarp::{sim_evict, token_select};
 
 use super::{Cut, Evict};
@@ -12,6 +15,7 @@ use crate::runner::Held;
 /// # Errors
 /// Those of [`sim_evict::lag`].
 pub fn choose(
+    team: &Team,
     evict: &Evict,
     head: &HeadView<'_>,
     chosen: usize,
@@ -19,8 +23,17 @@ pub fn choose(
     let Some(cut) = Cut::lag(evict, Held { len: head.len, packed: 0, chosen }) else {
         return Ok(None);
     };
-    let mut scores = vec![0.0; cut.parts * cut.width];
-    sim_evict::lag(head, cut.first, cut.width, cut.parts, 1.0, &mut scores)?;
-    let best = |p: usize| token_select::top_k(&scores[p * cut.width..][..cut.width], cut.k);
+    let Cut { first, parts, width, .. } = cut;
+    let (mut scores, each) = (vec![0.0; parts * width], parts.div_ceil(team.workers()) * width);
+    let outcome = Mutex::new(Ok(()));
+    team.each_chunk(&mut scores, each, |i, scores| {
+        let scored =
+            sim_evict::lag(head, first + i * each, width, scores.len() / width, 1.0, scores);
+        if scored.is_err() {
+            *outcome.lock().unwrap_or_else(PoisonError::into_inner) = scored;
+        }
+    });
+    outcome.into_inner().unwrap_or_else(PoisonError::into_inner)?;
+    let best = |p: usize| token_select::top_k(&scores[p * width..][..width], cut.k);
     Ok(Some((cut.slots(chosen, best), cut.chosen())))
 }

@@ -111,7 +111,7 @@ impl Policy {
         let Some(evict) = self.evict().copied() else { return cache.compress(row, layer, team) };
         match evict.method() {
             Method::Lag => {
-                cache.lag_staged(row, layer, &evict)?;
+                cache.lag_staged(row, layer, &evict, team)?;
                 return cache.compress(row, layer, team);
             }
             Method::Repeat | Method::RepeatHeads => return Ok(()),
