@@ -100,7 +100,7 @@ struct Board {
 
     // Until all are; what they wrote is seen then.
     PRIM void wait(int segment, int at, int slices_) const {
-        if (threadIdx.x == 0 && !KVW_FAULT(397)) {
+        if (threadIdx.x == 0) {
             while (prim::ld_acquire(stage(segment, at)) != unsigned(slices_)) {
             }
         }

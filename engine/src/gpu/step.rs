@@ -93,7 +93,7 @@ impl Gpu {
     /// Keys and values into the rings. A single token is rotated, with its queries, as it is written; a slab that leaves
     /// the window with it is packed.
     fn append(&self, layer: usize, grid: Grid, places: &Places) -> Result<()> {
-        let cache = self.cache.view(layer, grid.rows, self.told(layer, &places, 0));
+        let cache = self.cache.view(layer, grid.rows, self.told(layer, places, 0));
         let op = if grid.each == 1 { KVW_PACK_APPEND } else { KVW_PACK_FILL };
         let weights = &self.net.weights.layers[layer];
         let mut params = self.net.packing(weights, op, cache, grid.tokens());
@@ -117,7 +117,7 @@ impl Gpu {
 
     fn attend(&self, layer: usize, grid: Grid, places: &Places) -> Result<()> {
         let params = kvwarp::ffi::kvw_paged_attn_params {
-            cache: self.cache.view(layer, grid.rows, self.told(layer, &places, 1)),
+            cache: self.cache.view(layer, grid.rows, self.told(layer, places, 1)),
             q: at(self.net.queries()),
             out: at(self.net.work.mix.at()),
             workspace: at(self.scratch.at()),

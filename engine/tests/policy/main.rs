@@ -131,16 +131,16 @@ fn seen(cache: &Cache) -> Vec<Vec<f32>> {
 fn lagkv_streams() {
     let spec: CacheSpec = "q2-kivi,evict=lagkv:0.25".parse().unwrap();
     assert_eq!((spec.window, spec.lag()), (256, Some(128)));
-    let evict = spec.evict.unwrap();
+    let (evict, team) = (spec.evict.unwrap(), Team::new(2));
     for (n, kept) in [(271, 271), (272, 176), (500, 308), (1000, 424), (5000, 1448)] {
         let (k, v) = (rows(n, 5), rows(n, 6));
         let (mut once, mut streamed) = (cache(&spec.to_string()), cache(&spec.to_string()));
         read(&mut once, &k, &v);
-        once.lag_staged(ROW, 0, &evict).unwrap();
-        once.compress(ROW, 0, &Team::new(2)).unwrap();
+        once.lag_staged(ROW, 0, &evict, &team).unwrap();
+        once.compress(ROW, 0, &team).unwrap();
         for i in 0..n {
             append(&mut streamed, &k[i * WIDTH..][..WIDTH], &v[i * WIDTH..][..WIDTH]);
-            streamed.lag(ROW, 0, &evict).unwrap();
+            streamed.lag(ROW, 0, &evict, &team).unwrap();
         }
         assert_eq!(sim_evict::kept(n, 16, 128, 32), kept);
         assert!(

@@ -44,7 +44,8 @@ struct Axis {
 
 impl Axis {
     fn at(&self, value: f64) -> i32 {
-        let share = ((self.map)(value) - self.low) / (self.high - self.low);
+        // What lies below 0 has no logarithm.
+        let share = ((self.map)(value.max(0.0)) - self.low) / (self.high - self.low);
         let (from, to) = (f64::from(self.pixels.0), f64::from(self.pixels.1));
         (from + share.clamp(0.0, 1.0) * (to - from)).round() as i32
     }
@@ -197,4 +198,12 @@ fn place(
 
 fn meet(a: &Space, b: &Space) -> bool {
     a.0 < b.2 && b.0 < a.2 && a.1 < b.3 && b.1 < a.3
+}
+
+#[test]
+fn intervals_stay_within_their_frame() {
+    let point = Point { name: "q2".into(), bits: 2.5, value: 0.02, range: Some((-0.01, 0.05)) };
+    let y = Axis::values(Kind::Divergence, &[point]);
+    assert_eq!(y.at(-0.01), FRAME.3);
+    assert!((FRAME.1..FRAME.3).contains(&y.at(0.05)) && y.at(0.05) < y.at(0.02));
 }
