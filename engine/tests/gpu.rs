@@ -276,13 +276,20 @@ fn what_does_not_fit_is_refused() {
 #[test]
 #[ignore = "the checked build of the executor takes minutes to compile; run with --ignored"]
 fn every_access_is_in_bounds_written_and_ordered() {
-    let machine = Machine::new(Simt::checked(), GIB, true);
     let source = fixture("qwen2");
     let host = on_host(&source, None);
-    let gpu = on_device(&source, "q2,window=0", None, &options(2), &machine);
-    let mut pair = Pair::new(gpu, &host);
-    pair.join(&text(9, 126), 512);
-    pair.join(&text(9, 20), 512);
-    (0..3).for_each(|_| pair.step());
-    eprintln!("checked: {:?}", pair.seen);
+    for spec in [
+        "q2,window=0",
+        "q2,evict=lagkv:0.5:lag=16",
+        "q8,evict=fastkv:0.3,tsp=0:0.5",
+        "f16,evict=h2o:0.3",
+    ] {
+        let machine = Machine::new(Simt::checked(), GIB, true);
+        let gpu = on_device(&source, spec, None, &options(2), &machine);
+        let mut pair = Pair::new(gpu, &host);
+        pair.join(&text(9, 126), 512);
+        pair.join(&text(9, 20), 512);
+        (0..3).for_each(|_| pair.step());
+        eprintln!("checked, {spec}: {:?}", pair.seen);
+    }
 }
