@@ -74,7 +74,8 @@ PRIM void multiply(const Columns& columns, int row, int column, int first, int s
         }
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            const uint32_t left[4] = {a[i].x, b[i].x, a[i].y, b[i].y}, right[4] = {a[i].z, b[i].z, a[i].w, b[i].w};
+            const uint32_t left[4] = {a[i].x, b[i].x, a[i].y, b[i].y},
+                           right[4] = {a[i].z, b[i].z, a[i].w, b[i].w};
 #pragma unroll
             for (int n = 0; n < TILES; n++) {
                 uint4 y = chunk_of(x[n], run + 4 * i + q, chunks, false);
@@ -99,7 +100,8 @@ template <int TILES> __global__ void __launch_bounds__(THREADS, 2) alone(const _
     multiply<TILES>(columns, row, column, 0, 1, c);
 #pragma unroll
     for (int i = 0; i < TILES * 4; i++)
-        store(columns, row + lane / 4 + i % 4 / 2 * 8, column + i / 4 * 8 + lane % 4 * 2 + i % 2, c[i / 4][i % 4]);
+        store(columns, row + lane / 4 + i % 4 / 2 * 8, column + i / 4 * 8 + lane % 4 * 2 + i % 2,
+              c[i / 4][i % 4]);
 }
 
 template <int TILES> __global__ void __launch_bounds__(THREADS, 2) shared(const __grid_constant__ Params p) {

@@ -6,8 +6,9 @@
 //           [S, H * G] f32. Query head h * G + g reads the elite keys of kv head h, and z as every head does
 // Layout    slabs of common/latent.cuh, found through a page table
 // Bytes     APPEND: a row read and written. ATTEND: every row once, q, q_elite and out -> kvw_lowrank_kv_bytes()
-// Launch    APPEND: grid (tiles of 16 tokens, S), 256 threads. ATTEND: grid (shares, groups of heads), 8 warps, with
-//           dynamic shared memory for one tile or two; then merge, grid (512 channels, H * G, S), 128 threads
+// Launch    APPEND: grid (tiles of 16 tokens, S), 256 threads. ATTEND: grid (shares, groups of heads), 8 warps; then
+//           merge, grid (512 channels, H * G, S), 128 threads. Dynamic shared memory for two tiles where the device has
+//           it, else for one, and rank is refused where that is too much: at c = 2048, r = 12, H = 32 175 KB or 97 KB
 // Workspace of each sequence where its parts begin and how many they are, then two blocks of partial rows a CTA
 // Order     deterministic: warps, then parts, are added in order
 // Oracle    src/lowrank_kv/oracle.rs
@@ -17,8 +18,8 @@
 //    ldmatrix.trans). All tokens of all its channels must lie there until the softmax is known, which is what limits a
 //    step to 16 tokens: 57 KB at c = 1792, two of them on sm_90.
 // 2. A warp owns channels, not tokens: c / 8 of them for Q K and for P V. What it needs of a tile it copies for itself;
-//    queries and outputs of its channels stay in registers (96 of each two for 16 heads at c = 2048: 64 and 128). Only
-//    scores cross warps: partial sums of 16 tokens by 8 warps, 8 KB at 16 heads, added in order between two barriers.
+//    queries and outputs of its channels stay in registers, 64 and 128 of a lane for 16 heads at c = 2048. Only scores
+//    cross warps: partial sums of 16 tokens by 8 warps, 8 KB at 16 heads, added in order between two barriers.
 // 3. Heads a CTA are what the f32 outputs allow: 32 up to c = 512, 16 up to 2048, 8 beyond. CTAs of the other groups of
 //    heads read the same tiles at the same time, from L2: at H = 32 and c = 1792 twice. So nothing needs a cluster,
 //    and no second pass over z: with c in chunks over four CTAs and scores summed in distributed shared memory z would
@@ -66,9 +67,9 @@ template <bool ONE> __global__ void __launch_bounds__(THREADS) append(const __gr
         bool ours = (slot >= start || KVW_FAULT(430)) && slot < len;
         if (column >= columns || !ours) continue;
         int64_t row = from + (slot - start);
-        const __half* x = column < of_z ? static_cast<const __half*>(p.z) + row * p.z_stride + column * COLUMN
-                                        : static_cast<const __half*>(p.k) + row * p.k_stride +
-                                              (column - of_z) * COLUMN;
+        const __half* x = column < of_z
+                              ? static_cast<const __half*>(p.z) + row * p.z_stride + column * COLUMN
+                              : static_cast<const __half*>(p.k) + row * p.k_stride + (column - of_z) * COLUMN;
         prim::stg128(to + column * COLUMN_BYTES + token * 16, prim::ldg128_stream(x));
     }
 }
@@ -82,8 +83,8 @@ PRIM int units_of(const Params& p, int s) {
 
 // One CTA's part of a sequence.
 template <int NT, int BLOCKS>
-PRIM void attend_piece(const Params& p, const Work& work, int head, LatentRing& ring, const Shared<NT>& shared,
-                       Attention<NT, BLOCKS>& a) {
+PRIM void attend_piece(const Params& p, const Work& work, int head, LatentRing& ring,
+                       const Shared<NT>& shared, Attention<NT, BLOCKS>& a) {
     int s = work.head, warp = int(threadIdx.x) / 32, end = work.unit + work.take() + KVW_FAULT(422);
     TileWalk walk(p.cache, s, work.unit * KVW_SLAB_TOKENS, min(end * KVW_SLAB_TOKENS, p.cache.lens[s]));
     const bool two = ring.stages == 2;
@@ -129,7 +130,9 @@ struct Parts {
 };
 
 // Partial rows lie behind the parts of all sequences.
-__host__ __device__ inline size_t parts_bytes(const Params& p) { return (size_t(p.cache.seqs) * 8 + 15) / 16 * 16; }
+__host__ __device__ inline size_t parts_bytes(const Params& p) {
+    return (size_t(p.cache.seqs) * 8 + 15) / 16 * 16;
+}
 
 // Partial rows of a group of heads in share `cta`; `begins`: of the sequence that begins there and goes on.
 PRIM float* block_of(const Plan& plan, int group, int cta, bool begins) {
@@ -145,7 +148,7 @@ struct Kept {
 };
 
 template <int NT, int BLOCKS>
-__global__ void __launch_bounds__(THREADS, NT * BLOCKS <= 8 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, NT* BLOCKS <= 8 ? 2 : 1)
     attend(const __grid_constant__ Plan plan) {
     KVW_DYN_SHARED(unsigned char, raw);
     const Params& p = plan.p;
@@ -189,8 +192,8 @@ __global__ void __launch_bounds__(THREADS, NT * BLOCKS <= 8 ? 2 : 1)
         else
             a.store(p, ring, block_of(plan, int(blockIdx.y), int(blockIdx.x), work.unit == 0));
         if (work.unit == 0 && blockIdx.y == 0 && threadIdx.x == 0)
-            static_cast<Parts*>(p.workspace)[work.head] = {work.first_cta(),
-                                                           whole ? 0 : work.last_cta() - work.first_cta() + 1};
+            static_cast<Parts*>(p.workspace)[work.head] = {
+                work.first_cta(), whole ? 0 : work.last_cta() - work.first_cta() + 1};
         work.advance(1, units);
     }
 }
@@ -219,11 +222,12 @@ int heads_of(const Params& p) {
 
 Plan plan_of(const Params& p) {
     Plan plan{p, heads_of(p), 0, 0, 0, 2, 0};
-    int ctas = p.ctas ? p.ctas : p.cache.rank <= 512 ? 264 : 132;
+    int ctas = p.ctas ? p.ctas : plan.heads * p.cache.rank <= 8192 ? 264 : 132; // two CTAs an SM, or one
     if (p.least == 0) plan.p.least = DEFAULT_LEAST;
     plan.groups = (p.q_heads + plan.heads - 1) / plan.heads;
     int64_t units = int64_t(p.cache.seqs) * p.max_slabs;
-    plan.shares = int(std::min<int64_t>(std::max(1, ctas / plan.groups), (units + plan.p.least - 1) / plan.p.least));
+    plan.shares =
+        int(std::min<int64_t>(std::max(1, ctas / plan.groups), (units + plan.p.least - 1) / plan.p.least));
     for (int head = 0; head < p.q_heads; head += plan.heads)
         plan.items = std::max(plan.items, count_items(p, head, plan.heads / 8));
     int blocks = (p.cache.rank / BLOCK_CHANNELS + LATENT_WARPS - 1) / LATENT_WARPS;
@@ -252,13 +256,15 @@ template <int NT, int BLOCKS> kvw_status launch_attend(Plan plan, kvw_stream str
     dim3 grid(unsigned(plan.shares), unsigned(plan.groups));
     KVW_TRY(KVW_LAUNCH((attend<NT, BLOCKS>), grid, THREADS, shared_bytes(plan), stream, plan));
     if (plan.shares == 1) return KVW_OK;
-    dim3 rows(unsigned((c.rank / 4 + MERGE_THREADS - 1) / MERGE_THREADS), unsigned(plan.p.q_heads), unsigned(c.seqs));
+    dim3 rows(unsigned((c.rank / 4 + MERGE_THREADS - 1) / MERGE_THREADS), unsigned(plan.p.q_heads),
+              unsigned(c.seqs));
     return KVW_LAUNCH(merge, rows, MERGE_THREADS, 0, stream, plan);
 }
 
 kvw_status launch_attend(const Plan& plan, kvw_stream stream) {
     int rank = plan.p.cache.rank;
-    if (plan.heads == 32) return rank <= 256 ? launch_attend<4, 2>(plan, stream) : launch_attend<4, 4>(plan, stream);
+    if (plan.heads == 32)
+        return rank <= 256 ? launch_attend<4, 2>(plan, stream) : launch_attend<4, 4>(plan, stream);
     if (plan.heads == 8) return launch_attend<1, 19>(plan, stream);
     if (rank <= 256) return launch_attend<2, 2>(plan, stream);
     if (rank <= 512) return launch_attend<2, 4>(plan, stream);
@@ -322,8 +328,8 @@ kvw_status kvw_lowrank_kv_check(const kvw_lowrank_kv_params* p) {
 }
 
 size_t kvw_lowrank_kv_workspace(const kvw_lowrank_kv_params* p) {
-    if (!p || p->struct_size != sizeof *p || p->op != KVW_LOWRANK_ATTEND || check_latent(p->cache) != KVW_OK ||
-        check_attend_numbers(*p) != KVW_OK)
+    if (!p || p->struct_size != sizeof *p || p->op != KVW_LOWRANK_ATTEND ||
+        check_latent(p->cache) != KVW_OK || check_attend_numbers(*p) != KVW_OK)
         return 0;
     Plan plan = plan_of(*p);
     size_t rows = size_t(plan.groups) * plan.shares * 2 * plan.heads;

@@ -48,7 +48,7 @@ typedef struct kvw_lowrank_kv_params {
     int32_t max_tokens;       /* APPEND: most new tokens of a sequence */
     int32_t q_heads;          /* ATTEND: H * G, at most 1024 */
     int32_t max_slabs;        /* ATTEND: bound on ceil(len / 64) */
-    int32_t ctas;             /* ATTEND: CTAs that share the work, to 4096; 0 = 132, 264 for ranks of 512 and less */
+    int32_t ctas;             /* ATTEND: CTAs that share the work, to 4096; 0 = what 132 SMs hold at once */
     int32_t least;            /* ATTEND: slabs a CTA takes at least, to 65536; 0 = 8 */
     float scale;              /* ATTEND: of a score, 1 / sqrt(D) */
 } kvw_lowrank_kv_params;

@@ -382,7 +382,7 @@ pub struct kvw_kv_pack_params {
     pub struct_size: u32,
     #[doc = " KVW_PACK_*"]
     pub op: i32,
-    #[doc = " APPEND, FILL: lens already count the new tokens. APPEND, FLUSH: packed is null"]
+    #[doc = " APPEND, FILL: lens already count the new tokens; packed is null or, APPEND without\nkivi_exact, what was in the table before, FILL: as after it. FLUSH: packed is null"]
     pub cache: kvw_cache,
     #[doc = " [T, H, D] of dtype, T = S in APPEND; not read by FLUSH"]
     pub k: *const ::core::ffi::c_void,
@@ -662,7 +662,7 @@ pub struct kvw_lowrank_kv_params {
     pub q_heads: i32,
     #[doc = " ATTEND: bound on ceil(len / 64)"]
     pub max_slabs: i32,
-    #[doc = " ATTEND: CTAs that share the work, to 4096; 0 = 132, 264 for ranks of 512 and less"]
+    #[doc = " ATTEND: CTAs that share the work, to 4096; 0 = what 132 SMs hold at once"]
     pub ctas: i32,
     #[doc = " ATTEND: slabs a CTA takes at least, to 65536; 0 = 8"]
     pub least: i32,

@@ -242,7 +242,8 @@ fn faults_are_caught() {
     assert_caught(420, "the last warp's channels are lost", &plain);
     assert_caught(421, "the last part is lost in the merge", &cut);
     assert_caught(422, "a slab at a cut is taken twice", &cut);
-    assert_caught(423, "both parts of a CTA go to one place", &cut);
+    let across = with(Case { lens: vec![300, 290], ctas: 3, ..case() });
+    assert_caught(423, "both parts of a CTA go to one place", across);
     let two = with(Case { lens: vec![70, 200], hopper: true, ..case() });
     assert_caught(425, "a bulk copy follows stores without a fence between the proxies", &two);
     assert_caught(426, "every round of the ring waits for the first one's phase", &hopper);

@@ -27,11 +27,13 @@ template <int NT> struct Shared {
 
 template <int NT, int BLOCKS> struct Attention {
     static constexpr int HEADS = 8 * NT;
-    static constexpr int CHAINS = NT <= 2 && NT * BLOCKS <= 19 ? 2 : 1; // of mma into one score, if registers allow
+    static constexpr int CHAINS =
+        NT <= 2 && NT * BLOCKS <= 19 ? 2 : 1; // of mma into one score, if registers allow
 
     uint2 q[BLOCKS][NT];    // B fragments of this warp's channels, column r
     float o[BLOCKS][NT][4]; // C fragments: channels 16 i + r, + 8, heads 8 n + 2 t, + 1
-    float m[NT], l[NT];     // head 8 n + r: largest score, base 2, rounded up to a whole number; this lane's sum of p
+    float m[NT],
+        l[NT]; // head 8 n + r: largest score, base 2, rounded up to a whole number; this lane's sum of p
     int r, t;
 
     PRIM void begin(const Lowrank& p, int s, int head, const LatentRing& ring) {
@@ -78,7 +80,8 @@ template <int NT, int BLOCKS> struct Attention {
 #pragma unroll
         for (int i = 0; i < NT * 4; i++) {
             int head = 8 * (i / 4) + 2 * t + i % 2, token = r + i % 4 / 2 * 8;
-            part[head * PITCH + token] = s[0][i / 4][i % 4] + (CHAINS == 2 ? s[CHAINS - 1][i / 4][i % 4] : 0.f);
+            part[head * PITCH + token] =
+                s[0][i / 4][i % 4] + (CHAINS == 2 ? s[CHAINS - 1][i / 4][i % 4] : 0.f);
         }
     }
 
@@ -199,7 +202,8 @@ template <int NT> PRIM void elite_words(const Lowrank& p, int s, int head, const
     for (int i = int(threadIdx.x); i < *shared.count * 32; i += 32 * LATENT_WARPS) {
         Item& item = shared.items[i / 32];
         int r = i % 32 / 4, t = i % 4, h = head + 8 * item.tile() + r, kv = h / group * !KVW_FAULT(419);
-        const __half* q = static_cast<const __half*>(p.q_elite) + s * p.q_elite_stride + int64_t(h) * p.head_stride;
+        const __half* q =
+            static_cast<const __half*>(p.q_elite) + s * p.q_elite_stride + int64_t(h) * p.head_stride;
         uint32_t word[2];
 #pragma unroll
         for (int side = 0; side < 2; side++) {

@@ -27,8 +27,8 @@ struct EliteColumns {
     __host__ __device__ int items() const { return (hi - lo + 1) / 2; }
 };
 
-// Two columns of elite keys, the tile of query heads that meets them, and their queries. The last column of a row may be
-// alone: then the one before it is read too, and does not count.
+// Two columns of elite keys, the tile of query heads that meets them, and their queries. The last column of a row may
+// be alone: then the one before it is read too, and does not count.
 struct Item {
     int packed, unused;
     uint2 words[32]; // B fragments, a lane each
@@ -67,7 +67,8 @@ struct TileWalk {
     int s, token, until;
     uint32_t mine;
 
-    PRIM TileWalk(const kvw_latent& cache, int seq, int from, int to) : c(cache), s(seq), token(from), until(to) {
+    PRIM TileWalk(const kvw_latent& cache, int seq, int from, int to)
+        : c(cache), s(seq), token(from), until(to) {
         load();
     }
 
@@ -100,15 +101,19 @@ struct LatentRing {
     static constexpr int HEADER = 128; // mbarriers
 
     unsigned char* base;
-    int bytes, stages;   // of a buffer; buffers
-    int first, count;    // blocks of z
-    const Item* items;   // this warp's, LATENT_WARPS apart
+    int bytes, stages; // of a buffer; buffers
+    int first, count;  // blocks of z
+    const Item* items; // this warp's, LATENT_WARPS apart
     int item_count;
     unsigned taken = 0; // tiles
 
     PRIM unsigned char* buffer(unsigned i) const { return base + HEADER + (stages == 2 ? i % 2 : 0) * bytes; }
-    PRIM uint64_t* full(unsigned i) const { return reinterpret_cast<uint64_t*>(base) + (stages == 2 ? i % 2 : 0); }
-    PRIM unsigned char* elite(unsigned char* buffer, int i) const { return buffer + (count + i) * BLOCK_BYTES; }
+    PRIM uint64_t* full(unsigned i) const {
+        return reinterpret_cast<uint64_t*>(base) + (stages == 2 ? i % 2 : 0);
+    }
+    PRIM unsigned char* elite(unsigned char* buffer, int i) const {
+        return buffer + (count + i) * BLOCK_BYTES;
+    }
     PRIM int column(int i) const { return items[i * LATENT_WARPS].column(); }
 
     PRIM void init() const {
@@ -119,8 +124,8 @@ struct LatentRing {
         __syncwarp();
     }
 
-    // Starts the copy of a tile, `ahead` after the next to be taken; null counts too, and no other follows it before all
-    // are taken. All lanes are through with the buffer.
+    // Starts the copy of a tile, `ahead` after the next to be taken; null counts too, and no other follows it before
+    // all are taken. All lanes are through with the buffer.
     PRIM void fetch(const unsigned char* tile, int ahead) const {
         unsigned i = taken + ahead;
         int lane = int(threadIdx.x) % 32;
@@ -139,8 +144,7 @@ struct LatentRing {
 #pragma unroll 1
             for (int at = 16 * lane; at < count * BLOCK_BYTES; at += 512) prim::cp_async16(to + at, z + at);
 #pragma unroll 1
-#pragma unroll 1
-        for (int k = 0; k < item_count; k++)
+            for (int k = 0; k < item_count; k++)
                 prim::cp_async16(elite(to, k) + 16 * lane, tile + column(k) * COLUMN_BYTES + 16 * lane);
         }
         prim::cp_async_commit();
