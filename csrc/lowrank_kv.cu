@@ -146,6 +146,8 @@ struct Kept {
     Work work;
     int first;
 };
+constexpr size_t STATIC_BYTES = 512; // of attend's shared memory, at most
+static_assert(LATENT_WARPS * sizeof(Kept) + sizeof(int) <= STATIC_BYTES);
 
 template <int NT, int BLOCKS>
 __global__ void __launch_bounds__(THREADS, NT* BLOCKS <= 8 ? 2 : 1)
@@ -245,8 +247,9 @@ kvw_status fit(Plan& plan) {
     int device = 0, most = 0;
     KVW_TRY(status_of(cudaGetDevice(&device)));
     KVW_TRY(status_of(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
-    if (shared_bytes(plan) > size_t(most)) plan.stages = 1;
-    KVW_REQUIRE(shared_bytes(plan) <= size_t(most), SHAPE, rank);
+    const size_t room = size_t(most) - STATIC_BYTES;
+    if (shared_bytes(plan) > room) plan.stages = 1;
+    KVW_REQUIRE(shared_bytes(plan) <= room, SHAPE, rank);
     return KVW_OK;
 }
 
