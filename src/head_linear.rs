@@ -1,13 +1,15 @@
 //! A matrix for each kv head times rows of its query heads: latent queries out of queries, heads out of latent sums.
 
 use crate::error::{Error, Result};
-use crate::simd::{Level, leveled};
+use crate::lanes::{self, Kernel, Lanes};
+use crate::simd::Level;
 use crate::threads::Team;
 use half::f16;
-use half::slice::HalfFloatSliceExt;
-use std::cell::RefCell;
 
 const OP: &str = "head_linear";
+/// Rows that a worker takes at a time, and those whose sums are in registers together.
+const ROWS: usize = 16;
+const AT_ONCE: usize = 4;
 
 /// The matrices, `[H, rows, cols]`.
 #[derive(Debug, Clone, Copy)]
@@ -69,8 +71,6 @@ pub fn oracle(weights: &Weights<'_>, x: &[f32], y: &mut [f64]) -> Result<()> {
 /// # Errors
 /// [`Error::Len`] where the sizes do not fit.
 pub fn cpu(team: &Team, weights: &Weights<'_>, x: &[f32], y: &mut [f32]) -> Result<()> {
-    /// Rows that a worker takes at a time.
-    const ROWS: usize = 16;
     let group = weights.group(x.len(), y.len())?;
     let (level, pieces) = (Level::detect(), weights.rows.div_ceil(ROWS));
     // [H][pieces][G][ROWS], so that a worker owns what it writes.
@@ -78,9 +78,10 @@ pub fn cpu(team: &Team, weights: &Weights<'_>, x: &[f32], y: &mut [f32]) -> Resu
     team.each_chunk(&mut sums, group * ROWS, |i, sums| {
         let (head, first) = (i / pieces, i % pieces * ROWS);
         let x = &x[head * group * weights.cols..][..group * weights.cols];
-        for row in first..weights.rows.min(first + ROWS) {
-            multiply(level, weights.row(head, row), x, &mut sums[row - first..]);
-        }
+        let rows = weights.rows.min(first + ROWS) - first;
+        let at = (head * weights.rows + first) * weights.cols;
+        let rows = &weights.data[at..][..rows * weights.cols];
+        lanes::dispatch(level, Piece { rows, cols: weights.cols, x, sums });
     });
     for (q_head, y) in y.chunks_exact_mut(weights.rows).enumerate() {
         for (piece, y) in y.chunks_mut(ROWS).enumerate() {
@@ -91,40 +92,52 @@ pub fn cpu(team: &Team, weights: &Weights<'_>, x: &[f32], y: &mut [f32]) -> Resu
     Ok(())
 }
 
-leveled! {
-    /// Dot products of a row with each of `x` `[G, cols]`, into every 16th of `sums`.
-    fn multiply(row: &[f16], x: &[f32], sums: &mut [f32]) = dots;
+/// Rows of a matrix, and what of `x` `[G, cols]` meets them: their products go to `sums` `[G, ROWS]`.
+struct Piece<'a> {
+    rows: &'a [f16],
+    cols: usize,
+    x: &'a [f32],
+    sums: &'a mut [f32],
 }
 
-#[inline(always)]
-fn dots(row: &[f16], x: &[f32], sums: &mut [f32]) {
-    thread_local! {
-        static WIDE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    }
-    WIDE.with(|wide| {
-        let mut wide = wide.borrow_mut();
-        wide.resize(row.len(), 0.0);
-        row.convert_to_f32_slice(&mut wide);
-        for (x, sum) in x.chunks_exact(row.len()).zip(sums.iter_mut().step_by(16)) {
-            *sum = dot(&wide, x);
+impl Kernel for Piece<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, l: L) {
+        for (i, rows) in self.rows.chunks(AT_ONCE * self.cols).enumerate() {
+            let sums = &mut self.sums[AT_ONCE * i..];
+            if rows.len() == AT_ONCE * self.cols {
+                dots::<L, AT_ONCE>(l, rows, self.x, sums);
+                continue;
+            }
+            for (n, row) in rows.chunks_exact(self.cols).enumerate() {
+                dots::<L, 1>(l, row, self.x, &mut sums[n..]);
+            }
         }
+    }
+}
+
+/// `N` rows with each of `x`.
+#[inline(always)]
+fn dots<L: Lanes, const N: usize>(l: L, rows: &[f16], x: &[f32], sums: &mut [f32]) {
+    let cols = rows.len() / N;
+    let wide: [&[[u8; 32]]; N] = std::array::from_fn(|n| {
+        bytemuck::cast_slice::<f16, u8>(&rows[n * cols..][..cols]).as_chunks().0
     });
-}
-
-/// Sixteen running sums, so that the loop vectorises and the rounding error stays small.
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0; 16];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..16 {
-            sums[i] += a[i] * b[i];
+    for (x, sums) in x.chunks_exact(cols).zip(sums.chunks_mut(ROWS)) {
+        let (whole, rest) = x.as_chunks::<16>();
+        let mut acc = [l.splat(0.0); N];
+        for (j, x) in whole.iter().enumerate() {
+            let x = l.get(x);
+            for (acc, row) in acc.iter_mut().zip(&wide) {
+                *acc = l.fma(l.half(&row[j]), x, *acc);
+            }
+        }
+        for (n, (sum, acc)) in sums.iter_mut().zip(acc).enumerate() {
+            let row = &rows[n * cols + 16 * whole.len()..][..rest.len()];
+            let tail: f32 = row.iter().zip(rest).map(|(w, x)| w.to_f32() * x).sum();
+            *sum = l.sum(acc) + tail;
         }
     }
-    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        sums[i] += a * b;
-    }
-    sums.iter().sum()
 }
 
 #[cfg(kvw_cuda)]
