@@ -13,6 +13,7 @@ mod gpu;
 mod kv_gather;
 mod kv_pack;
 mod linear;
+mod lowrank_kv;
 mod paged_attn;
 mod plot;
 mod prefill_attn;
@@ -84,6 +85,7 @@ fn main() -> Result<()> {
     kv_gather::run(&mut cpu);
     kv_pack::run(&mut cpu);
     linear::run(&mut cpu);
+    lowrank_kv::run(&mut cpu);
     paged_attn::run(&mut cpu);
     prefill_attn::run(&mut cpu);
     sim_evict::run(&mut cpu);

@@ -22,9 +22,11 @@ KVW_API kvw_status kvw_device_count(int32_t *count);
 #include "slab.h"
 
 #include "embed.h"
+#include "head_linear.h"
 #include "kv_gather.h"
 #include "kv_pack.h"
 #include "linear.h"
+#include "lowrank_kv.h"
 #include "page_table.h"
 #include "paged_attn.h"
 #include "prefill_attn.h"

@@ -3,11 +3,12 @@
 // Math      pair i = channels (a, b): angle = f32(position * inv_freq[i]); out = (a cos - b sin, a sin +
 //           b cos), beyond the range of f16 +-65504. With hadamard, that head times the orthonormal Hadamard matrix
 //           of D before it is rounded, additions in the order of src/hadamard.rs::keys; D = 96: three of 32 mixed
-//           by the reflection 1 - 2/3
+//           by the reflection 1 - 2/3. With lists: elements (i, r + i) of a head, by inv_freq[pairs[list of the head, i]]
 // Shapes    x, out [T, heads, D] f16 with a stride between tokens, the last rest_heads of out's heads in rest;
 //           positions [T]; inv_freq [D / 2]
 // Layout    pair i = (2i, 2i + 1) interleaved, (i, i + D / 2) half
-// Bytes     x once, out once, 4 a position, 2 D of frequencies -> kvw_rope_select_bytes()
+// Bytes     x once, out once, 4 a position, 2 D of frequencies; with lists only what turns, and what is copied where out
+//           is not x -> kvw_rope_select_bytes()
 // Launch    a CTA of 256 threads a token, 1 KB of shared memory; with hadamard a warp takes a head
 // Workspace none
 // Order     deterministic; every element is written by the thread that read it, with hadamard by the warp that has
@@ -21,7 +22,9 @@
 // 3. Queries and keys of a fused projection lie side by side, so one launch turns both: x its first query head, heads
 //    their sum, x_stride the whole row. Attention wants dense queries: rest leaves the keys in their rows. Predicted to
 //    save 2 us a layer against a launch for each, the gap between two launches and the floor of a small one.
-// 4. With hadamard lane l has channels 32 i + l: five stages by shuffles, the others within the lane (common/turn.cuh).
+// 4. With lists a thread turns one pair: a few hundred a token, and their sines are gathered from those of all pairs.
+//    Queries lie in place, so that what does not turn is not touched; those of a decoded token are 32 D elements.
+// 5. With hadamard lane l has channels 32 i + l: five stages by shuffles, the others within the lane (common/turn.cuh).
 #include "rope_select.h"
 #include "common/check.cuh"
 #include "common/launch.cuh"
@@ -86,6 +89,41 @@ __global__ void __launch_bounds__(THREADS) rope(const __grid_constant__ kvw_rope
     }
 }
 
+// ---- listed pairs alone
+
+__global__ void __launch_bounds__(THREADS) elite(const __grid_constant__ kvw_rope_select_params p) {
+    KVW_SHARED(float, sin, kvw::ROPE_MAX_D / 2);
+    KVW_SHARED(float, cos, kvw::ROPE_MAX_D / 2);
+    int token = int(blockIdx.x), own = p.heads - p.rest_heads, r = p.elite, d = p.head_dim;
+    for (int i = int(threadIdx.x); i < d / 2; i += THREADS) {
+        float s, c;
+        kvw::sin_cos(__fmul_rn(float(p.positions[token]), p.inv_freq[i]), s, c);
+        sin[i] = s;
+        cos[i] = c;
+    }
+    if (!KVW_FAULT(305)) __syncthreads();
+    const __half* in = static_cast<const __half*>(p.x) + token * p.x_stride;
+    __half *out = static_cast<__half*>(p.out) + token * p.out_stride,
+           *rest = static_cast<__half*>(p.rest) + token * p.rest_stride;
+    for (int n = int(threadIdx.x); n < p.heads * r; n += THREADS) {
+        int head = n / r, i = n % r, left = head - own;
+        int list = left < 0 ? head * p.lists / own : left * p.lists / p.rest_heads, at = head * d;
+        if (left >= 0) at = own * d + left * 2 * r;
+        int pair = KVW_FAULT(306) ? i : p.pairs[list * r + i];
+        float a = __half2float(in[at + i]), b = __half2float(in[at + r + i]);
+        kvw::rotate(a, b, sin[pair], cos[pair]);
+        __half* to = left < 0 ? out + head * d : rest + left * 2 * r;
+        to[i] = kvw::half_saturated(a);
+        to[r + i] = kvw::half_saturated(b);
+    }
+    if (p.out == p.x || KVW_FAULT(307)) return;
+    int others = d - 2 * r;
+    for (int n = int(threadIdx.x); n < own * others; n += THREADS) {
+        int at = n / others * d + 2 * r + n % others;
+        out[at] = in[at];
+    }
+}
+
 // ---- and the Hadamard matrix
 
 template <int D>
@@ -115,6 +153,25 @@ __global__ void __launch_bounds__(THREADS) hadamard(const __grid_constant__ kvw_
     }
 }
 
+// Elements of a token's row of x, and of a rest head.
+int64_t rest_dim(const kvw_rope_select_params& p) { return p.pairs ? 2 * p.elite : p.head_dim; }
+int64_t row_of(const kvw_rope_select_params& p) {
+    return int64_t(p.heads - p.rest_heads) * p.head_dim + p.rest_heads * rest_dim(p);
+}
+
+kvw_status check_lists(const kvw_rope_select_params& p) {
+    KVW_OPTIONAL(p, pairs);
+    KVW_REQUIRE(!p.pairs == (p.elite == 0), SHAPE, elite);
+    KVW_REQUIRE(!p.pairs == (p.lists == 0), SHAPE, lists);
+    if (!p.pairs) return KVW_OK;
+    KVW_REQUIRE(p.pairing == KVW_ROPE_HALF, SHAPE, pairing);
+    KVW_REQUIRE(p.hadamard == 0, SHAPE, hadamard);
+    KVW_REQUIRE(p.elite >= 1 && p.elite <= p.head_dim / 2, SHAPE, elite);
+    KVW_REQUIRE(p.lists >= 1 && (p.heads - p.rest_heads) % p.lists == 0, SHAPE, lists);
+    KVW_REQUIRE(p.rest_heads % p.lists == 0, SHAPE, rest_heads);
+    return KVW_OK;
+}
+
 } // namespace
 
 kvw_status kvw_rope_select_check(const kvw_rope_select_params* p) {
@@ -134,8 +191,9 @@ kvw_status kvw_rope_select_check(const kvw_rope_select_params* p) {
     KVW_OPTIONAL(*p, rest);
     KVW_REQUIRE(p->rest_heads >= 0 && p->rest_heads < p->heads, SHAPE, rest_heads);
     KVW_REQUIRE(!p->rest == (p->rest_heads == 0), NULL, rest);
-    KVW_REQUIRE(p->rest_stride >= int64_t(p->rest_heads) * d, SHAPE, rest_stride);
-    KVW_REQUIRE(p->x_stride >= int64_t(p->heads) * d, SHAPE, x_stride);
+    KVW_TRY(check_lists(*p));
+    KVW_REQUIRE(p->rest_stride >= p->rest_heads * rest_dim(*p), SHAPE, rest_stride);
+    KVW_REQUIRE(p->x_stride >= row_of(*p), SHAPE, x_stride);
     KVW_REQUIRE(p->out_stride >= int64_t(p->heads - p->rest_heads) * d, SHAPE, out_stride);
     KVW_REQUIRE(p->x != p->out || p->x_stride == p->out_stride, SHAPE, out_stride);
     return KVW_OK;
@@ -145,7 +203,12 @@ size_t kvw_rope_select_workspace(const kvw_rope_select_params*) { return 0; }
 
 size_t kvw_rope_select_bytes(const kvw_rope_select_params* p) {
     if (kvw_rope_select_check(p) != KVW_OK) return 0;
-    return size_t(p->tokens) * (size_t(p->heads) * p->head_dim * 4 + 4) + size_t(p->head_dim) * 2;
+    size_t fixed = size_t(p->head_dim) * 2, row = size_t(row_of(*p));
+    if (p->pairs) {
+        fixed += size_t(p->lists) * p->elite;
+        if (p->x == p->out) row = size_t(p->heads) * 2 * p->elite;
+    }
+    return size_t(p->tokens) * (row * 4 + 4) + fixed;
 }
 
 kvw_status kvw_rope_select(const kvw_rope_select_params* p, kvw_stream stream) {
@@ -153,6 +216,7 @@ kvw_status kvw_rope_select(const kvw_rope_select_params* p, kvw_stream stream) {
     bool half = p->pairing == KVW_ROPE_HALF;
     bool wide = (p->head_dim | p->x_stride | p->out_stride | p->rest_stride) % 8 == 0;
     dim3 grid(unsigned(p->tokens));
+    if (p->pairs) return KVW_LAUNCH(elite, grid, THREADS, 0, stream, *p);
     if (p->hadamard) {
         switch (p->head_dim) {
         case 64: return KVW_LAUNCH((hadamard<64>), grid, THREADS, 0, stream, *p);

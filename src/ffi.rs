@@ -33,6 +33,9 @@ pub const KVW_ENTRY_HOLE: i64 = 4294967295;
 pub const KVW_PACK_APPEND: i32 = 0;
 pub const KVW_PACK_FILL: i32 = 1;
 pub const KVW_PACK_FLUSH: i32 = 2;
+pub const KVW_LOWRANK_APPEND: i32 = 0;
+pub const KVW_LOWRANK_ATTEND: i32 = 1;
+pub const KVW_LATENT_MOST: i32 = 2432;
 pub const KVW_PAGED_ATTN_TICKETS: i32 = 16384;
 pub const KVW_ROPE_INTERLEAVED: i32 = 0;
 pub const KVW_ROPE_HALF: i32 = 1;
@@ -222,6 +225,84 @@ unsafe extern "C" {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct kvw_head_linear_params {
+    #[doc = " sizeof(kvw_head_linear_params)"]
+    pub struct_size: u32,
+    #[doc = " T"]
+    pub tokens: i32,
+    #[doc = " [H, rows, cols] f16"]
+    pub weight: *const ::core::ffi::c_void,
+    #[doc = " T rows of x_stride elements, H * G heads of each head_stride apart, cols read; f16"]
+    pub x: *const ::core::ffi::c_void,
+    #[doc = " [T, H * G, rows] f16"]
+    pub y: *mut ::core::ffi::c_void,
+    #[doc = " a multiple of 8"]
+    pub x_stride: i64,
+    #[doc = " a multiple of 8"]
+    pub x_head_stride: i32,
+    #[doc = " H"]
+    pub kv_heads: i32,
+    #[doc = " H * G"]
+    pub q_heads: i32,
+    pub rows: i32,
+    #[doc = " a multiple of 8"]
+    pub cols: i32,
+    #[doc = " 0"]
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of kvw_head_linear_params"][::core::mem::size_of::<kvw_head_linear_params>() - 64usize];
+    ["Alignment of kvw_head_linear_params"]
+        [::core::mem::align_of::<kvw_head_linear_params>() - 8usize];
+    ["Offset of field: kvw_head_linear_params::struct_size"]
+        [::core::mem::offset_of!(kvw_head_linear_params, struct_size) - 0usize];
+    ["Offset of field: kvw_head_linear_params::tokens"]
+        [::core::mem::offset_of!(kvw_head_linear_params, tokens) - 4usize];
+    ["Offset of field: kvw_head_linear_params::weight"]
+        [::core::mem::offset_of!(kvw_head_linear_params, weight) - 8usize];
+    ["Offset of field: kvw_head_linear_params::x"]
+        [::core::mem::offset_of!(kvw_head_linear_params, x) - 16usize];
+    ["Offset of field: kvw_head_linear_params::y"]
+        [::core::mem::offset_of!(kvw_head_linear_params, y) - 24usize];
+    ["Offset of field: kvw_head_linear_params::x_stride"]
+        [::core::mem::offset_of!(kvw_head_linear_params, x_stride) - 32usize];
+    ["Offset of field: kvw_head_linear_params::x_head_stride"]
+        [::core::mem::offset_of!(kvw_head_linear_params, x_head_stride) - 40usize];
+    ["Offset of field: kvw_head_linear_params::kv_heads"]
+        [::core::mem::offset_of!(kvw_head_linear_params, kv_heads) - 44usize];
+    ["Offset of field: kvw_head_linear_params::q_heads"]
+        [::core::mem::offset_of!(kvw_head_linear_params, q_heads) - 48usize];
+    ["Offset of field: kvw_head_linear_params::rows"]
+        [::core::mem::offset_of!(kvw_head_linear_params, rows) - 52usize];
+    ["Offset of field: kvw_head_linear_params::cols"]
+        [::core::mem::offset_of!(kvw_head_linear_params, cols) - 56usize];
+    ["Offset of field: kvw_head_linear_params::reserved"]
+        [::core::mem::offset_of!(kvw_head_linear_params, reserved) - 60usize];
+};
+impl Default for kvw_head_linear_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+unsafe extern "C" {
+    pub fn kvw_head_linear_check(p: *const kvw_head_linear_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_head_linear_workspace(p: *const kvw_head_linear_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_head_linear_bytes(p: *const kvw_head_linear_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_head_linear(p: *const kvw_head_linear_params, stream: kvw_stream) -> kvw_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct kvw_kv_gather_params {
     #[doc = " sizeof(kvw_kv_gather_params)"]
     pub struct_size: u32,
@@ -301,7 +382,7 @@ pub struct kvw_kv_pack_params {
     pub struct_size: u32,
     #[doc = " KVW_PACK_*"]
     pub op: i32,
-    #[doc = " APPEND, FILL: lens already count the new tokens. APPEND, FLUSH: packed is null"]
+    #[doc = " APPEND, FILL: lens already count the new tokens; packed is null or, APPEND without\nkivi_exact, what was in the table before, FILL: as after it. FLUSH: packed is null"]
     pub cache: kvw_cache,
     #[doc = " [T, H, D] of dtype, T = S in APPEND; not read by FLUSH"]
     pub k: *const ::core::ffi::c_void,
@@ -491,6 +572,179 @@ unsafe extern "C" {
 }
 unsafe extern "C" {
     pub fn kvw_linear(p: *const kvw_linear_params, stream: kvw_stream) -> kvw_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct kvw_latent {
+    #[doc = " [slabs][kvw_latent_slab_bytes]"]
+    pub pool: *mut ::core::ffi::c_void,
+    #[doc = " [S, table_stride] slab index in pool; of any format but KVW_SLAB_F16: a hole"]
+    pub table: *const u32,
+    #[doc = " [S] tokens held, new ones included"]
+    pub lens: *const i32,
+    #[doc = " S >= 1"]
+    pub seqs: i32,
+    #[doc = " H >= 1"]
+    pub kv_heads: i32,
+    #[doc = " r elite pairs a head, 1 to 64, r * H a multiple of 4"]
+    pub pairs: i32,
+    #[doc = " c, a multiple of 16 from 128 to KVW_LATENT_MOST"]
+    pub rank: i32,
+    #[doc = " entries a row"]
+    pub table_stride: i32,
+    #[doc = " 0"]
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of kvw_latent"][::core::mem::size_of::<kvw_latent>() - 48usize];
+    ["Alignment of kvw_latent"][::core::mem::align_of::<kvw_latent>() - 8usize];
+    ["Offset of field: kvw_latent::pool"][::core::mem::offset_of!(kvw_latent, pool) - 0usize];
+    ["Offset of field: kvw_latent::table"][::core::mem::offset_of!(kvw_latent, table) - 8usize];
+    ["Offset of field: kvw_latent::lens"][::core::mem::offset_of!(kvw_latent, lens) - 16usize];
+    ["Offset of field: kvw_latent::seqs"][::core::mem::offset_of!(kvw_latent, seqs) - 24usize];
+    ["Offset of field: kvw_latent::kv_heads"]
+        [::core::mem::offset_of!(kvw_latent, kv_heads) - 28usize];
+    ["Offset of field: kvw_latent::pairs"][::core::mem::offset_of!(kvw_latent, pairs) - 32usize];
+    ["Offset of field: kvw_latent::rank"][::core::mem::offset_of!(kvw_latent, rank) - 36usize];
+    ["Offset of field: kvw_latent::table_stride"]
+        [::core::mem::offset_of!(kvw_latent, table_stride) - 40usize];
+    ["Offset of field: kvw_latent::reserved"]
+        [::core::mem::offset_of!(kvw_latent, reserved) - 44usize];
+};
+impl Default for kvw_latent {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct kvw_lowrank_kv_params {
+    #[doc = " sizeof(kvw_lowrank_kv_params)"]
+    pub struct_size: u32,
+    #[doc = " KVW_LOWRANK_*"]
+    pub op: i32,
+    pub cache: kvw_latent,
+    #[doc = " APPEND: [T, c] f16"]
+    pub z: *const ::core::ffi::c_void,
+    #[doc = " APPEND: [T, H, 2 r] f16, rotated"]
+    pub k: *const ::core::ffi::c_void,
+    #[doc = " APPEND: [S + 1] first row of each sequence, at slots len - n ..; null: one row each"]
+    pub cu_tokens: *const i32,
+    #[doc = " ATTEND: [S, H * G, c] f16, latent queries"]
+    pub q: *const ::core::ffi::c_void,
+    #[doc = " ATTEND: 2 r rotated elements a query head, f16"]
+    pub q_elite: *const ::core::ffi::c_void,
+    #[doc = " ATTEND: [S, H * G, c] f16, sums of p * z; zeros where there are no tokens"]
+    pub out: *mut ::core::ffi::c_void,
+    #[doc = " ATTEND: [S, H * G] natural-log sum of exponentials, or null; -inf where no tokens"]
+    pub lse: *mut f32,
+    #[doc = " ATTEND: kvw_lowrank_kv_workspace() bytes, not for two calls at the same time"]
+    pub workspace: *mut ::core::ffi::c_void,
+    pub workspace_bytes: usize,
+    #[doc = " elements between tokens of z, a multiple of 8"]
+    pub z_stride: i64,
+    #[doc = " elements between tokens of k, a multiple of 8"]
+    pub k_stride: i64,
+    #[doc = " elements between sequences of q_elite, even"]
+    pub q_elite_stride: i64,
+    #[doc = " elements between heads of q_elite, even: D where they lie in the queries"]
+    pub head_stride: i32,
+    #[doc = " APPEND: T"]
+    pub tokens: i32,
+    #[doc = " APPEND: most new tokens of a sequence"]
+    pub max_tokens: i32,
+    #[doc = " ATTEND: H * G, at most 1024"]
+    pub q_heads: i32,
+    #[doc = " ATTEND: bound on ceil(len / 64)"]
+    pub max_slabs: i32,
+    #[doc = " ATTEND: CTAs that share the work, to 4096; 0 = what 132 SMs hold at once"]
+    pub ctas: i32,
+    #[doc = " ATTEND: slabs a CTA takes at least, to 65536; 0 = 8"]
+    pub least: i32,
+    #[doc = " ATTEND: of a score, 1 / sqrt(D)"]
+    pub scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of kvw_lowrank_kv_params"][::core::mem::size_of::<kvw_lowrank_kv_params>() - 184usize];
+    ["Alignment of kvw_lowrank_kv_params"]
+        [::core::mem::align_of::<kvw_lowrank_kv_params>() - 8usize];
+    ["Offset of field: kvw_lowrank_kv_params::struct_size"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, struct_size) - 0usize];
+    ["Offset of field: kvw_lowrank_kv_params::op"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, op) - 4usize];
+    ["Offset of field: kvw_lowrank_kv_params::cache"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, cache) - 8usize];
+    ["Offset of field: kvw_lowrank_kv_params::z"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, z) - 56usize];
+    ["Offset of field: kvw_lowrank_kv_params::k"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, k) - 64usize];
+    ["Offset of field: kvw_lowrank_kv_params::cu_tokens"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, cu_tokens) - 72usize];
+    ["Offset of field: kvw_lowrank_kv_params::q"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q) - 80usize];
+    ["Offset of field: kvw_lowrank_kv_params::q_elite"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_elite) - 88usize];
+    ["Offset of field: kvw_lowrank_kv_params::out"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, out) - 96usize];
+    ["Offset of field: kvw_lowrank_kv_params::lse"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, lse) - 104usize];
+    ["Offset of field: kvw_lowrank_kv_params::workspace"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, workspace) - 112usize];
+    ["Offset of field: kvw_lowrank_kv_params::workspace_bytes"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, workspace_bytes) - 120usize];
+    ["Offset of field: kvw_lowrank_kv_params::z_stride"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, z_stride) - 128usize];
+    ["Offset of field: kvw_lowrank_kv_params::k_stride"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, k_stride) - 136usize];
+    ["Offset of field: kvw_lowrank_kv_params::q_elite_stride"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_elite_stride) - 144usize];
+    ["Offset of field: kvw_lowrank_kv_params::head_stride"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, head_stride) - 152usize];
+    ["Offset of field: kvw_lowrank_kv_params::tokens"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, tokens) - 156usize];
+    ["Offset of field: kvw_lowrank_kv_params::max_tokens"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, max_tokens) - 160usize];
+    ["Offset of field: kvw_lowrank_kv_params::q_heads"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_heads) - 164usize];
+    ["Offset of field: kvw_lowrank_kv_params::max_slabs"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, max_slabs) - 168usize];
+    ["Offset of field: kvw_lowrank_kv_params::ctas"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, ctas) - 172usize];
+    ["Offset of field: kvw_lowrank_kv_params::least"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, least) - 176usize];
+    ["Offset of field: kvw_lowrank_kv_params::scale"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, scale) - 180usize];
+};
+impl Default for kvw_lowrank_kv_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+unsafe extern "C" {
+    #[doc = " 128 (c + 2 r H): 64 rows of f16; 0 for numbers that are refused."]
+    pub fn kvw_latent_slab_bytes(rank: i32, pairs: i32, kv_heads: i32) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_lowrank_kv_check(p: *const kvw_lowrank_kv_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_lowrank_kv_workspace(p: *const kvw_lowrank_kv_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_lowrank_kv_bytes(p: *const kvw_lowrank_kv_params) -> usize;
+}
+unsafe extern "C" {
+    pub fn kvw_lowrank_kv(p: *const kvw_lowrank_kv_params, stream: kvw_stream) -> kvw_status;
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -823,6 +1077,8 @@ pub struct kvw_rope_select_params {
     pub out: *mut ::core::ffi::c_void,
     #[doc = " [T, rest_heads, D] f16: the last of x's heads, may be where they lie; or null"]
     pub rest: *mut ::core::ffi::c_void,
+    #[doc = " [lists, elite] pairs below D / 2, each once in a list; null: every pair of every head"]
+    pub pairs: *const i8,
     #[doc = " [T]"]
     pub positions: *const i32,
     #[doc = " [D / 2] radians a position, scaling applied"]
@@ -843,12 +1099,16 @@ pub struct kvw_rope_select_params {
     pub head_dim: i32,
     #[doc = " 1: then times the orthonormal Hadamard matrix of D, 64, 96, 128 or 256; or 0"]
     pub hadamard: i32,
+    #[doc = " r, pairs of a list, to D / 2; 0 where pairs is null"]
+    pub elite: i32,
+    #[doc = " each for as many neighbouring heads, of out and of rest; 0 where pairs is null"]
+    pub lists: i32,
     #[doc = " 0"]
     pub reserved: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_rope_select_params"][::core::mem::size_of::<kvw_rope_select_params>() - 96usize];
+    ["Size of kvw_rope_select_params"][::core::mem::size_of::<kvw_rope_select_params>() - 112usize];
     ["Alignment of kvw_rope_select_params"]
         [::core::mem::align_of::<kvw_rope_select_params>() - 8usize];
     ["Offset of field: kvw_rope_select_params::struct_size"]
@@ -861,28 +1121,34 @@ const _: () = {
         [::core::mem::offset_of!(kvw_rope_select_params, out) - 16usize];
     ["Offset of field: kvw_rope_select_params::rest"]
         [::core::mem::offset_of!(kvw_rope_select_params, rest) - 24usize];
+    ["Offset of field: kvw_rope_select_params::pairs"]
+        [::core::mem::offset_of!(kvw_rope_select_params, pairs) - 32usize];
     ["Offset of field: kvw_rope_select_params::positions"]
-        [::core::mem::offset_of!(kvw_rope_select_params, positions) - 32usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, positions) - 40usize];
     ["Offset of field: kvw_rope_select_params::inv_freq"]
-        [::core::mem::offset_of!(kvw_rope_select_params, inv_freq) - 40usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, inv_freq) - 48usize];
     ["Offset of field: kvw_rope_select_params::x_stride"]
-        [::core::mem::offset_of!(kvw_rope_select_params, x_stride) - 48usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, x_stride) - 56usize];
     ["Offset of field: kvw_rope_select_params::out_stride"]
-        [::core::mem::offset_of!(kvw_rope_select_params, out_stride) - 56usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, out_stride) - 64usize];
     ["Offset of field: kvw_rope_select_params::rest_stride"]
-        [::core::mem::offset_of!(kvw_rope_select_params, rest_stride) - 64usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, rest_stride) - 72usize];
     ["Offset of field: kvw_rope_select_params::tokens"]
-        [::core::mem::offset_of!(kvw_rope_select_params, tokens) - 72usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, tokens) - 80usize];
     ["Offset of field: kvw_rope_select_params::heads"]
-        [::core::mem::offset_of!(kvw_rope_select_params, heads) - 76usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, heads) - 84usize];
     ["Offset of field: kvw_rope_select_params::rest_heads"]
-        [::core::mem::offset_of!(kvw_rope_select_params, rest_heads) - 80usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, rest_heads) - 88usize];
     ["Offset of field: kvw_rope_select_params::head_dim"]
-        [::core::mem::offset_of!(kvw_rope_select_params, head_dim) - 84usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, head_dim) - 92usize];
     ["Offset of field: kvw_rope_select_params::hadamard"]
-        [::core::mem::offset_of!(kvw_rope_select_params, hadamard) - 88usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, hadamard) - 96usize];
+    ["Offset of field: kvw_rope_select_params::elite"]
+        [::core::mem::offset_of!(kvw_rope_select_params, elite) - 100usize];
+    ["Offset of field: kvw_rope_select_params::lists"]
+        [::core::mem::offset_of!(kvw_rope_select_params, lists) - 104usize];
     ["Offset of field: kvw_rope_select_params::reserved"]
-        [::core::mem::offset_of!(kvw_rope_select_params, reserved) - 92usize];
+        [::core::mem::offset_of!(kvw_rope_select_params, reserved) - 108usize];
 };
 impl Default for kvw_rope_select_params {
     fn default() -> Self {

@@ -81,6 +81,7 @@ macro_rules! kernels {
                 pub $op: Op<ffi::$params>,
             )*
             paged_attn_workspace: unsafe extern "C" fn(*const ffi::kvw_paged_attn_params) -> usize,
+            lowrank_kv_workspace: unsafe extern "C" fn(*const ffi::kvw_lowrank_kv_params) -> usize,
             token_select_workspace:
                 unsafe extern "C" fn(*const ffi::kvw_token_select_params) -> usize,
         }
@@ -97,6 +98,7 @@ macro_rules! kernels {
                         text: ffi::kvw_status_str,
                     },)*
                     paged_attn_workspace: ffi::kvw_paged_attn_workspace,
+                    lowrank_kv_workspace: ffi::kvw_lowrank_kv_workspace,
                     token_select_workspace: ffi::kvw_token_select_workspace,
                 });
                 #[cfg(not(kvw_cuda))]
@@ -126,6 +128,10 @@ macro_rules! kernels {
                             *const c_void,
                             unsafe extern "C" fn(*const ffi::kvw_paged_attn_params) -> usize,
                         >(symbol("kvw_paged_attn_workspace")),
+                        lowrank_kv_workspace: std::mem::transmute::<
+                            *const c_void,
+                            unsafe extern "C" fn(*const ffi::kvw_lowrank_kv_params) -> usize,
+                        >(symbol("kvw_lowrank_kv_workspace")),
                         token_select_workspace: std::mem::transmute::<
                             *const c_void,
                             unsafe extern "C" fn(*const ffi::kvw_token_select_params) -> usize,
@@ -139,9 +145,11 @@ macro_rules! kernels {
 
 kernels! {
     embed: kvw_embed, kvw_embed_bytes, kvw_embed_params;
+    head_linear: kvw_head_linear, kvw_head_linear_bytes, kvw_head_linear_params;
     kv_gather: kvw_kv_gather, kvw_kv_gather_bytes, kvw_kv_gather_params;
     kv_pack: kvw_kv_pack, kvw_kv_pack_bytes, kvw_kv_pack_params;
     linear: kvw_linear, kvw_linear_bytes, kvw_linear_params;
+    lowrank_kv: kvw_lowrank_kv, kvw_lowrank_kv_bytes, kvw_lowrank_kv_params;
     page_table: kvw_page_table, kvw_page_table_bytes, kvw_page_table_params;
     paged_attn: kvw_paged_attn, kvw_paged_attn_bytes, kvw_paged_attn_params;
     prefill_attn: kvw_prefill_attn, kvw_prefill_attn_bytes, kvw_prefill_attn_params;
@@ -159,6 +167,12 @@ impl Kernels {
     pub fn paged_attn_workspace(&self, args: &ffi::kvw_paged_attn_params) -> usize {
         // SAFETY: the function reads the struct's numbers and follows no pointer.
         unsafe { (self.paged_attn_workspace)(args) }
+    }
+
+    /// Scratch bytes of `lowrank_kv`; 0 for arguments that it refuses, and for appends.
+    pub fn lowrank_kv_workspace(&self, args: &ffi::kvw_lowrank_kv_params) -> usize {
+        // SAFETY: as above.
+        unsafe { (self.lowrank_kv_workspace)(args) }
     }
 
     /// Scratch bytes of `token_select`; 0 for arguments that it refuses, and for small selections.

@@ -15,6 +15,7 @@ mod exp;
 #[rustfmt::skip]
 pub mod ffi;
 pub mod hadamard;
+pub mod head_linear;
 pub mod kernels;
 pub mod kv_gather;
 pub mod kv_pack;
@@ -22,6 +23,7 @@ mod lanes;
 #[cfg(kvw_cuda)]
 mod launch;
 pub mod linear;
+pub mod lowrank_kv;
 pub mod page_table;
 pub mod paged_attn;
 pub mod pages;

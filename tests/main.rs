@@ -16,11 +16,13 @@ mod formats;
 #[path = "../benches/goals.rs"]
 mod goals;
 mod hadamard;
+mod head_linear;
 mod kv_gather;
 mod kv_pack;
 mod kv_pack_cpu;
 mod layout;
 mod linear;
+mod lowrank_kv;
 mod page_table;
 mod paged_attn;
 #[path = "../benches/plot.rs"]

@@ -1,5 +1,6 @@
 //! rope_select: hand-worked turns, frequencies of stretched models, every path against the oracle.
 
+mod elite;
 mod parted;
 
 use crate::cases::{Noise, assert_close, close, f64s, somewhere, widen};

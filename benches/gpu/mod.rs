@@ -8,6 +8,7 @@ mod cache;
 mod card;
 mod case;
 mod evict;
+mod latent;
 mod layers;
 mod pack;
 mod score;
@@ -39,7 +40,14 @@ struct Tried {
 
 /// The cases that a filter names, what the figures need first.
 fn cases(args: &Args) -> Vec<Case> {
-    let all = [attn::cases(), pack::cases(), evict::cases(), score::cases(), layers::cases()];
+    let all = [
+        attn::cases(),
+        latent::cases(),
+        pack::cases(),
+        evict::cases(),
+        score::cases(),
+        layers::cases(),
+    ];
     let mut wanted: Vec<Case> = all.into_iter().flatten().collect();
     wanted.retain(|c| args.wants(&format!("gpu/{}", c.name())));
     wanted

@@ -29,7 +29,11 @@ impl Clone for Pool {
 impl Pool {
     /// An empty pool of slabs of `layout.slab_bytes()` bytes.
     pub fn new(layout: &Layout) -> Self {
-        let slab_bytes = layout.slab_bytes();
+        Self::of(layout.slab_bytes())
+    }
+
+    /// An empty pool of slabs of `slab_bytes` bytes.
+    pub fn of(slab_bytes: usize) -> Self {
         let slab_lines = slab_bytes.div_ceil(64);
         Self { lines: Vec::new(), slab_lines, slab_bytes, slots: Slots::default() }
     }

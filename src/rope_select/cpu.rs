@@ -21,6 +21,14 @@ impl Angles {
         Self { pairs: inv_freq.len(), cos, sin }
     }
 
+    /// Cosines and sines of token `token`.
+    pub(super) fn of(&self, token: usize) -> Result<(&[f32], &[f32])> {
+        let at = token * self.pairs..(token + 1) * self.pairs;
+        let both = self.cos.get(at.clone()).zip(self.sin.get(at));
+        let got = self.cos.len() / self.pairs.max(1);
+        both.ok_or(Error::Len { op: "rope_select", buffer: "positions", need: token + 1, got })
+    }
+
     /// Turn the heads of token `token`, `row` `[heads, D]`, in place.
     ///
     /// # Errors
@@ -31,11 +39,7 @@ impl Angles {
             let need = row.len().next_multiple_of(d.max(1));
             return Err(Error::Len { op, buffer: "row", need, got: row.len() });
         }
-        let at = token * self.pairs..(token + 1) * self.pairs;
-        let (Some(cos), Some(sin)) = (self.cos.get(at.clone()), self.sin.get(at)) else {
-            let got = self.cos.len() / self.pairs;
-            return Err(Error::Len { op, buffer: "positions", need: token + 1, got });
-        };
+        let (cos, sin) = self.of(token)?;
         for head in row.chunks_exact_mut(d) {
             match pairing {
                 Pairing::Interleaved => interleaved(head, cos, sin),
@@ -53,7 +57,7 @@ fn interleaved(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-fn half(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+pub(super) fn half(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (low, high) = head.split_at_mut(cos.len());
     for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
         (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);

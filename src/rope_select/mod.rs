@@ -4,10 +4,12 @@
 //! `(a cos - b sin, a sin + b cos)`. Which channels form pair `i` is the model's [`Pairing`].
 
 mod cpu;
+mod elite;
 mod freq;
 mod oracle;
 
 pub use cpu::{Angles, cpu};
+pub use elite::Elite;
 pub use freq::{Scaling, inv_freq};
 pub use oracle::oracle;
 

@@ -1,0 +1,65 @@
+// latent.cuh - where everything lies in a slab of EliteKV's cache (arXiv:2503.01586), and where the slabs of a
+// sequence lie in memory.
+//
+// A row is what the cache holds of a token and layer: c elements of the latent z, shared by all heads, then 2 r
+// rotated elements of the key of each kv head (r first halves of its elite pairs, then r second halves): c + 2 r H
+// f16 numbers and nothing else. A slab is 64 rows, four tiles of 16 tokens; a tile is columns of 8 channels:
+//   element (token, channel) at (token / 16 * width / 8 + channel / 8) * 256 + token % 16 * 16 + channel % 8 * 2 bytes
+// so that 8 channels of a token are 16 bytes, what the append writes at once, and half a column, 8 tokens by 8
+// channels, is one matrix of ldmatrix in 128 bytes that touch every bank once. Two columns are a block, 16 tokens by 16
+// channels in 512 bytes: lane l gives the address of its 16 bytes number l, and
+//   ldmatrix.x4        is the A fragment of z as keys     (rows tokens, k channels)
+//   ldmatrix.x4.trans  is, registers 1 and 2 exchanged, that of z as values (rows channels, k tokens)
+// so the one copy of z in shared memory is both operands.
+#pragma once
+#include "fields.cuh"
+#include "launch.cuh"
+#include "prim.cuh"
+#include "../lowrank_kv.h"
+
+namespace kvw {
+
+constexpr int TILE_TOKENS = 16, COLUMN = 8, COLUMN_BYTES = 2 * COLUMN * TILE_TOKENS;
+constexpr int BLOCK_CHANNELS = 2 * COLUMN, BLOCK_BYTES = 2 * COLUMN_BYTES;
+constexpr int SLAB_TILES = KVW_SLAB_TOKENS / TILE_TOKENS;
+
+// Elements of a row.
+__host__ __device__ inline int latent_width(const kvw_latent& c) { return c.rank + 2 * c.pairs * c.kv_heads; }
+__host__ __device__ inline int latent_columns(const kvw_latent& c) { return latent_width(c) / COLUMN; }
+__host__ __device__ inline size_t latent_tile_bytes(const kvw_latent& c) {
+    return size_t(latent_columns(c)) * COLUMN_BYTES;
+}
+
+// Entry of slab `i` of sequence `s`; NO_SLAB where there is none: a hole, or a slab of another format.
+constexpr uint32_t NO_SLAB = KVW_ENTRY_HOLE;
+PRIM uint32_t latent_entry(const kvw_latent& c, int s, int i) {
+    uint32_t entry = c.table[size_t(s) * c.table_stride + i];
+    return entry >> KVW_ENTRY_SHIFT == KVW_SLAB_F16 ? entry : NO_SLAB;
+}
+
+// Tile `tile` of the slab of an entry.
+PRIM unsigned char* latent_tile(const kvw_latent& c, uint32_t entry, int tile) {
+    return static_cast<unsigned char*>(c.pool) + (size_t(entry) * SLAB_TILES + tile) * latent_tile_bytes(c);
+}
+
+// What a slab is made of.
+inline kvw_status check_latent_shape(const kvw_latent& c) {
+    KVW_REQUIRE(c.kv_heads >= 1 && c.kv_heads <= 1024, SHAPE, kv_heads);
+    KVW_REQUIRE(c.rank >= 128 && c.rank <= KVW_LATENT_MOST && c.rank % BLOCK_CHANNELS == 0, SHAPE, rank);
+    KVW_REQUIRE(c.pairs >= 1 && c.pairs <= 64 && c.pairs * c.kv_heads % 4 == 0, SHAPE, pairs);
+    return KVW_OK;
+}
+
+// A cache's numbers and pointers.
+inline kvw_status check_latent(const kvw_latent& c) {
+    KVW_REQUIRED(c, pool);
+    KVW_REQUIRED(c, table);
+    KVW_REQUIRED(c, lens);
+    KVW_REQUIRE(c.seqs >= 1 && c.seqs <= 65535, SHAPE, seqs);
+    KVW_TRY(check_latent_shape(c));
+    KVW_REQUIRE(c.table_stride >= 1, SHAPE, table_stride);
+    KVW_REQUIRE(c.reserved == 0, SHAPE, reserved);
+    return KVW_OK;
+}
+
+} // namespace kvw
