@@ -4,17 +4,18 @@
 //!
 //! 1. [`search`]: which pairs matter, on queries and keys of a text;
 //! 2. [`budget`]: how many of them, and how long the latent vector, for the ratio asked for;
-//! 3. factors of the projections, of the weights alone or as their inputs are ([`algebra::directions`]);
+//! 3. factors of the projections, of the weights alone, or as inputs, queries and output projections are ([`weigh`]);
 //! 4. [`refit`]: closed-form recovery;
 //! 5. [`write`]: a folder like Hugging Face's, which every command reads ([`crate::config::Elite`]).
 
-pub mod algebra;
+mod algebra;
 pub mod budget;
 mod learn;
 mod refit;
 pub mod search;
 mod staged;
 mod state;
+mod weigh;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -29,10 +30,11 @@ use crate::perplexity::{Reading, score};
 use crate::source::Source;
 use crate::spec::CacheSpec;
 use crate::watch::{Interrupted, Watch};
-use algebra::{Singular, directions, factors};
+use algebra::{Singular, factors};
 pub use budget::Budget;
 use staged::{Factors, Projections, channels, put};
 use state::{Of, State};
+use weigh::Weights;
 pub use write::{Elements, write};
 
 /// Tokens of a piece of a text whose perplexity is measured.
@@ -89,7 +91,7 @@ pub enum Target {
 pub struct Request<'a> {
     /// How much is to stay.
     pub target: Target,
-    /// Factors follow the second moment of activations; else weights alone.
+    /// Factors follow activations; else weights alone.
     pub whiten: bool,
     /// Closed-form recovery.
     pub refit: bool,
@@ -282,11 +284,7 @@ impl Learnt<'_> {
     }
 
     /// The model with every layer converted, without recovery.
-    fn factorised(
-        &self,
-        orders: &[Vec<Vec<u8>>],
-        budget: Budget,
-    ) -> Result<Source, ConvertError> {
+    fn factorised(&self, orders: &[Vec<Vec<u8>>], budget: Budget) -> Result<Source, ConvertError> {
         let mut staged = staged::open(self.source, orders, budget)?;
         let mut layers: Vec<Option<_>> = orders.iter().map(|_| None).collect();
         self.model.team().each_chunk(&mut layers, 1, |n, to| {
@@ -307,8 +305,14 @@ impl Learnt<'_> {
     ) -> Result<(Projections, Factors), ConvertError> {
         let projections = Projections::of(self.source, n)?;
         let [elite, rest] = projections.split(&channels(staged, n));
-        let directions = directions(&rest, self.moments.map(|moments| &moments[n]))?;
-        let [a, b] = factors(&rest, &directions, rank);
+        let [a, b] = match self.moments.map(|moments| &moments[n]) {
+            Some(moment) => {
+                let of = &channels(staged, n)[1];
+                let weights = Weights::new(self.source, n, &projections, moment, of)?;
+                weights.factors(&rest, rank)?
+            }
+            None => factors(&rest, None, rank)?,
+        };
         Ok((projections, Factors { elite, a, b }))
     }
 }

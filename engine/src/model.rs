@@ -35,8 +35,8 @@ pub use error::ModelError;
 pub(crate) use keys::pairing;
 pub(crate) use layers::{Layer, matrix};
 use step::{Of, Piece};
-pub use work::Work;
 pub(crate) use work::Seen;
+pub use work::Work;
 
 /// A model whose weights stay in the mapped file.
 pub struct Model<'a> {

@@ -148,7 +148,10 @@ fn line(stage: &Stage) -> String {
 impl EliteArgs {
     fn check(&self) -> Result<(), Usage> {
         if !(self.ratio > 0.0 && self.ratio <= 1.0) {
-            return Err(Usage(format!("--ratio is {}; a share is above 0 and at most 1", self.ratio)));
+            return Err(Usage(format!(
+                "--ratio is {}; a share is above 0 and at most 1",
+                self.ratio
+            )));
         }
         if self.output.exists() {
             let there = self.output.display();
@@ -183,9 +186,7 @@ impl EliteArgs {
         let Budget { pairs, rank } = *budget;
         let out = self.output.display();
         if self.json {
-            let stage = |s: &Stage| {
-                json!({ "stage": s.name, "log_perplexity": s.nats, "perplexity": s.nats.exp() })
-            };
+            let stage = |s: &Stage| json!({ "stage": s.name, "log_perplexity": s.nats, "perplexity": s.nats.exp() });
             let tried = tried.iter().map(|(budget, nats)| {
                 json!({ "pairs": budget.pairs, "rank": budget.rank, "log_perplexity": nats })
             });

@@ -3,7 +3,9 @@
 use faer::linalg::solvers::Solve;
 use faer::{Mat, Side};
 
-/// Share of the mean of a second moment's diagonal that keeps least squares near what was there before.
+/// Tokens whose weight what was there before has in least squares: a fit to few tokens changes little.
+const PRIOR: f64 = 128.0;
+/// Share of the mean of a matrix's diagonal that is added to it before its root is taken.
 const RIDGE: f64 = 1e-3;
 
 /// A matrix could not be factorised.
@@ -34,12 +36,16 @@ pub fn stacked(parts: &[&Mat<f64>]) -> Mat<f64> {
     Mat::from_fn(all.len(), parts[0].ncols(), |i, j| all[i].0[(all[i].1, j)])
 }
 
-/// Orthonormal directions of the outputs of `w` `[N, width]`, those that hold most first: eigenvectors of `w H w^T`, where
-/// `H` is the second moment of its inputs, or 1. The best approximation of `w` with rank `c` is `U_c U_c^T w`.
+/// `A` `[c, width]` and `B` `[N, c]` with which `B A` is nearest to `w` `[N, width]` for inputs of the second moment `H`, or
+/// 1: `U_c` are the first eigenvectors of `w H w^T`, the directions that hold most of the outputs, and `B A = U_c U_c^T w`.
 ///
 /// # Errors
 /// [`Singular`] where an element is not finite.
-pub fn directions(w: &Mat<f64>, moment: Option<&Mat<f64>>) -> Result<Mat<f64>, Singular> {
+pub fn factors(
+    w: &Mat<f64>,
+    moment: Option<&Mat<f64>>,
+    c: usize,
+) -> Result<[Mat<f64>; 2], Singular> {
     let gram = match moment {
         Some(moment) => w * moment * w.transpose(),
         None => w * w.transpose(),
@@ -47,33 +53,43 @@ pub fn directions(w: &Mat<f64>, moment: Option<&Mat<f64>>) -> Result<Mat<f64>, S
     let eigen = gram.self_adjoint_eigen(Side::Lower);
     let eigen = eigen.map_err(|_| Singular("a projection has no eigenvectors: is it finite?"))?;
     let (u, n) = (eigen.U(), w.nrows());
-    Ok(Mat::from_fn(n, n, |i, j| u[(i, n - 1 - j)]))
+    let b = Mat::from_fn(n, c, |i, j| u[(i, n - 1 - j)]);
+    Ok([b.transpose() * w, b])
 }
 
-/// `A` `[c, width]` and `B` `[N, c]`: `B A` is the best approximation of `w` by the first `c` of its `directions`.
-pub fn factors(w: &Mat<f64>, directions: &Mat<f64>, c: usize) -> [Mat<f64>; 2] {
-    let b = directions.get(.., ..c).to_owned();
-    [b.transpose() * w, b]
-}
-
-/// The `W` `[N, width]` with which `W x` is nearest to `y`, near `before` where inputs say nothing: `inputs` is the sum of
-/// `x x^T`, `outputs` that of `y x^T`.
+/// The `W` `[N, width]` with which `W x` is nearest to `y`, and near `before` where `tokens` inputs say little: `inputs` is the
+/// sum of `x x^T` over them, `outputs` that of `y x^T`.
 ///
 /// # Errors
 /// [`Singular`] where an element is not finite.
 pub fn least_squares(
+    tokens: usize,
     inputs: &Mat<f64>,
     outputs: &Mat<f64>,
     before: &Mat<f64>,
 ) -> Result<Mat<f64>, Singular> {
     let n = inputs.nrows();
     let trace: f64 = (0..n).map(|i| inputs[(i, i)]).sum();
-    let ridge = RIDGE * trace / n as f64;
+    let ridge = PRIOR * trace / (n * tokens.max(1)) as f64;
     let left = Mat::from_fn(n, n, |i, j| inputs[(i, j)] + if i == j { ridge } else { 0.0 });
     let right = Mat::from_fn(n, outputs.nrows(), |i, j| outputs[(j, i)] + ridge * before[(j, i)]);
     let factor = left.llt(Side::Lower);
     let factor = factor.map_err(|_| Singular("inputs of a projection are not finite"))?;
     Ok(factor.solve(&right).transpose().to_owned())
+}
+
+/// The lower triangle `L` with `L L^T = x`, which is symmetric and positive, as far as a little more of its diagonal makes
+/// it so.
+///
+/// # Errors
+/// [`Singular`] where an element is not finite.
+pub fn root(x: &Mat<f64>) -> Result<Mat<f64>, Singular> {
+    let n = x.nrows();
+    let ridge = RIDGE * (0..n).map(|i| x[(i, i)]).sum::<f64>() / n.max(1) as f64;
+    let ridge = ridge.max(f64::MIN_POSITIVE);
+    let more = Mat::from_fn(n, n, |i, j| x[(i, j)] + if i == j { ridge } else { 0.0 });
+    let factor = more.llt(Side::Lower);
+    Ok(factor.map_err(|_| Singular("weights of a projection are not finite"))?.L().to_owned())
 }
 
 /// Adds `a^T b` to `sum`.

@@ -3,17 +3,18 @@
 //!
 //! With `h` the input of attention in the source and `g` that of the converted model, layer by layer:
 //! - `W h`, the rows of all keys and values, is fitted by a linear map of `g` (least squares), and the rows that come from the
-//!   latent vector by one of rank `c` (reduced-rank regression): the least-squares map, cut to the first directions of
-//!   what it gives. Elite rows take theirs whole.
+//!   latent vector by one of rank `c` (reduced-rank regression): the least-squares map, factorised as the source's was.
+//!   Elite rows take theirs whole.
 //! - the output projection then fits what attention added to the source's residual stream, and what that stream has lost
 //!   before, from what attention gives now.
 
 use faer::Mat;
 use kvwarp::rms_norm;
 
-use super::algebra::{add_product, directions, factors, least_squares, matrix, stacked, values};
+use super::algebra::{add_product, least_squares, matrix, stacked, values};
 use super::learn::{Streams, see};
 use super::staged::{Factors, Projections, channels, decoded, put};
+use super::weigh::Weights;
 use super::{Budget, ConvertError};
 use crate::config::Config;
 use crate::model::{Layer, Model};
@@ -41,7 +42,7 @@ pub fn refit(
             mixes.push(seen.mix);
         }
         let projections = Projections::of(source, n)?;
-        let factors = fit.factors(&projections, &channels(staged, n), budget.rank)?;
+        let factors = fit.factors((source, n), &projections, &channels(staged, n), budget.rank)?;
         put(staged, n, &projections, &factors)?;
         let o = output((source, model), staged, n, [&before, &now], &mixes, watch)?;
         staged.weights.put(&format!("blk.{n}.attn_output"), o.ncols(), &values(&o))?;
@@ -59,32 +60,38 @@ struct Fit {
     inputs: Mat<f64>,
     /// `h g^T`
     cross: Mat<f64>,
+    /// How many.
+    tokens: usize,
 }
 
 impl Fit {
     fn new(config: &Config) -> Self {
         let zero = || Mat::zeros(config.width, config.width);
-        Self { inputs: zero(), cross: zero() }
+        Self { inputs: zero(), cross: zero(), tokens: 0 }
     }
 
     /// Rows of `g` and `h`.
     fn add(&mut self, g: &Mat<f64>, h: &Mat<f64>) {
+        self.tokens += g.nrows();
         add_product(&mut self.inputs, g, g);
         add_product(&mut self.cross, h, g);
     }
 
     fn factors(
         &self,
+        (source, n): (&Source, usize),
         from: &Projections,
         channels: &[Vec<usize>; 2],
         rank: usize,
     ) -> Result<Factors, ConvertError> {
         let [elite, rest] = from.split(channels);
         let all = stacked(&[&elite, &rest]);
-        let fitted = least_squares(&self.inputs, &(&all * &self.cross), &all)?;
+        let fitted = least_squares(self.tokens, &self.inputs, &(&all * &self.cross), &all)?;
         let elite = fitted.get(..elite.nrows(), ..).to_owned();
         let rest = fitted.get(elite.nrows().., ..).to_owned();
-        let [a, b] = factors(&rest, &directions(&rest, Some(&self.inputs))?, rank);
+        let mean = &self.inputs * (1.0 / self.tokens.max(1) as f64);
+        let weights = Weights::new(source, n, from, &mean, &channels[1])?;
+        let [a, b] = weights.factors(&rest, rank)?;
         Ok(Factors { elite, a, b })
     }
 }
@@ -112,5 +119,6 @@ fn output(
         add_product(&mut inputs, &mixed, &mixed);
         add_product(&mut outputs, &wanted, &mixed);
     }
-    Ok(least_squares(&inputs, &outputs, &o)?)
+    let tokens = before.iter().map(Vec::len).sum::<usize>() / width;
+    Ok(least_squares(tokens, &inputs, &outputs, &o)?)
 }

@@ -16,6 +16,8 @@ use crate::watch::{Interrupted, Watch};
 
 /// Keys of a tile.
 const TILE: usize = 64;
+/// Sums beside each other.
+const LANES: usize = TILE / 4;
 /// Queries after which sums in f32 are added to those in f64.
 const FLUSH: usize = 64;
 /// Products of a candidate's part of a score: two of the turned pair, two of the pair as it is.
@@ -119,7 +121,7 @@ fn others(chosen: &[u8], pairs: usize) -> Vec<usize> {
 /// Factors of every `D_j` of the queries that share the keys of one head.
 struct Terms {
     tokens: usize,
-    /// `[pairs, TERMS, tokens to whole tiles]`
+    /// `[tiles, pairs, TERMS, TILE]`: the tile that is in use stays in the first cache.
     k: Vec<f32>,
     /// `[group, tokens, pairs, TERMS]`
     q: Vec<f32>,
@@ -139,14 +141,14 @@ impl Terms {
             let channels = (0..pairs).map(|j| pairing.channels(j, d));
             channels.map(|(a, b)| [turned[a], turned[b], x[a], x[b]]).collect()
         };
-        let stride = tokens.next_multiple_of(TILE);
-        let mut k = vec![0.0; pairs * TERMS * stride];
+        let tile = pairs * TERMS * TILE;
+        let mut k = vec![0.0; tokens.div_ceil(TILE) * tile];
         let mut q = vec![[0.0; TERMS]; group * tokens * pairs];
         let scale = 1.0 / (d as f32).sqrt();
         for token in 0..tokens {
             let key = &text.k[(token * kv_heads + head) * d..][..d];
             for (i, x) in four(token, key).as_flattened().iter().enumerate() {
-                k[i * stride + token] = *x;
+                k[token / TILE * tile + i * TILE + token % TILE] = *x;
             }
             for g in 0..group {
                 let query = &text.q[((token * kv_heads + head) * group + g) * d..][..d];
@@ -168,49 +170,44 @@ kvwarp::leveled! {
 #[inline(always)]
 fn distances(terms: &Terms, others: &[usize], sums: &mut [f64]) {
     let Terms { tokens, k, q } = terms;
-    let (stride, width) = (tokens.next_multiple_of(TILE), TERMS * sums.len());
-    let mut lanes = vec![[0.0f32; TILE]; others.len()];
-    for (row, q) in q.chunks_exact(width).enumerate() {
-        let t = row % tokens;
-        for s in (0..=t).step_by(TILE) {
-            let seen = TILE.min(t + 1 - s);
-            let part = |j: usize| {
-                let q = &q[j * TERMS..][..TERMS];
-                let k = |term: usize| tile(&k[(j * TERMS + term) * stride + s..]);
-                let (a, b, c, d) = (k(0), k(1), k(2), k(3));
-                let mut part = [0.0f32; TILE];
-                for i in 0..TILE {
-                    part[i] = (q[0] * a[i] + q[2] * c[i]) + (q[1] * b[i] + q[3] * d[i]);
-                }
-                part
-            };
+    let width = TERMS * sums.len();
+    let mut parts = vec![[0.0f32; TILE]; others.len()];
+    let mut lanes = vec![[0.0f32; LANES]; others.len()];
+    for (first, k) in (0..*tokens).step_by(TILE).zip(k.chunks_exact(width * TILE)) {
+        for (row, q) in q.chunks_exact(width).enumerate().filter(|(row, _)| row % tokens >= first) {
+            let seen = TILE.min(row % tokens + 1 - first);
             let mut all = [0.0f32; TILE];
-            for &j in others {
-                let part = part(j);
+            for (part, &j) in parts.iter_mut().zip(others) {
+                add_pair(&k[j * TERMS * TILE..], &q[j * TERMS..], part);
+                part[seen..].fill(0.0);
                 (0..TILE).for_each(|i| all[i] += part[i]);
             }
-            for (&j, lanes) in others.iter().zip(&mut lanes) {
-                let part = part(j);
-                match seen {
-                    TILE => (0..TILE).for_each(|i| lanes[i] += (all[i] - part[i]).abs()),
-                    _ => (0..seen).for_each(|i| lanes[i] += (all[i] - part[i]).abs()),
+            for (part, lanes) in parts.iter().zip(&mut lanes) {
+                let left = |i: usize| (all[i] - part[i]).abs();
+                for i in 0..LANES {
+                    lanes[i] +=
+                        (left(i) + left(i + LANES)) + (left(i + 2 * LANES) + left(i + 3 * LANES));
                 }
             }
+            if row % FLUSH == FLUSH - 1 {
+                flush(others, &mut lanes, sums);
+            }
         }
-        if row % FLUSH == FLUSH - 1 {
-            flush(others, &mut lanes, sums);
-        }
+        flush(others, &mut lanes, sums);
     }
-    flush(others, &mut lanes, sums);
 }
 
+/// What a pair adds to the scores of a query and the keys `[TERMS, TILE]` of a tile.
 #[inline(always)]
-fn tile(x: &[f32]) -> &[f32; TILE] {
-    // Lengths are whole tiles.
-    x.first_chunk().unwrap_or(&[0.0; TILE])
+fn add_pair(k: &[f32], q: &[f32], part: &mut [f32; TILE]) {
+    let (k, q) = (&k[..TERMS * TILE], &q[..TERMS]);
+    for (i, part) in part.iter_mut().enumerate() {
+        let (turned, plain) = (q[0] * k[i] + q[1] * k[TILE + i], &k[2 * TILE..]);
+        *part = turned + (q[2] * plain[i] + q[3] * plain[TILE + i]);
+    }
 }
 
-fn flush(others: &[usize], lanes: &mut [[f32; TILE]], sums: &mut [f64]) {
+fn flush(others: &[usize], lanes: &mut [[f32; LANES]], sums: &mut [f64]) {
     for (&j, lanes) in others.iter().zip(lanes) {
         sums[j] += lanes.iter().map(|&x| f64::from(x)).sum::<f64>();
         lanes.fill(0.0);

@@ -62,7 +62,8 @@ impl<'a> Layer<'a> {
     /// Bytes of its matrices.
     pub fn bytes(&self) -> usize {
         let Self { q, kv, o, gate, up, down, .. } = self;
-        let others: usize = [q, o, gate, up, down].iter().map(|linear| linear.weights.bytes()).sum();
+        let others: usize =
+            [q, o, gate, up, down].iter().map(|linear| linear.weights.bytes()).sum();
         others + kv.bytes()
     }
 }

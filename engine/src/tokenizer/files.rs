@@ -50,9 +50,9 @@ fn tokenizer(parts: Parts) -> Result<Value> {
             "normalized": false,
         })
     });
-    let strip = parts.drops_first_space.then(|| {
-        json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 })
-    });
+    let strip = parts
+        .drops_first_space
+        .then(|| json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
     let decoder = match spelling {
         Spelling::ByteLevel => json!({
             "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,

@@ -23,7 +23,8 @@ impl Weights {
         }
         let map = map.make_read_only().map_err(memory)?;
         let rows = values.len() / cols.max(1);
-        let entry = Entry { file: self.files.len(), kind: GgmlType::F32, rows, cols, range: 0..bytes };
+        let entry =
+            Entry { file: self.files.len(), kind: GgmlType::F32, rows, cols, range: 0..bytes };
         self.tensors.insert(name.to_owned(), entry);
         self.files.push(map);
         Ok(())

@@ -143,7 +143,8 @@ fn elite_pairs_are_the_better_ones() {
     let exact = logits(&source, &tokens, "f16", 160);
     let mut done = converted(&source, &request(&tokens, 16, 96)).staged;
     let chosen = done.config.elite.clone().unwrap();
-    let error = |a: &[f32], b: &[f32]| -> f32 { a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum() };
+    let error =
+        |a: &[f32], b: &[f32]| -> f32 { a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum() };
     let good = error(&exact, &logits(&done, &tokens, "f16", 160));
     // The tensors are of the chosen pairs: convert with the others instead.
     let folder = tempfile::tempdir().unwrap();

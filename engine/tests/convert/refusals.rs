@@ -107,7 +107,10 @@ fn a_gpu_refuses_by_name() {
     let staged = converted(&source, &request(&tokens, 8, 32)).staged;
     let spec = "f16".parse().unwrap();
     let error = fit(&staged, &spec, None, &Options::new(1, 64), 1 << 30).unwrap_err();
-    assert!(error.to_string().contains("`kvwarp convert elitekv`: it runs on the processor"), "{error}");
+    assert!(
+        error.to_string().contains("`kvwarp convert elitekv`: it runs on the processor"),
+        "{error}"
+    );
 }
 
 /// It goes on from where it stopped, and only with what it was.
@@ -146,7 +149,10 @@ fn an_interrupted_conversion_goes_on_and_one_of_something_else_does_not() {
         assert!(text.contains(from), "{text}");
         std::fs::write(&state, text.replacen(from, to, 1)).unwrap();
         let error = stopped(&source, &wanted, &state, usize::MAX).err().unwrap().to_string();
-        assert!(error.contains(part) && error.contains("state") && error.contains("remove it"), "{error}");
+        assert!(
+            error.contains(part) && error.contains("state") && error.contains("remove it"),
+            "{error}"
+        );
     }
     finish(&state).unwrap();
     assert!(!state.exists() && finish(&state).is_ok());
@@ -164,8 +170,8 @@ fn the_program_refuses_what_is_asked_wrongly() {
     for (more, code, part) in [
         (&["-o", &there][..], 2, "exists: remove it, or name another -o"),
         (&["-o", &new, "--ratio", "0"], 2, "--ratio is 0"),
-        (&["-o", &new, "-c", "0"], 2, "-c is 0"),
-        (&["-o", &new], 1, "tokenizer.json"),
+        (&["-o", &new, "-c", "1k"], 2, "-c is 1024; the model reads 1 to 512 at once"),
+        (&["-o", &new, "-c", "128"], 1, "tokenizer.json"),
     ] {
         let (exit, error) = failure(&[&begin[..], more].concat());
         assert!(exit == code && error.contains(part), "{more:?}: {exit} {error}");

@@ -13,9 +13,7 @@ pub fn distances(heads: Heads<'_>, text: Text<'_>, head: usize, chosen: &[u8]) -
     };
     let far = |j: usize| match chosen.contains(&(j as u8)) {
         true => f64::INFINITY,
-        false => {
-            mean(scores(heads, text, head, &|i| i == j || chosen.contains(&(i as u8))))
-        }
+        false => mean(scores(heads, text, head, &|i| i == j || chosen.contains(&(i as u8)))),
     };
     (0..heads.head_dim / 2).map(far).collect()
 }
@@ -58,8 +56,7 @@ fn scores(
         x
     };
     let n = tokens(heads, text);
-    let keys: Vec<_> =
-        (0..n).map(|s| turn(s, &text.k[(s * kv_heads + head) * d..][..d])).collect();
+    let keys: Vec<_> = (0..n).map(|s| turn(s, &text.k[(s * kv_heads + head) * d..][..d])).collect();
     let mut out = vec![0.0; group * n * n];
     for g in 0..group {
         for t in 0..n {
