@@ -10,6 +10,7 @@
 
 mod algebra;
 pub mod budget;
+mod error;
 mod learn;
 mod refit;
 pub mod search;
@@ -18,20 +19,21 @@ mod state;
 mod weigh;
 mod write;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use faer::Mat;
 use sha2::{Digest, Sha256};
 
 use crate::calibration::fingerprint;
 use crate::config::Config;
-use crate::model::{Model, ModelError};
+use crate::model::Model;
 use crate::perplexity::{Reading, score};
 use crate::source::Source;
 use crate::spec::CacheSpec;
-use crate::watch::{Interrupted, Watch};
-use algebra::{Singular, factors};
+use crate::watch::Watch;
+use algebra::factors;
 pub use budget::Budget;
+pub use error::ConvertError;
 use staged::{Factors, Projections, channels, put};
 use state::{Of, State};
 use weigh::Weights;
@@ -39,43 +41,6 @@ pub use write::{Elements, write};
 
 /// Tokens of a piece of a text whose perplexity is measured.
 const PIECE: usize = 512;
-
-/// Why a model was not converted.
-#[derive(Debug, thiserror::Error)]
-pub enum ConvertError {
-    /// It cannot be.
-    #[error("{0}")]
-    Refused(String),
-    /// The file that an interrupted conversion goes on from.
-    #[error("{path}: {why}; remove it to begin again")]
-    State {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// A matrix could not be factorised.
-    #[error(transparent)]
-    Algebra(#[from] Singular),
-    /// A file of the source or of what becomes of it.
-    #[error(transparent)]
-    File(#[from] crate::error::Error),
-    /// A forward pass.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-}
-
-impl From<Interrupted> for ConvertError {
-    fn from(stopped: Interrupted) -> Self {
-        Self::Model(stopped.into())
-    }
-}
-
-impl From<kvwarp::Error> for ConvertError {
-    fn from(error: kvwarp::Error) -> Self {
-        Self::Model(error.into())
-    }
-}
 
 /// How much of the cache is to stay.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -143,6 +108,12 @@ pub fn convert(
     stage: &mut dyn FnMut(&Stage),
 ) -> Result<Converted, ConvertError> {
     let config = &source.config;
+    for part in ["blk.0.attn_q_norm", "blk.0.attn_k_norm"] {
+        if source.weights.get(part).is_some() {
+            let why = "keys or queries that are normalised are not linear in a layer's input";
+            return Err(ConvertError::Refused(format!("the model has `{part}`: {why}")));
+        }
+    }
     let budgets = budgets(config, request.target)?;
     let rounds = budgets.iter().map(|budget| budget.pairs).max().unwrap_or(0);
     let shape = [config.kv_heads, config.head_dim / 2];

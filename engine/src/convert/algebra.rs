@@ -4,7 +4,7 @@ use faer::linalg::solvers::Solve;
 use faer::{Mat, Side};
 
 /// Tokens whose weight what was there before has in least squares: a fit to few tokens changes little.
-const PRIOR: f64 = 128.0;
+const PRIOR: f64 = 256.0;
 /// Share of the mean of a matrix's diagonal that is added to it before its root is taken.
 const RIDGE: f64 = 1e-3;
 

@@ -36,8 +36,10 @@ pub fn ours(theirs: &str) -> Result<Option<String>> {
     }
     let name = known(theirs).ok_or_else(|| {
         let shown: String = theirs.chars().take(128).collect();
+        let normalised = [".q_norm.", ".k_norm."].iter().any(|part| theirs.contains(part));
+        let why = if normalised { "; it normalises queries or keys" } else { "" };
         Error::Weights(format!(
-            "tensor `{shown}` is no part of a supported model (Llama, Mistral, Qwen2)"
+            "tensor `{shown}` is no part of a supported model (Llama, Mistral, Qwen2){why}"
         ))
     })?;
     Ok(Some(name))
@@ -120,6 +122,8 @@ mod tests {
         ] {
             assert!(ours(strange).unwrap_err().to_string().contains(strange));
         }
+        let normed = ours("model.layers.0.self_attn.k_norm.weight").unwrap_err().to_string();
+        assert!(normed.ends_with("it normalises queries or keys"), "{normed}");
     }
 
     #[test]
