@@ -75,6 +75,7 @@ impl Level {
 
 /// Makes `fn name(level, args)` that calls the `#[inline(always)]` function `body(args)`, compiled once
 /// for each level, so that plain loops vectorise with that level's instructions.
+#[macro_export]
 macro_rules! leveled {
     (
         $(#[$meta:meta])*
@@ -105,4 +106,4 @@ macro_rules! leveled {
         }
     };
 }
-pub(crate) use leveled;
+pub use crate::leveled;

@@ -235,17 +235,24 @@ pub fn beside(model: &Path) -> PathBuf {
     model.with_added_extension("kv.safetensors")
 }
 
-/// A hash of the model's shape and of the beginning of each layer's query weights, in hexadecimal.
+/// A hash of the model's shape and of the beginning of each layer's query weights, in hexadecimal; of a converted model also
+/// of how it was converted and of the weights of its latent vectors.
 pub fn fingerprint(source: &Source) -> String {
     let config = &source.config;
     let mut hash = Sha256::new();
     for n in [config.layers, config.width, config.heads, config.kv_heads, config.head_dim] {
         hash.update((n as u64).to_le_bytes());
     }
+    let latent = config.elite.as_ref().map(|elite| {
+        hash.update(elite.fingerprint());
+        "attn_kv_a"
+    });
     for layer in 0..config.layers {
-        // Opened models have it.
-        if let Some(q) = source.weights.get(&format!("blk.{layer}.attn_q")) {
-            hash.update(&q.bytes[..q.bytes.len().min(FINGERPRINT_BYTES)]);
+        for part in ["attn_q"].into_iter().chain(latent) {
+            // Opened models have it.
+            if let Some(weights) = source.weights.get(&format!("blk.{layer}.{part}")) {
+                hash.update(&weights.bytes[..weights.bytes.len().min(FINGERPRINT_BYTES)]);
+            }
         }
     }
     format!("{:x}", hash.finalize())

@@ -7,6 +7,7 @@ mod batch;
 mod bench;
 mod calibrate;
 mod compress;
+mod convert;
 mod demo;
 mod doctor;
 mod eval;
@@ -58,6 +59,8 @@ enum Command {
     Eval(eval::Args),
     /// Learn from a text what a model's cache can do without
     Calibrate(calibrate::Args),
+    /// Make another model of a model, one whose cache is smaller
+    Convert(convert::Args),
     /// Show what this machine offers, what is missing and how to get it
     Doctor(doctor::Args),
 }
@@ -106,6 +109,7 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Some(Command::Perplexity(args)) => perplexity::run(&args),
         Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Calibrate(args)) => calibrate::run(&args),
+        Some(Command::Convert(args)) => convert::run(&args),
         Some(Command::Doctor(args)) => doctor::run(&args),
     }
 }

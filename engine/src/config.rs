@@ -1,10 +1,12 @@
 //! Shape and constants of a model, from GGUF metadata or from a Hugging Face `config.json`.
 
+mod elite;
 mod gguf;
 mod hf;
 mod rope;
 
 use crate::error::{Error, Result};
+pub use elite::Elite;
 pub use rope::{Pairing, Rope, Scaling};
 
 /// Head sizes for which kernels exist.
@@ -53,6 +55,8 @@ pub struct Config {
     pub tied_embeddings: bool,
     /// The q, k and v projections have biases.
     pub qkv_bias: bool,
+    /// Of a model that [`crate::convert`] has made.
+    pub elite: Option<Elite>,
 }
 
 impl Config {
@@ -97,6 +101,9 @@ impl Config {
             )));
         }
         self.rope.check(head_dim)?;
+        if let Some(elite) = &self.elite {
+            elite.check(&self)?;
+        }
         Ok(self)
     }
 }

@@ -130,6 +130,10 @@ fn open_planned(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Gpu> {
     let (config, Options { rows, context, block, piece, .. }) = (&source.config, *options);
+    if config.elite.is_some() {
+        let what = "a model converted by `kvwarp convert elitekv`: it runs on the processor";
+        return Err(GpuError::Unsupported(what.into()));
+    }
     if rows == 0 || block == 0 || piece == 0 || context == 0 || context > config.context {
         let (limit, what) = (config.context, "rows, blocks, pieces and a context of 1 to");
         return Err(GpuError::Unsupported(format!("{what} {limit} are needed, not {context}")));

@@ -7,6 +7,7 @@ pub mod calibration;
 pub mod chat;
 pub mod cli;
 pub mod config;
+pub mod convert;
 pub mod data;
 pub mod error;
 pub mod eval;

@@ -5,7 +5,9 @@
 //! uncompressed K and V. A decode step is the same layer with a few rows, each of its own sequence or the newest of one:
 //! weights are read once for all, and what a row gets does not depend on the others.
 
+mod alone;
 mod error;
+mod keys;
 mod layers;
 mod read;
 mod rows;
@@ -23,16 +25,17 @@ use kvwarp::{linear, rms_norm};
 
 use crate::cache::{Cache, Plan, Shape};
 use crate::calibration::{self, Calibration};
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::policy::{self, Repeat};
 use crate::profile::Launch;
 use crate::runner::Row;
 use crate::source::Source;
 use crate::spec::CacheSpec;
 pub use error::ModelError;
-use layers::Layer;
-pub(crate) use layers::matrix;
+pub(crate) use keys::pairing;
+pub(crate) use layers::{Layer, matrix};
 use step::{Of, Piece};
+pub(crate) use work::Seen;
 pub use work::Work;
 
 /// A model whose weights stay in the mapped file.
@@ -84,10 +87,7 @@ impl<'a> Model<'a> {
             output_norm: source.weights.vector("output_norm", config.width)?,
             output,
             inv_freq: config.rope.frequencies(config.head_dim),
-            pairing: match config.rope.pairing {
-                config::Pairing::Interleaved => Pairing::Interleaved,
-                config::Pairing::HalfSplit => Pairing::Half,
-            },
+            pairing: keys::pairing(config),
             mask: Mask { sliding_window: config.sliding_window },
             team: Team::new(threads),
             activations,
@@ -96,6 +96,14 @@ impl<'a> Model<'a> {
             calibration: None,
             repeat: OnceLock::new(),
         })
+    }
+
+    /// Another model, run as this one is.
+    ///
+    /// # Errors
+    /// As [`Model::new`].
+    pub(crate) fn like<'b>(&self, source: &'b Source) -> crate::error::Result<Model<'b>> {
+        Model::new(source, self.threads(), self.activations)
     }
 
     /// The same, rounding keys that are kept turned by Hadamard matrices as `calibration` says.
@@ -199,7 +207,7 @@ impl<'a> Model<'a> {
     }
 
     /// Rows of the embedding, `[tokens, width]`.
-    fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
         let Config { width, vocab, .. } = *self.config;
         ModelError::check_tokens(tokens, vocab)?;
         let mut x = vec![0.0; tokens.len() * width];

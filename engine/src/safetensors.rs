@@ -61,6 +61,12 @@ pub fn parse(bytes: &[u8]) -> Result<BTreeMap<String, TensorInfo>> {
     metadata.tensors().into_iter().map(entry).collect()
 }
 
+/// What the header of `bytes` says under `key`.
+pub fn metadata(bytes: &[u8], key: &str) -> Option<String> {
+    let (_, header) = SafeTensors::read_metadata(bytes).ok()?;
+    header.metadata().as_ref()?.get(key).cloned()
+}
+
 fn kind(dtype: Dtype) -> Option<GgmlType> {
     match dtype {
         Dtype::F32 => Some(GgmlType::F32),

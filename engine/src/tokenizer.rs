@@ -5,6 +5,7 @@
 //! neighbours; decoding works on the bytes of each token.
 
 mod build;
+mod files;
 mod gguf;
 mod hf;
 mod specials;
@@ -14,6 +15,7 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use build::Vocabulary;
+pub(crate) use files::files;
 pub use stream::Stream;
 
 /// Texts of tokens that end a turn or a document in the chat formats in use.

@@ -2,9 +2,11 @@
 //!
 //! Names are those of GGUF without `.weight`: `token_embd`, `output_norm`, `output`, and for block
 //! N `blk.N.attn_norm`, `attn_q`, `attn_k`, `attn_v`, `attn_output`, `ffn_norm`, `ffn_gate`,
-//! `ffn_up`, `ffn_down`; biases end in `.bias`.
+//! `ffn_up`, `ffn_down`; biases end in `.bias`. A converted model ([`crate::config::Elite`]) has the elite rows of `attn_k`,
+//! and `attn_kv_a`, `attn_k_b`, `attn_v_b` instead of the others and of `attn_v`.
 
 mod names;
+mod put;
 mod shapes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +20,11 @@ use memmap2::{Mmap, MmapMut};
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgmlType, Gguf};
 use crate::safetensors;
+pub(crate) use names::theirs;
 pub use shapes::{Expected, expected};
+
+/// Key of the metadata of a converted model's tensors: [`crate::config::Elite::fingerprint`].
+pub const ELITE: &str = "kvwarp.elitekv";
 
 /// A tensor as it lies in the file; rows are contiguous. Bytes need not be aligned to the element.
 #[derive(Debug, Clone, Copy)]
@@ -49,6 +55,8 @@ pub struct Weights {
     tensors: BTreeMap<String, Entry>,
     /// Messages use the names of a Hugging Face folder.
     folder: bool,
+    /// Of which conversion the files say they are.
+    elite: Option<String>,
 }
 
 impl Weights {
@@ -72,7 +80,7 @@ impl Weights {
             Ok((name.strip_suffix(".weight").unwrap_or(name).to_owned(), entry))
         });
         let tensors = tensors.collect::<Result<_>>().map_err(|e| e.at(path))?;
-        Ok((Self { files: vec![map], tensors, folder: false }, header))
+        Ok((Self { files: vec![map], tensors, folder: false, elite: None }, header))
     }
 
     /// Maps a folder with `model.safetensors`, or with the shards that
@@ -89,7 +97,8 @@ impl Weights {
             }
             Err(e) => return Err(Error::io(&index, e)),
         };
-        let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new(), folder: true };
+        let (files, tensors) = (Vec::new(), BTreeMap::new());
+        let mut weights = Self { files, tensors, folder: true, elite: None };
         for (shard, listed) in &shards {
             let path = folder.join(shard);
             weights.add_shard(&path, listed).map_err(|e| e.at(&path))?;
@@ -129,12 +138,13 @@ impl Weights {
             tensors.insert(name, Entry { file: 0, kind: GgmlType::F16, rows, cols, range });
         }
         let map = map.make_read_only().map_err(|e| Error::io(Path::new("memory"), e))?;
-        Ok(Self { files: vec![map], tensors, folder: false })
+        Ok(Self { files: vec![map], tensors, folder: false, elite: None })
     }
 
     fn add_shard(&mut self, path: &Path, listed: &BTreeSet<String>) -> Result<()> {
         let map = map(path)?;
         let table = safetensors::parse(&map)?;
+        self.elite = self.elite.take().or_else(|| safetensors::metadata(&map, ELITE));
         if let Some(name) = listed.iter().find(|name| !table.contains_key(*name)) {
             return Err(Error::Weights(format!(
                 "tensor `{name}` is missing, though the index puts it in this file"
@@ -222,11 +232,19 @@ impl Weights {
         }
     }
 
-    /// Checks that every tensor that `config` calls for is there with its shape.
+    /// Checks that every tensor that `config` calls for is there with its shape, and of the same conversion.
     ///
     /// # Errors
     /// [`Error::Weights`] naming the first that is not.
     pub fn check(&self, config: &crate::config::Config) -> Result<()> {
+        if let Some(elite) = config.elite.as_ref().filter(|_| self.folder) {
+            let (want, got) = (elite.fingerprint(), self.elite.as_deref().unwrap_or("missing"));
+            if want != got {
+                let message =
+                    format!("`{ELITE}` is {got}, by config.json {want}: of another conversion");
+                return Err(Error::Weights(message));
+            }
+        }
         expected(config).try_for_each(|e| self.matrix(&e.name, e.rows, e.cols).map(drop))
     }
 }

@@ -1,7 +1,9 @@
 //! The CPU path: sines once a token, then two fused multiplies a channel.
 
-use super::{Pairing, check};
+use super::{Pairing, Selection, check};
 use crate::error::{Error, Result};
+
+const OP: &str = "rope_select";
 
 /// Sines and cosines of some positions, computed once and used for every layer, for queries and keys.
 #[derive(Debug, Clone, Default)]
@@ -26,7 +28,7 @@ impl Angles {
         let at = token * self.pairs..(token + 1) * self.pairs;
         let both = self.cos.get(at.clone()).zip(self.sin.get(at));
         let got = self.cos.len() / self.pairs.max(1);
-        both.ok_or(Error::Len { op: "rope_select", buffer: "positions", need: token + 1, got })
+        both.ok_or(Error::Len { op: OP, buffer: "positions", need: token + 1, got })
     }
 
     /// Turn the heads of token `token`, `row` `[heads, D]`, in place.
@@ -34,19 +36,55 @@ impl Angles {
     /// # Errors
     /// [`Error::Len`] when `row` is not whole heads or there is no such token.
     pub fn rotate(&self, token: usize, row: &mut [f32], pairing: Pairing) -> Result<()> {
-        let (op, d) = ("rope_select", 2 * self.pairs);
-        if d == 0 || !row.len().is_multiple_of(d) {
-            let need = row.len().next_multiple_of(d.max(1));
-            return Err(Error::Len { op, buffer: "row", need, got: row.len() });
-        }
-        let (cos, sin) = self.of(token)?;
-        for head in row.chunks_exact_mut(d) {
+        let (cos, sin) = self.of_heads(token, row)?;
+        for head in row.chunks_exact_mut(2 * self.pairs) {
             match pairing {
                 Pairing::Interleaved => interleaved(head, cos, sin),
                 Pairing::Half => half(head, cos, sin),
             }
         }
         Ok(())
+    }
+
+    /// Turn only the pairs of `selection` in the heads of token `token`, `row` `[heads, D]`, in place; `heads` is a multiple
+    /// of the kv heads, those of one kv head stand together.
+    ///
+    /// # Errors
+    /// As [`Angles::rotate`]; [`Error::Len`] when the heads cannot be shared among the kv heads.
+    pub fn rotate_selected(
+        &self,
+        token: usize,
+        row: &mut [f32],
+        pairing: Pairing,
+        selection: Selection<'_>,
+    ) -> Result<()> {
+        let (cos, sin) = self.of_heads(token, row)?;
+        let (d, heads) = (2 * self.pairs, row.len() / (2 * self.pairs));
+        let kv_heads = selection.pairs.len() / selection.each.max(1);
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            let need = heads * selection.each.max(1);
+            return Err(Error::Len { op: OP, buffer: "pairs", need, got: selection.pairs.len() });
+        }
+        for (h, head) in row.chunks_exact_mut(d).enumerate() {
+            let first = h / (heads / kv_heads) * selection.each;
+            for &pair in &selection.pairs[first..first + selection.each] {
+                let i = usize::from(pair);
+                let (a, b) = pairing.channels(i, d);
+                let (x, y) = (head[a], head[b]);
+                (head[a], head[b]) = (x * cos[i] - y * sin[i], x * sin[i] + y * cos[i]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Cosines and sines of `token`, where `row` is whole heads.
+    fn of_heads(&self, token: usize, row: &[f32]) -> Result<(&[f32], &[f32])> {
+        let d = 2 * self.pairs;
+        if d == 0 || !row.len().is_multiple_of(d) {
+            let need = row.len().next_multiple_of(d.max(1));
+            return Err(Error::Len { op: OP, buffer: "row", need, got: row.len() });
+        }
+        self.of(token)
     }
 }
 

@@ -35,6 +35,15 @@ impl Pairing {
     }
 }
 
+/// Pairs that turn, where not all do (EliteKV, arXiv:2503.01586); the others stay as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Selection<'a> {
+    /// `[kv_heads, each]`, below `D / 2`.
+    pub pairs: &'a [u8],
+    /// Pairs of a kv head, at least 1.
+    pub each: usize,
+}
+
 /// `x` must hold one row of `heads * d` a position.
 fn check(x: usize, heads: usize, d: usize, positions: usize, inv_freq: usize) -> Result<()> {
     let op = "rope_select";

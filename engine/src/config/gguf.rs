@@ -52,6 +52,7 @@ pub fn config(file: &Gguf, data: &[u8]) -> Result<Config> {
         sliding_window: keys.optional_extent("attention.sliding_window")?,
         tied_embeddings: !file.tensors().contains_key("output.weight"),
         qkv_bias: file.tensors().contains_key("blk.0.attn_q.bias"),
+        elite: None,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Arch, Config, Pairing, Rope, Scaling, extent};
+use super::{Arch, Config, Elite, Pairing, Rope, Scaling, extent};
 use crate::error::{Error, Result};
 
 /// A JSON object, with the path to it for messages.
@@ -22,6 +22,9 @@ pub fn config(text: &str) -> Result<Config> {
     let (heads, width) = (fields.extent("num_attention_heads")?, fields.extent("hidden_size")?);
     let layers = fields.extent("num_hidden_layers")?;
     let context = fields.extent("max_position_embeddings")?;
+    let elite = Elite::from_json(map, layers)?;
+    let mut rope = rope(&fields, context)?;
+    rope.factors = elite.as_ref().and_then(|elite| elite.factors.clone());
     Ok(Config {
         arch,
         name: fields.text("_name_or_path")?.unwrap_or_default().to_owned(),
@@ -34,10 +37,11 @@ pub fn config(text: &str) -> Result<Config> {
         vocab: fields.extent("vocab_size")?,
         context,
         rms_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
-        rope: rope(&fields, context)?,
+        rope,
         sliding_window: sliding_window(&fields, arch, layers)?,
         tied_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
         qkv_bias: arch == Arch::Qwen2,
+        elite,
     })
 }
 

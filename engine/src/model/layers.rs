@@ -2,6 +2,7 @@
 
 use kvwarp::linear::{WeightType, Weights as Matrix};
 
+use super::keys::KeysValues;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::weights::Weights;
@@ -12,12 +13,26 @@ pub struct Linear<'a> {
     pub bias: Option<Vec<f32>>,
 }
 
+impl<'a> Linear<'a> {
+    /// `part` of block `n`, `[rows, cols]`.
+    pub fn new(
+        weights: &'a Weights,
+        (n, part): (usize, &str),
+        [rows, cols]: [usize; 2],
+        biased: bool,
+    ) -> Result<Self> {
+        let name = format!("blk.{n}.{part}");
+        let bias = || weights.vector(&format!("{name}.bias"), rows);
+        let weights = matrix(weights, &name, rows, cols)?;
+        Ok(Self { weights, bias: biased.then(bias).transpose()? })
+    }
+}
+
 /// One transformer block.
 pub struct Layer<'a> {
     pub attn_norm: Vec<f32>,
     pub q: Linear<'a>,
-    pub k: Linear<'a>,
-    pub v: Linear<'a>,
+    pub kv: KeysValues<'a>,
     pub o: Linear<'a>,
     pub ffn_norm: Vec<f32>,
     pub gate: Linear<'a>,
@@ -28,32 +43,28 @@ pub struct Layer<'a> {
 impl<'a> Layer<'a> {
     /// Block `n`.
     pub fn new(weights: &'a Weights, config: &Config, n: usize) -> Result<Self> {
-        let Config { width, ffn, heads, kv_heads, head_dim, .. } = *config;
-        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        let name = |part: &str| format!("blk.{n}.{part}");
-        let norm = |part: &str| weights.vector(&name(part), width);
-        let linear = |part: &str, rows, cols, biased: bool| {
-            let bias = || weights.vector(&name(&format!("{part}.bias")), rows);
-            let weights = matrix(weights, &name(part), rows, cols)?;
-            Ok::<_, Error>(Linear { weights, bias: biased.then(bias).transpose()? })
-        };
+        let Config { width, ffn, heads, head_dim, .. } = *config;
+        let q = heads * head_dim;
+        let norm = |part: &str| weights.vector(&format!("blk.{n}.{part}"), width);
+        let linear = |part: &str, rows, cols| Linear::new(weights, (n, part), [rows, cols], false);
         Ok(Self {
             attn_norm: norm("attn_norm")?,
-            q: linear("attn_q", q, width, config.qkv_bias)?,
-            k: linear("attn_k", kv, width, config.qkv_bias)?,
-            v: linear("attn_v", kv, width, config.qkv_bias)?,
-            o: linear("attn_output", width, q, false)?,
+            q: Linear::new(weights, (n, "attn_q"), [q, width], config.qkv_bias)?,
+            kv: KeysValues::new(weights, config, n)?,
+            o: linear("attn_output", width, q)?,
             ffn_norm: norm("ffn_norm")?,
-            gate: linear("ffn_gate", ffn, width, false)?,
-            up: linear("ffn_up", ffn, width, false)?,
-            down: linear("ffn_down", width, ffn, false)?,
+            gate: linear("ffn_gate", ffn, width)?,
+            up: linear("ffn_up", ffn, width)?,
+            down: linear("ffn_down", width, ffn)?,
         })
     }
 
     /// Bytes of its matrices.
     pub fn bytes(&self) -> usize {
-        let Self { q, k, v, o, gate, up, down, .. } = self;
-        [q, k, v, o, gate, up, down].iter().map(|linear| linear.weights.bytes()).sum()
+        let Self { q, kv, o, gate, up, down, .. } = self;
+        let others: usize =
+            [q, o, gate, up, down].iter().map(|linear| linear.weights.bytes()).sum();
+        others + kv.bytes()
     }
 }
 

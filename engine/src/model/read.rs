@@ -16,10 +16,10 @@ pub(super) const ROWS: usize = 256;
 const LOGIT_ROWS: usize = 64;
 
 /// Tokens on their way through the layers.
-struct Stream {
+pub(super) struct Stream {
     /// Residual stream, `[tokens, width]`.
-    x: Vec<f32>,
-    positions: Vec<usize>,
+    pub x: Vec<f32>,
+    pub positions: Vec<usize>,
 }
 
 impl Model<'_> {
@@ -130,7 +130,7 @@ impl Model<'_> {
     }
 
     /// One staged layer over all of `stream`.
-    fn through(
+    pub(super) fn through(
         &self,
         (index, layer): (usize, &Layer<'_>),
         stream: &mut Stream,

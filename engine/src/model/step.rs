@@ -9,7 +9,8 @@ use kvwarp::slab::TOKENS;
 use kvwarp::threads::Team;
 use kvwarp::{hadamard, paged_attn, prefill_attn, rms_norm, swiglu};
 
-use super::layers::{Layer, Linear};
+use super::keys::product;
+use super::layers::Layer;
 use super::rows::{each_row, project, residual, row};
 use super::work::Work;
 use super::{Model, ModelError};
@@ -50,7 +51,7 @@ impl Model<'_> {
         let Piece { x, angles, first, rows, of } = piece;
         let (cpu, eps) = (self.cpu(matches!(of, Of::Turns(_))), self.config.rms_eps);
         work.resize(self.config, rows);
-        let Work { h, q, k, v, mix, gate, up, add, calibration, clock, .. } = work;
+        let Work { h, q, k, v, mix, gate, up, add, spare, seen, calibration, clock, .. } = work;
         let (d, turned) = (self.config.head_dim, cache.spec().hadamard);
         let turn_keys = |_, x: &mut [f32]| {
             hadamard::keys(x, d);
@@ -66,10 +67,12 @@ impl Model<'_> {
             each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), weight, eps, h))
         };
         clock.time(|| Launch::of("rms_norm"), || norm(x, &layer.attn_norm, h))?;
-        let qkv = [&layer.q, &layer.k, &layer.v];
-        clock.time(|| product(qkv, rows), || project(&cpu, qkv, h, rows, [q, k, v]))?;
+        layer.kv.project((&cpu, rows), (&layer.q, h), [q, k, v], spare, clock)?;
+        if let Some(seen) = seen {
+            seen.add([h, q, k, v]);
+        }
         let rotate = |x: &mut [f32]| {
-            each_row(team, x, rows, |i, x| angles.rotate(first + i, x, self.pairing))
+            each_row(team, x, rows, |i, x| layer.kv.rotate(angles, first + i, x, self.pairing))
         };
         clock.time(|| Launch::of("rope_select"), || rotate(q).and_then(|()| rotate(k)))?;
         if let Some(calibration) = calibration {
@@ -116,6 +119,9 @@ impl Model<'_> {
         if turned {
             clock.time(|| Launch::of("hadamard"), || each_row(team, mix, rows, turn_values))?;
         }
+        if let Some(seen) = &mut work.seen {
+            seen.mix.extend_from_slice(mix);
+        }
         let o = &layer.o;
         clock.time(|| product([o], rows), || matmul(&cpu, &o.weights, mix, rows, add))?;
         clock.time(|| Launch::of("residual"), || residual(x, add));
@@ -132,11 +138,6 @@ impl Model<'_> {
         clock.time(|| Launch::of("residual"), || residual(x, add));
         Ok(())
     }
-}
-
-/// Projections of `rows` rows of the same input.
-fn product<const N: usize>(linears: [&Linear<'_>; N], rows: usize) -> Launch {
-    super::product(linears.map(|linear| &linear.weights), rows)
 }
 
 /// Attention over the slabs of `views` that `mask` lets a token see.

@@ -2,6 +2,7 @@
 
 use kvwarp::{paged_attn, prefill_attn};
 
+use super::keys::Spare;
 use super::read::ROWS;
 use crate::calibration::Calibration;
 use crate::config::Config;
@@ -39,12 +40,42 @@ pub struct Work {
     pub(crate) clock: Clock,
     /// Takes every query.
     pub(crate) calibration: Option<Calibration>,
+    /// Takes what attention is made of.
+    pub(crate) seen: Option<Seen>,
+    pub(super) spare: Spare,
+}
+
+/// What went through the attention of a layer, a row a token.
+#[derive(Default)]
+pub(crate) struct Seen {
+    /// Its input, `[rows, width]`.
+    pub h: Vec<f32>,
+    /// Before RoPE, `[rows, heads, head_dim]`.
+    pub q: Vec<f32>,
+    /// Before RoPE, `[rows, kv_heads, head_dim]`.
+    pub k: Vec<f32>,
+    /// `[rows, kv_heads, head_dim]`
+    pub v: Vec<f32>,
+    /// `[rows, heads, head_dim]`
+    pub mix: Vec<f32>,
+}
+
+impl Seen {
+    pub(super) fn add(&mut self, rows: [&[f32]; 4]) {
+        let Self { h, q, k, v, .. } = self;
+        [h, q, k, v].into_iter().zip(rows).for_each(|(to, rows)| to.extend_from_slice(rows));
+    }
 }
 
 impl Work {
     /// Buffers that add every query to `calibration`.
     pub fn collecting(calibration: Calibration) -> Self {
         Self { calibration: Some(calibration), ..Self::default() }
+    }
+
+    /// Buffers that take what goes through attention.
+    pub(crate) fn seeing() -> Self {
+        Self { seen: Some(Seen::default()), ..Self::default() }
     }
 
     /// Logits of the newest token read, `[vocab]`, or of each token of a step, `[tokens, vocab]`.

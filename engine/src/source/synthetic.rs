@@ -102,6 +102,7 @@ impl Shape {
             sliding_window: None,
             tied_embeddings: tied,
             qkv_bias: false,
+            elite: None,
         }
     }
 }

@@ -34,6 +34,12 @@ struct Style {
 }
 
 pub fn read(file: &Gguf) -> Result<(Vocabulary, Marks)> {
+    let (parts, marks) = parts(file)?;
+    Ok((Vocabulary::new(parts)?, marks))
+}
+
+/// What the file says.
+pub fn parts(file: &Gguf) -> Result<(Parts, Marks)> {
     let texts =
         file.texts("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
     let kinds = file.ints("tokenizer.ggml.token_type")?;
@@ -59,7 +65,7 @@ pub fn read(file: &Gguf) -> Result<(Vocabulary, Marks)> {
     parts.texts = texts.iter().cloned().map(Some).collect();
     parts.specials = specials(texts, kind);
     let marks = marks(file, add_bos)?;
-    Ok((Vocabulary::new(parts)?, marks))
+    Ok((parts, marks))
 }
 
 fn missing(key: &str) -> Error {

@@ -9,11 +9,14 @@ use crate::error::{Error, Result};
 /// Our name and theirs, outside and inside a block.
 const MODEL: [(&str, &str); 3] =
     [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
-const BLOCK: [(&str, &str); 9] = [
+const BLOCK: [(&str, &str); 12] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
     ("attn_k", "self_attn.k_proj"),
     ("attn_v", "self_attn.v_proj"),
+    ("attn_kv_a", "self_attn.kv_a_proj"),
+    ("attn_k_b", "self_attn.k_b_proj"),
+    ("attn_v_b", "self_attn.v_b_proj"),
     ("attn_output", "self_attn.o_proj"),
     ("ffn_norm", "post_attention_layernorm"),
     ("ffn_gate", "mlp.gate_proj"),
@@ -21,7 +24,7 @@ const BLOCK: [(&str, &str); 9] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 /// Biases that the supported models have.
-const BIASES: [&str; 3] = ["attn_q", "attn_k", "attn_v"];
+const BIASES: [&str; 5] = ["attn_q", "attn_k", "attn_v", "attn_k_b", "attn_v_b"];
 
 /// Our name of a tensor; `None` for one that holds nothing of its own.
 ///
@@ -33,8 +36,10 @@ pub fn ours(theirs: &str) -> Result<Option<String>> {
     }
     let name = known(theirs).ok_or_else(|| {
         let shown: String = theirs.chars().take(128).collect();
+        let normalised = [".q_norm.", ".k_norm."].iter().any(|part| theirs.contains(part));
+        let why = if normalised { "; it normalises queries or keys" } else { "" };
         Error::Weights(format!(
-            "tensor `{shown}` is no part of a supported model (Llama, Mistral, Qwen2)"
+            "tensor `{shown}` is no part of a supported model (Llama, Mistral, Qwen2){why}"
         ))
     })?;
     Ok(Some(name))
@@ -117,6 +122,8 @@ mod tests {
         ] {
             assert!(ours(strange).unwrap_err().to_string().contains(strange));
         }
+        let normed = ours("model.layers.0.self_attn.k_norm.weight").unwrap_err().to_string();
+        assert!(normed.ends_with("it normalises queries or keys"), "{normed}");
     }
 
     #[test]

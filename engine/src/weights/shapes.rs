@@ -28,19 +28,28 @@ pub fn expected(config: &Config) -> impl Iterator<Item = Expected> {
 fn block(config: &Config, n: usize) -> impl Iterator<Item = Expected> {
     let Config { width, ffn, heads, kv_heads, head_dim, .. } = *config;
     let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-    let weights = [
-        ("attn_norm", 1, width),
-        ("attn_q", q, width),
-        ("attn_k", kv, width),
-        ("attn_v", kv, width),
+    let keys_values = match &config.elite {
+        None => vec![("attn_k", kv, width), ("attn_v", kv, width)],
+        Some(elite) => {
+            let (k, latent) = (2 * elite.pairs * kv_heads, elite.ranks[n]);
+            let (a, b) = (("attn_kv_a", latent, width), ("attn_v_b", kv, latent));
+            let rest = (kv > k).then_some(("attn_k_b", kv - k, latent));
+            [("attn_k", k, width), a].into_iter().chain(rest).chain([b]).collect()
+        }
+    };
+    let projections = [("attn_q", q, width)].into_iter().chain(keys_values);
+    let biased = |name: &str| config.qkv_bias && name != "attn_kv_a";
+    let weights = projections.clone().chain([
         ("attn_output", width, q),
-        ("ffn_norm", 1, width),
         ("ffn_gate", ffn, width),
         ("ffn_up", ffn, width),
         ("ffn_down", width, ffn),
-    ];
-    let biases = [("attn_q.bias", 1, q), ("attn_k.bias", 1, kv), ("attn_v.bias", 1, kv)];
-    let biases = biases.into_iter().take(if config.qkv_bias { 3 } else { 0 });
+    ]);
+    let weights = weights.map(|(name, rows, cols)| (name.to_owned(), rows, cols));
+    let biases = projections.filter(move |(name, ..)| biased(name));
+    let biases = biases.map(|(name, rows, _)| (format!("{name}.bias"), 1, rows));
+    let norms = ["attn_norm", "ffn_norm"].map(|name| (name.to_owned(), 1, width));
     let named = move |(name, rows, cols)| Expected { name: format!("blk.{n}.{name}"), rows, cols };
-    weights.into_iter().chain(biases).map(named)
+    let all: Vec<_> = norms.into_iter().chain(weights).chain(biases).map(named).collect();
+    all.into_iter()
 }

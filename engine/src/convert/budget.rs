@@ -1,0 +1,59 @@
+//! How many pairs keep their rotation and how long latent vectors are.
+
+use crate::config::Config;
+
+/// Of every layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// Elite pairs of a kv head, `r`.
+    pub pairs: usize,
+    /// Elements of a latent vector, `c`.
+    pub rank: usize,
+}
+
+impl Budget {
+    /// Elements of the cache of a token in a layer: `2 r` of each kv head and the latent vector that they share.
+    pub fn elements(self, config: &Config) -> usize {
+        2 * self.pairs * config.kv_heads + self.rank
+    }
+
+    /// The longest latent vector that is of use with so many pairs: all that it has to hold, or its input.
+    pub fn most(pairs: usize, config: &Config) -> usize {
+        let Config { kv_heads, head_dim, width, .. } = *config;
+        (kv_heads * (2 * head_dim - 2 * pairs)).min(width)
+    }
+
+    /// Why no model of this shape can have it.
+    pub fn refusal(self, config: &Config) -> Option<String> {
+        let (half, Self { pairs, rank }) = (config.head_dim / 2, self);
+        if !(1..=half).contains(&pairs) {
+            return Some(format!("{pairs} pairs; a head of this model has 1 to {half}"));
+        }
+        let most = Self::most(pairs, config);
+        (!(1..=most).contains(&rank))
+            .then(|| format!("rank {rank}; with {pairs} pairs this model has use for 1 to {most}"))
+    }
+}
+
+/// What ranks are multiples of: 128 where keys have 1,024 elements and more, 16 in smaller models.
+pub fn step(config: &Config) -> usize {
+    if config.kv_heads * config.head_dim < 1024 { 16 } else { 128 }
+}
+
+/// Every rank that is a multiple of [`step`], with as many pairs as fit beside it into `ratio` of the cache of the source;
+/// of those with as many pairs only the longest.
+pub fn grid(config: &Config, ratio: f64) -> Vec<Budget> {
+    let Config { kv_heads, head_dim, .. } = *config;
+    let (all, step) = (2 * kv_heads * head_dim, step(config));
+    let elements = (ratio * all as f64 + 1e-9) as usize;
+    let mut grid: Vec<Budget> = Vec::new();
+    for rank in (step..=elements).step_by(step) {
+        let pairs = ((elements - rank) / (2 * kv_heads)).min(head_dim / 2);
+        let budget = Budget { pairs, rank };
+        if budget.refusal(config).is_none() {
+            grid.retain(|other| other.pairs != pairs);
+            grid.push(budget);
+        }
+    }
+    grid
+}

@@ -1,0 +1,166 @@
+//! EliteKV: what is converted, what it keeps of the model, and what is refused.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod folder;
+mod recovery;
+mod refusals;
+mod search;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvwarp::linear::Activations;
+use kvwarp_engine::convert::{Budget, ConvertError, Converted, Request, Target, convert};
+use kvwarp_engine::model::{Model, Work};
+use kvwarp_engine::source::Source;
+use kvwarp_engine::watch::Watch;
+
+const FIXTURES: [&str; 4] = ["llama3", "mistral", "qwen2", "llama_linear"];
+
+fn fixture(name: &str) -> Source {
+    Source::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap()
+}
+
+fn model(source: &Source) -> Model<'_> {
+    Model::new(source, 2, Activations::F32).unwrap()
+}
+
+fn text(n: usize) -> Vec<u32> {
+    (0..n as u32).map(|i| (i * i * 7 + i * 13) % 251).collect()
+}
+
+/// A conversion of a fixture that keeps so much, without recovery.
+fn request(tokens: &[u32], pairs: usize, rank: usize) -> Request<'_> {
+    let (learn, held) = tokens.split_at(tokens.len() * 3 / 4);
+    Request {
+        target: Target::Fixed(Budget { pairs, rank }),
+        whiten: true,
+        refit: false,
+        tokens: learn,
+        searched: learn.len(),
+        window: 64,
+        chosen_on: held,
+        held,
+    }
+}
+
+/// Converts, and stops after `most` steps.
+fn stopped(
+    source: &Source,
+    request: &Request<'_>,
+    beside: &Path,
+    most: usize,
+) -> Result<Converted, ConvertError> {
+    let (stop, mut left) = (AtomicBool::new(false), most);
+    let mut step = |_| {
+        left = left.saturating_sub(1);
+        stop.store(left == 0, Ordering::Relaxed);
+    };
+    convert(
+        (source, &model(source)),
+        request,
+        beside,
+        &mut Watch::new(&stop, &mut step),
+        &mut |_| {},
+    )
+}
+
+fn converted(source: &Source, request: &Request<'_>) -> Converted {
+    let folder = tempfile::tempdir().unwrap();
+    stopped(source, request, &folder.path().join("state"), usize::MAX).unwrap()
+}
+
+/// Logits after each token of `tokens`, read together or one by one.
+fn logits(source: &Source, tokens: &[u32], spec: &str, piece: usize) -> Vec<f32> {
+    let model = model(source);
+    let mut cache = model.cache(&spec.parse().unwrap(), tokens.len()).unwrap();
+    let (row, mut work, mut all) = (cache.open(), Work::default(), Vec::new());
+    for tokens in tokens.chunks(piece) {
+        if piece == 1 {
+            model.step(&[(row, tokens)], &mut cache, &mut work).unwrap();
+            all.extend_from_slice(work.logits());
+            continue;
+        }
+        let (stop, mut step) = (AtomicBool::new(false), |_| {});
+        let take = &mut |row: &[f32]| all.extend_from_slice(row);
+        let watch = &mut Watch::new(&stop, &mut step);
+        model.score(tokens, (&mut cache, row), &mut work, watch, take).unwrap();
+    }
+    all
+}
+
+/// Largest difference.
+fn apart(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    assert!(a.iter().chain(b).all(|x| x.is_finite()));
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Every pair and all that the latent vector can hold: the model as it was.
+#[test]
+fn nothing_is_lost_where_everything_is_kept() {
+    for name in FIXTURES {
+        let (source, tokens) = (fixture(name), text(160));
+        let (kv_heads, width) = (source.config.kv_heads, source.config.width);
+        let exact = logits(&source, &tokens, "f16", 160);
+        for (whiten, pairs) in [(true, 32), (false, 32)] {
+            let full = (kv_heads * (128 - 2 * pairs)).min(width);
+            let request = Request { whiten, ..request(&tokens, pairs, full) };
+            let done = converted(&source, &request);
+            // Keys and values are kept in f16: a rounding that falls on the other side.
+            let far = apart(&exact, &logits(&done.staged, &tokens, "f16", 160));
+            assert!(far < 0.02, "{name}: {far}");
+            let cut = Request { whiten, ..crate::request(&tokens, pairs, full / 2) };
+            let far = apart(&exact, &logits(&converted(&source, &cut).staged, &tokens, "f16", 160));
+            assert!(far > 0.2, "{name}: half a rank changes nothing: {far}");
+        }
+    }
+}
+
+/// What rotates is a matter of pairs alone: the same channels, the same positions, whatever reads them and how.
+#[test]
+fn a_converted_model_reads_one_by_one_as_together_and_with_every_cache() {
+    for name in FIXTURES {
+        let (source, tokens) = (fixture(name), text(160));
+        let staged = converted(&source, &request(&tokens, 5, 48)).staged;
+        let together = logits(&staged, &tokens, "f16", 160);
+        let apart_by = |spec: &str, piece| apart(&together, &logits(&staged, &tokens, spec, piece));
+        assert!(apart_by("f16", 1) < 0.02, "{name}");
+        assert!(apart_by("f16", 40) < 0.02, "{name}");
+        let eight = apart_by("q8", 1);
+        assert!((1e-5..0.5).contains(&eight), "{name}: q8 {eight}");
+        let two = apart_by("q2,window=64", 1);
+        assert!((eight..8.0).contains(&two), "{name}: q2 {two}");
+    }
+}
+
+/// Half of the pairs, chosen by the search, cost less than the other half.
+#[test]
+fn elite_pairs_are_the_better_ones() {
+    let (source, tokens) = (fixture("llama3"), text(160));
+    let exact = logits(&source, &tokens, "f16", 160);
+    let mut done = converted(&source, &request(&tokens, 16, 96)).staged;
+    let chosen = done.config.elite.clone().unwrap();
+    let error =
+        |a: &[f32], b: &[f32]| -> f32 { a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum() };
+    let good = error(&exact, &logits(&done, &tokens, "f16", 160));
+    // The tensors are of the chosen pairs: convert with the others instead.
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state");
+    let wanted = request(&tokens, 16, 96);
+    assert!(stopped(&source, &wanted, &state, usize::MAX).is_ok());
+    let text = std::fs::read_to_string(&state).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for (layer, pairs) in chosen.elite_pairs.iter().enumerate() {
+        for (head, pairs) in pairs.iter().enumerate() {
+            let others: Vec<u8> = (0..32).filter(|j| !pairs.contains(j)).collect();
+            json["orders"][layer][head] = others.into();
+        }
+    }
+    std::fs::write(&state, json.to_string()).unwrap();
+    done = stopped(&source, &wanted, &state, usize::MAX).unwrap().staged;
+    let bad = error(&exact, &logits(&done, &tokens, "f16", 160));
+    assert!(good * 1.5 < bad, "{good} with the chosen pairs, {bad} with the others");
+}
