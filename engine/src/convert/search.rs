@@ -184,8 +184,8 @@ fn distances(terms: &Terms, others: &[usize], sums: &mut [f64]) {
             }
             for (part, lanes) in parts.iter().zip(&mut lanes) {
                 let left = |i: usize| (all[i] - part[i]).abs();
-                for i in 0..LANES {
-                    lanes[i] +=
+                for (i, lane) in lanes.iter_mut().enumerate() {
+                    *lane +=
                         (left(i) + left(i + LANES)) + (left(i + 2 * LANES) + left(i + 3 * LANES));
                 }
             }
