@@ -4,9 +4,9 @@
 //!
 //! 1. [`search`]: which pairs matter, on queries and keys of a text;
 //! 2. [`budget`]: how many of them, and how long the latent vector, for the ratio asked for;
-//! 3. factors of the projections, of the weights alone, or as inputs, queries and output projections are ([`weigh`]);
-//! 4. [`refit`]: closed-form recovery;
-//! 5. [`write`]: a folder like Hugging Face's, which every command reads ([`crate::config::Elite`]).
+//! 3. factors of the projections, of the weights alone, or as inputs, queries and output projections are;
+//! 4. closed-form recovery;
+//! 5. [`write()`]: a folder like Hugging Face's, which every command reads ([`crate::config::Elite`]).
 
 mod algebra;
 pub mod budget;
@@ -83,7 +83,7 @@ pub struct Stage {
 
 /// A model that has been converted, in memory.
 pub struct Converted {
-    /// It; [`write`] makes files of it.
+    /// It; [`write()`] makes files of it.
     pub staged: Source,
     /// What was kept.
     pub budget: Budget,
