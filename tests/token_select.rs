@@ -232,12 +232,12 @@ fn faults_are_caught() {
         let (rows, k) = (&few, &[1000]);
         Select { rows, n: 700, segment: 3, strict: false, k, index_stride: 700 }.matches(run)
     };
-    // A slice a row: what stages tell each other is at stake. There are few scores, as checked accesses take their time.
+    // A slice a row, for what stages tell each other; few scores in all, as checked accesses take their time.
     let mut noise = Noise(9);
-    let shared = [300, 90, 0, 150, 33, 10, 0, 20, 700]
+    let shared = [300, 90, 0, 150, 33, 10, 0, 20, 5000]
         .map(|len| (0..len).map(|_| noise.below(40) as f32 / 7.0 - 1.0).collect());
     let together = |run: &Run| {
-        let (rows, k) = (&shared, &[601]);
+        let (rows, k) = (&shared, &[2_001]);
         Select { rows, n: 8192, segment: 9, strict: false, k, index_stride: 8192 }.matches(run)
     };
     let scores: Vec<f32> = (0..2 * 3 * 1500).map(|i| (i % 77) as f32).collect();
