@@ -4,7 +4,7 @@ mod elite;
 mod parted;
 
 use crate::cases::{Noise, assert_close, close, f64s, somewhere, widen};
-use crate::exec::{Run, assert_caught, executors, op};
+use crate::exec::{Mem, Run, assert_caught, executors, op};
 use half::f16;
 use kvwarp::ffi::{self, kvw_rope_select_params as Params};
 use kvwarp::hadamard;
@@ -154,23 +154,34 @@ impl Case {
         let (dp, df) = (run.upload("positions", positions), run.upload("inv_freq", &freq));
         let out = (self.gap > 0).then(|| run.alloc::<f16>("out", x.len()));
         let to = out.as_ref().unwrap_or(&dx);
-        let params = Params {
+        let params = self.params((&dx, to), (&dp, &df), positions.len());
+        run.call(&op!(kvw_rope_select), &params)?;
+        Ok([rows(x), rows(&to.download())])
+    }
+
+    /// Rows of `x` to the same places of `out`, `tokens` of them.
+    fn params(
+        &self,
+        (x, out): (&Mem<f16>, &Mem<f16>),
+        (positions, freq): (&Mem<i32>, &Mem<f32>),
+        tokens: usize,
+    ) -> Params {
+        let stride = (self.heads * self.d + self.gap) as i64;
+        Params {
             struct_size: size_of::<Params>() as u32,
             pairing: self.pairing as i32,
-            x: dx.ptr().cast(),
-            out: to.ptr().cast(),
-            positions: dp.ptr(),
-            inv_freq: df.ptr(),
-            x_stride: stride as i64,
-            out_stride: stride as i64,
-            tokens: positions.len() as i32,
+            x: x.ptr().cast(),
+            out: out.ptr().cast(),
+            positions: positions.ptr(),
+            inv_freq: freq.ptr(),
+            x_stride: stride,
+            out_stride: stride,
+            tokens: tokens as i32,
             heads: self.heads as i32,
             head_dim: self.d as i32,
             hadamard: self.hadamard.into(),
             ..Default::default()
-        };
-        run.call(&op!(kvw_rope_select), &params)?;
-        Ok([rows(x), rows(&to.download())])
+        }
     }
 
     fn noise(&self, tokens: usize) -> Vec<f16> {

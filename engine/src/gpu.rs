@@ -28,7 +28,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use kvwarp::pages::Entry;
-use kvwarp::rope_select::Pairing;
 use kvwarp::threads::Team;
 
 use crate::cache::{Plan, Shape};
@@ -238,10 +237,7 @@ fn plan(source: &Source, spec: &CacheSpec, calibration: Option<&Calibration>) ->
     let config = &source.config;
     let losers = calibration.map(Calibration::losers).unwrap_or_default();
     let feedback = calibration.filter(|_| spec.hadamard).map(|calibration| {
-        let pairing = match config.rope.pairing {
-            config::Pairing::Interleaved => Pairing::Interleaved,
-            config::Pairing::HalfSplit => Pairing::Half,
-        };
+        let pairing = crate::model::pairing(config);
         let inv_freq = config.rope.frequencies(config.head_dim);
         let team = Team::new(kvwarp::threads::physical_cores());
         Arc::from(calibration.feedback((&inv_freq, pairing), config.context, &team))

@@ -13,6 +13,27 @@ mod portable;
 
 use crate::simd::Level;
 
+/// `$body` with a constant `$n`, the number of heads of a block: at most [`Lanes::HEADS`] of the lanes `L`.
+macro_rules! with_heads {
+    ($heads:expr, $n:ident => $body:expr) => {{
+        // Larger blocks than a level uses are not even compiled.
+        if L::HEADS >= 4 && $heads == 4 {
+            const $n: usize = 4;
+            $body
+        } else if L::HEADS >= 3 && $heads == 3 {
+            const $n: usize = 3;
+            $body
+        } else if L::HEADS >= 2 && $heads == 2 {
+            const $n: usize = 2;
+            $body
+        } else {
+            const $n: usize = 1;
+            $body
+        }
+    }};
+}
+pub(crate) use with_heads;
+
 /// Sixteen elements in memory, on a cache line of their own.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C, align(64))]

@@ -7,7 +7,7 @@
 
 use super::cpu::{HEADS, Queries, RUN};
 use super::{COLUMN, COLUMN_BYTES, TILE, View};
-use crate::lanes::{Kernel, Lanes, Row};
+use crate::lanes::{Kernel, Lanes, Row, with_heads};
 use crate::slab::TOKENS;
 use std::ops::Range;
 
@@ -43,25 +43,6 @@ pub(super) struct Task<'a> {
     pub queries: &'a Queries,
     pub heads: Range<usize>,
     pub run: usize,
-}
-
-/// `$body` with a constant `$n`, the number of heads of a block: at most [`Lanes::HEADS`].
-macro_rules! with_heads {
-    ($heads:expr, $n:ident => $body:expr) => {{
-        if L::HEADS >= 4 && $heads == 4 {
-            const $n: usize = 4;
-            $body
-        } else if L::HEADS >= 3 && $heads == 3 {
-            const $n: usize = 3;
-            $body
-        } else if L::HEADS >= 2 && $heads == 2 {
-            const $n: usize = 2;
-            $body
-        } else {
-            const $n: usize = 1;
-            $body
-        }
-    }};
 }
 
 impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {

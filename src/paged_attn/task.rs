@@ -7,7 +7,7 @@ use super::cpu::{MAX_GROUP, Shape};
 use super::plain::Room;
 use super::slabs::{RUN, Slab};
 use super::{halves, keys, values};
-use crate::lanes::{Kernel, Lanes, Line, Row};
+use crate::lanes::{Kernel, Lanes, Line, Row, with_heads};
 use crate::pages::HeadView;
 use crate::slab::{Format, TOKENS};
 
@@ -84,26 +84,6 @@ impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {
         }
         (work.copy, work.room) = (copy, room);
     }
-}
-
-/// `$body` with a constant `$n`, the number of heads of a block: at most [`Lanes::HEADS`].
-macro_rules! with_heads {
-    ($heads:expr, $n:ident => $body:expr) => {{
-        // Larger blocks than a level uses are not even compiled.
-        if L::HEADS >= 4 && $heads == 4 {
-            const $n: usize = 4;
-            $body
-        } else if L::HEADS >= 3 && $heads == 3 {
-            const $n: usize = 3;
-            $body
-        } else if L::HEADS >= 2 && $heads == 2 {
-            const $n: usize = 2;
-            $body
-        } else {
-            const $n: usize = 1;
-            $body
-        }
-    }};
 }
 
 /// Heads in blocks of nearly equal size, at most `most` each: first and count.

@@ -20,21 +20,7 @@ impl Case {
             let (dx, dense) = (run.upload("x", x), run.alloc::<f16>("out", positions.len() * own));
             let (dp, df) = (run.upload("positions", positions), run.upload("inv_freq", &freq));
             let keys = dx.ptr().wrapping_add(own).cast();
-            let whole = Params {
-                struct_size: size_of::<Params>() as u32,
-                pairing: self.pairing as i32,
-                x: dx.ptr().cast(),
-                out: dx.ptr().cast(),
-                positions: dp.ptr(),
-                inv_freq: df.ptr(),
-                x_stride: row as i64,
-                out_stride: row as i64,
-                tokens: positions.len() as i32,
-                heads: self.heads as i32,
-                head_dim: self.d as i32,
-                hadamard: self.hadamard.into(),
-                ..Default::default()
-            };
+            let whole = self.params((&dx, &dx), (&dp, &df), positions.len());
             let (out, out_stride) = (dense.ptr().cast(), own as i64);
             let (rest_heads, rest_stride) = (rest as i32, row as i64);
             let parted = Params { out, out_stride, rest: keys, rest_heads, rest_stride, ..whole };

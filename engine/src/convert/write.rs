@@ -17,6 +17,7 @@
 mod config;
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -69,9 +70,13 @@ pub fn write(
     let tensors = tensors.collect::<Result<Vec<_>>>()?;
     let elite = staged.config.elite.iter().map(|elite| (ELITE, elite.fingerprint()));
     let metadata = elite.chain([("format", "pt".to_owned())]);
-    let metadata = metadata.map(|(key, value)| (key.to_owned(), value)).collect();
+    let metadata: Vec<_> = metadata.map(|(key, value)| (key.to_owned(), value)).collect();
+    // The library writes a map as it iterates, which is chance: one is drawn that ascends, so that the same conversion gives
+    // the same bytes.
+    let drawn = || metadata.iter().cloned().collect::<HashMap<String, String>>();
+    let metadata = std::iter::repeat_with(drawn).find(|map| map.keys().is_sorted());
     let named = tensors.into_iter().map(|tensor| (theirs(&tensor.expected.name), tensor));
-    safetensors::serialize_to_file(named, Some(metadata), &path)
+    safetensors::serialize_to_file(named, metadata, &path)
         .map_err(|e| Error::Safetensors(e.to_string()).at(&path))?;
     std::fs::rename(&partial, out).map_err(|e| Error::io(out, e).into())
 }

@@ -2,14 +2,14 @@
 
 use std::rc::Rc;
 
-use kvwarp::ffi::{self, KVW_F16, kvw_cache, kvw_kv_pack_params};
+use kvwarp::ffi::{KVW_F16, kvw_cache, kvw_kv_pack_params};
 
 use super::metered::Metered;
 use super::ops::{FEW_ROWS, Ops, at, params};
 use super::platform::{Buffer, Result};
 use super::tally::Use;
 use super::weights::{Layer, Weights};
-use crate::config::{Config, Pairing};
+use crate::config::Config;
 
 /// Activations, allocated once; `rows` is the most rows of a piece of a prompt or of a step.
 pub struct Work {
@@ -134,10 +134,7 @@ impl Network {
     }
 
     fn pairing(&self) -> i32 {
-        match self.config.rope.pairing {
-            Pairing::Interleaved => ffi::KVW_ROPE_INTERLEAVED,
-            Pairing::HalfSplit => ffi::KVW_ROPE_HALF,
-        }
+        crate::model::pairing(&self.config) as i32
     }
 
     /// What writing the keys and values of `tokens` rows needs, but for the op's own numbers.

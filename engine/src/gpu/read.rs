@@ -117,8 +117,8 @@ impl Gpu {
     ) -> Result<(), RunError> {
         let (net, last) = (&self.net, layer + 1 == self.net.config.layers);
         let (weights, before) = (&net.weights.layers[layer], block.before[layer]);
-        let held = before.packed..before.len.div_ceil(TOKENS);
-        self.move_slabs((prompt, block.row), layer, held, true)?;
+        let recent = before.packed..before.len.div_ceil(TOKENS);
+        self.move_slabs((prompt, block.row), layer, recent, true)?;
         for (number, rows) in block.pieces.iter().enumerate() {
             let x = block.x + (4 * rows.start * net.config.width) as u64;
             net.project(weights, x, rows.len())?;
@@ -136,14 +136,13 @@ impl Gpu {
             }
             watch.step(rows.len())?;
         }
-        let len = before.len + block.tokens();
-        let held = Held { len, ..before };
+        let held = block.held(layer);
         match self.cut((block.chooses, block.read), layer, held) {
             Some(cut) => Ok(self.drop_staged(prompt, block.row, layer, (held, cut))?),
             None => {
-                let packed = packed_slabs(len, self.cache.spec().window).max(before.packed);
+                let packed = packed_slabs(held.len, self.cache.spec().window).max(held.packed);
                 self.flush(prompt, block, layer, packed)?;
-                let left = packed..len.div_ceil(TOKENS);
+                let left = packed..held.len.div_ceil(TOKENS);
                 Ok(self.move_slabs((prompt, block.row), layer, left, false)?)
             }
         }
@@ -171,13 +170,13 @@ impl Gpu {
     /// Attention of a piece; of its newest `watched` rows also how the weights were normalised.
     fn attend_piece(&self, piece: &Piece<'_>, watched: usize) -> Result<()> {
         let rows = piece.rows() as i32;
-        let lse = piece.prompt.choice.as_ref().filter(|_| watched > 0).map_or(0, Choice::lse);
+        let choice = piece.prompt.choice.as_ref().filter(|_| watched > 0);
         let params = params!(kvw_prefill_attn_params {
             q_heads: self.net.config.heads as i32,
             cache: self.staged(piece),
             q: at(self.net.queries()),
             out: at(self.net.work.mix.at()),
-            lse: at(lse),
+            lse: at(choice.map_or(0, |choice| choice.lse.at())),
             lse_rows: watched as i32,
             cu_tokens: at(piece.firsts()),
             tokens: rows,

@@ -11,25 +11,13 @@ mod search;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvwarp::linear::Activations;
 use kvwarp_engine::convert::{Budget, ConvertError, Converted, Request, Target, convert};
-use kvwarp_engine::model::{Model, Work};
+use kvwarp_engine::model::Work;
 use kvwarp_engine::source::Source;
 use kvwarp_engine::watch::Watch;
+use support::models::{fixture, model, text};
 
 const FIXTURES: [&str; 4] = ["llama3", "mistral", "qwen2", "llama_linear"];
-
-fn fixture(name: &str) -> Source {
-    Source::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap()
-}
-
-fn model(source: &Source) -> Model<'_> {
-    Model::new(source, 2, Activations::F32).unwrap()
-}
-
-fn text(n: usize) -> Vec<u32> {
-    (0..n as u32).map(|i| (i * i * 7 + i * 13) % 251).collect()
-}
 
 /// A conversion of a fixture that keeps so much, without recovery.
 fn request(tokens: &[u32], pairs: usize, rank: usize) -> Request<'_> {

@@ -1,44 +1,22 @@
 //! What a conversion costs a real model.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 use kvwarp::linear::Activations;
 use kvwarp_engine::convert::{Budget, Converted, Elements, Request, Stage, Target, convert, write};
 use kvwarp_engine::model::Model;
 use kvwarp_engine::perplexity::{Reading, score};
 use kvwarp_engine::source::Source;
-use kvwarp_engine::watch::Watch;
-use serde::Deserialize;
 
+use super::support::models::{golden, texts};
 use super::support::real_model;
-
-#[derive(Deserialize)]
-struct Text {
-    tokens: Vec<u32>,
-}
-
-fn golden(name: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    std::fs::read_to_string(path).unwrap()
-}
-
-/// Texts that nothing is learnt from.
-fn held() -> BTreeMap<String, Vec<u32>> {
-    let texts: BTreeMap<String, Text> = serde_json::from_str(&golden("texts.json")).unwrap();
-    texts.into_iter().map(|(name, text)| (name, text.tokens)).collect()
-}
+use super::support::schedule::watched;
 
 /// Those that are learnt from: a novel, documents and sources.
 fn learnt(source: &Source) -> Vec<u32> {
     let text = ["eighty_days.txt", "calibration.txt", "gun.c"].map(golden).concat();
     source.tokenizer().unwrap().encode(&text, false).unwrap()
-}
-
-fn watched<T>(body: impl FnOnce(&mut Watch<'_>) -> T) -> T {
-    body(&mut Watch::new(&AtomicBool::new(false), &mut |_| {}))
 }
 
 fn model(source: &Source) -> Model<'_> {
@@ -61,7 +39,7 @@ fn nats(source: &Source, tokens: &[u32]) -> f64 {
 fn recovery_on_few_tokens() {
     let Some(path) = real_model() else { return };
     let (source, folder) = (Source::open(&path).unwrap(), tempfile::tempdir().unwrap());
-    let (text, held) = (learnt(&source), held());
+    let (text, held) = (learnt(&source), texts());
     let request = Request {
         target: Target::Fixed(Budget { pairs: 16, rank: 96 }),
         whiten: true,
@@ -115,7 +93,7 @@ const MEASURED: usize = 2048;
 fn elitekv_record() {
     let Some(path) = real_model() else { return };
     let (source, folder) = (Source::open(&path).unwrap(), tempfile::tempdir().unwrap());
-    let (text, held) = (learnt(&source), held());
+    let (text, held) = (learnt(&source), texts());
     let (chosen_on, text) = text.split_at(1024);
     let texts = ["persuasion", "policy"].map(|name| &held[name][..MEASURED]);
     let exact = texts.map(|tokens| nats(&source, tokens));

@@ -1,6 +1,8 @@
 //! Choosing tokens: what a cache holds after it, and what a model then says.
 
 mod model;
+#[path = "../support/mod.rs"]
+mod support;
 
 use half::f16;
 use kvwarp::paged_attn::{self, Mask, Scratch};

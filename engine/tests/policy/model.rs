@@ -1,21 +1,12 @@
 //! What a model says with a cache that dropped tokens.
 
-use std::path::Path;
-use std::sync::atomic::AtomicBool;
-
 use kvwarp::linear::Activations;
 use kvwarp_engine::model::{Model, Work};
 use kvwarp_engine::source::Source;
 use kvwarp_engine::spec::CacheSpec;
-use kvwarp_engine::watch::Watch;
 
-fn watched<T>(body: impl FnOnce(&mut Watch<'_>) -> T) -> T {
-    body(&mut Watch::new(&AtomicBool::new(false), &mut |_| {}))
-}
-
-fn fixture(name: &str) -> Source {
-    Source::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap()
-}
+use crate::support::models::{fixture, text};
+use crate::support::schedule::watched;
 
 /// Logits after a prompt and after each of a few steps, and what the heads of each layer then hold.
 fn said(
@@ -36,10 +27,6 @@ fn said(
     assert_eq!(cache.position(row), tokens.len() + steps);
     let lens = (0..model.config().layers).map(|layer| cache.lens(row, layer).collect()).collect();
     (logits, lens)
-}
-
-fn text(n: usize) -> Vec<u32> {
-    (0..n as u32).map(|i| (i * i * 7 + i * 13) % 251).collect()
 }
 
 #[test]

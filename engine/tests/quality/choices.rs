@@ -1,5 +1,6 @@
 //! What choosing tokens costs, beside what kvpress's implementations of the same methods cost on the same windows.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
@@ -94,5 +95,30 @@ fn choices() {
         let [x, y, z] = figures;
         writeln!(record, "{row}{a},{b},{c},{x},{y},{z}").unwrap();
         std::fs::write(&to, &record).unwrap();
+    }
+}
+
+/// The README's table has the means of the record's rows of which half is kept, method by method.
+#[test]
+fn the_readme_says_what_the_record_has() {
+    let file = |name| Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name);
+    let record = std::fs::read_to_string(file("benches/record/choices.csv")).unwrap();
+    let readme = std::fs::read_to_string(file("README.md")).unwrap();
+    let mut methods: BTreeMap<&str, Vec<[f64; 6]>> = BTreeMap::new();
+    for line in record.lines().skip(1) {
+        let cells: Vec<&str> = str::split(line, ',').collect();
+        if cells[1] == "0.5" {
+            let figures = std::array::from_fn(|i| cells[4 + i].parse().unwrap());
+            methods.entry(cells[0]).or_default().push(figures);
+        }
+    }
+    assert!(!methods.is_empty());
+    for (method, windows) in methods {
+        let mean = |i: usize| windows.iter().map(|row| row[i]).sum::<f64>() / windows.len() as f64;
+        let side =
+            |i| format!("{:+.4} | {:.4} | {:.1} %", mean(i), mean(i + 1), 100.0 * mean(i + 2));
+        let row = format!("| `{method}` | {} | {} | {} |", windows.len(), side(0), side(3));
+        println!("{row}");
+        assert!(readme.contains(&row), "README.md lacks {row}");
     }
 }

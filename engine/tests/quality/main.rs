@@ -12,9 +12,7 @@ mod record;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 use kvwarp::linear::Activations;
 use kvwarp::pages::{Pools, packed_slabs};
@@ -24,11 +22,11 @@ use kvwarp_engine::model::Model;
 use kvwarp_engine::perplexity::{Distance, Reading, compare};
 use kvwarp_engine::source::Source;
 use kvwarp_engine::spec::CacheSpec;
-use kvwarp_engine::watch::Watch;
-use serde::Deserialize;
 
 use keys::{found, greedy};
 use record::{Of, Record, row};
+use support::models::{golden, texts};
+use support::schedule::watched;
 
 /// Tokens read exactly and then quantised, and tokens scored after them.
 const PREFIX: usize = 2048;
@@ -36,22 +34,6 @@ const SCORED: usize = 512;
 const WINDOW: usize = PREFIX + SCORED;
 /// Tokens that a calibration reads, reads together, and measures heads on.
 const CALIBRATION: (usize, usize, usize) = (8192, 2048, 1280);
-
-#[derive(Deserialize)]
-struct Text {
-    tokens: Vec<u32>,
-}
-
-fn golden(name: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    std::fs::read_to_string(path).unwrap()
-}
-
-/// Tokens of two texts, of three windows each.
-fn texts() -> BTreeMap<String, Vec<u32>> {
-    let texts: BTreeMap<String, Text> = serde_json::from_str(&golden("texts.json")).unwrap();
-    texts.into_iter().map(|(name, text)| (name, text.tokens)).collect()
-}
 
 /// Two more, of one window each: a novel and a program.
 fn more_texts(source: &Source) -> [(String, Vec<u32>); 2] {
@@ -64,10 +46,6 @@ fn more_texts(source: &Source) -> [(String, Vec<u32>); 2] {
 
 fn model(source: &Source) -> Model<'_> {
     Model::new(source, kvwarp::threads::physical_cores(), Activations::Q8).unwrap()
-}
-
-fn watched<T>(body: impl FnOnce(&mut Watch<'_>) -> T) -> T {
-    body(&mut Watch::new(&AtomicBool::new(false), &mut |_| {}))
 }
 
 fn calibrated(source: &Source) -> Model<'_> {

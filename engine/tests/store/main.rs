@@ -1,9 +1,10 @@
 //! Caches in files: what is loaded continues as what was saved, to the last bit, and nothing else is loaded.
 
 mod refusals;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use kvwarp::linear::Activations;
 use kvwarp_engine::cache::Cache;
@@ -12,27 +13,12 @@ use kvwarp_engine::model::{Model, Work};
 use kvwarp_engine::runner::{Frozen, Row};
 use kvwarp_engine::source::Source;
 use kvwarp_engine::store::{Document, Reader, StoreError, Stored, Writer};
-use kvwarp_engine::watch::Watch;
+use support::models::{fixture, model, text};
+use support::schedule::watched;
 
 /// Tokens of a document, and tokens that a cache holds in all.
 const N: usize = 300;
 const CONTEXT: usize = 400;
-
-fn watched<T>(body: impl FnOnce(&mut Watch<'_>) -> T) -> T {
-    body(&mut Watch::new(&AtomicBool::new(false), &mut |_| {}))
-}
-
-fn fixture(name: &str) -> Source {
-    Source::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap()
-}
-
-fn model(source: &Source) -> Model<'_> {
-    Model::new(source, 2, Activations::F32).unwrap()
-}
-
-fn text(n: usize) -> Vec<u32> {
-    (0..n as u32).map(|i| (i * i * 7 + i * 13) % 251).collect()
-}
 
 fn cache(model: &Model<'_>, spec: &str) -> (Cache, Row) {
     let mut cache = model.cache(&spec.parse().unwrap(), CONTEXT).unwrap();

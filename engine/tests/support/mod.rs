@@ -3,6 +3,7 @@
 
 pub mod bytes;
 pub mod fake;
+pub mod models;
 pub mod program;
 pub mod schedule;
 

@@ -109,6 +109,12 @@ impl Block {
         self.pieces.last().map_or(0, |piece| piece.end)
     }
 
+    /// What layer `layer` holds once they have, before any is dropped.
+    pub fn held(&self, layer: usize) -> Held {
+        let before = self.before[layer];
+        Held { len: before.len + self.tokens(), ..before }
+    }
+
     /// Address of a word.
     pub fn at(&self, word: usize) -> u64 {
         self.told + 4 * word as u64

@@ -16,7 +16,7 @@ use crate::gpu::metered::Metered;
 use crate::gpu::ops::params;
 use crate::gpu::platform::{Buffer, Result};
 use crate::gpu::tally::Use;
-use crate::policy::{Cut, Evict, Method, Onward};
+use crate::policy::{Cut, Method, Onward};
 use crate::runner::Held;
 use crate::spec::CacheSpec;
 
@@ -140,7 +140,8 @@ impl Choice {
             Buffer::new(platform, (Use::Activations, "choosing tokens"), 4 * n.max(WORD))
         };
         let rows = kv_heads * (tokens / LEAST_LAG + 1);
-        let observes = observes(spec.evict.as_ref()) || spec.tsp.is_some();
+        let follows = spec.evict.is_some_and(|evict| evict.follows_attention());
+        let observes = follows || spec.tsp.is_some();
         let onward = (0..layers).find_map(|l| Onward::new(spec, tokens, (l, layers), tokens));
         let onward = onward.map_or(0, |onward| onward.kept);
         let selection = |rows: usize| {
@@ -180,12 +181,7 @@ impl Choice {
         })
     }
 
-    /// Address of the log-sum-exps that attention leaves.
-    pub fn lse(&self) -> u64 {
-        self.lse.at()
-    }
-
-    /// Address of those of the newest `rows` of `watched` rows.
+    /// Address of the log-sum-exps of the newest `rows` of `watched` rows.
     pub fn newest(
         &self,
         platform: &Metered,
@@ -255,9 +251,4 @@ impl Choice {
             rows: kv_heads,
         })
     }
-}
-
-/// Whether attention is what a method asks for.
-pub fn observes(evict: Option<&Evict>) -> bool {
-    evict.is_some_and(Evict::follows_attention)
 }

@@ -52,8 +52,7 @@ impl Gpu {
     /// Room, method and cut of a layer whose method asks for attention.
     fn observed<'a>(&self, piece: &Piece<'a>) -> Option<(&'a Choice, Method, Cut)> {
         let method = self.cache.spec().evict?.method();
-        let len = piece.block.before[piece.layer].len + piece.block.tokens();
-        let held = Held { len, ..piece.block.before[piece.layer] };
+        let held = piece.block.held(piece.layer);
         let cut = self.cut((piece.block.chooses, piece.block.read), piece.layer, held)?;
         Some((piece.prompt.choice.as_ref()?, method, cut))
     }
@@ -225,6 +224,9 @@ impl Gpu {
 
     /// What LagKV drops of `row` once a decoded token has completed a partition.
     pub(in crate::gpu) fn drop_by_lag(&mut self, row: Row) -> Result<(), RunError> {
+        if self.cache.spec().lag().is_none() {
+            return Ok(());
+        }
         let due = |held: Held| self.cut((false, 0), 0, held);
         let layers = 0..self.net.config.layers;
         let cuts: Vec<_> = layers.map(|l| self.cache.held(row, l)).map(|h| (h, due(h))).collect();
