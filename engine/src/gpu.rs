@@ -33,11 +33,12 @@ use kvwarp::threads::Team;
 use crate::cache::{Plan, Shape};
 use crate::calibration::Calibration;
 use crate::config;
+use crate::policy::Repeat;
 use crate::runner::{BLOCK, Row, TURN};
 use crate::source::Source;
 use crate::spec::CacheSpec;
 use cache::Cache;
-use control::{Control, Grid};
+use control::{Apart, Control, Grid};
 pub use fit::{fit, instead};
 use metered::Metered;
 use model::Network;
@@ -100,6 +101,8 @@ pub struct Gpu {
     /// Shape of the last step.
     last: Option<Grid>,
     piece: usize,
+    /// Words that have a text said again, where the policy listens.
+    repeat: Option<Repeat>,
 }
 
 /// Puts the model of `source` on a device, its cache as `spec` and `calibration` have it. `progress` is given bytes of
@@ -141,6 +144,8 @@ fn open_planned(
         let group = config.group();
         return Err(GpuError::Unsupported(format!("{group} query heads a kv head; at most 16")));
     }
+    crate::policy::check(spec, config, context)
+        .map_err(|e| GpuError::Unsupported(e.to_string()))?;
     if let Some(what) = read::refused(spec, piece) {
         return Err(GpuError::Unsupported(what));
     }
@@ -152,8 +157,10 @@ fn open_planned(
     let most = Grid { rows: rows.next_power_of_two(), each: TURN };
     let width = [piece.max(most.tokens()), most.tokens()];
     let net = Network::new(&platform, config, weights, spec.hadamard, width)?;
-    let lines = if spec.selects() { layers } else { 1 };
-    let control = Control::new(&platform, most, cache.edits(most.rows), lines)?;
+    let apart = Apart::of(spec, config);
+    let control = Control::new(&platform, most, cache.edits(most.rows), apart)?;
+    let again = spec.selects() && spec.evict.is_some_and(|evict| evict.says_again());
+    let repeat = again.then(|| Repeat::new(source)).transpose()?;
     let chosen = Buffer::new(&platform, (Use::Scratch, "chosen tokens"), 4 * most.tokens())?;
     let scratch = Buffer::new(&platform, (Use::Scratch, "attention"), 1)?;
     let mut gpu = Gpu {
@@ -167,6 +174,7 @@ fn open_planned(
         recorded: HashMap::new(),
         last: None,
         piece,
+        repeat,
     };
     // Where tokens are chosen, a prompt is one block.
     gpu.prompt = Some(gpu.prompt_of(if spec.selects() { context } else { block.min(context) })?);

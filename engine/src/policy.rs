@@ -27,8 +27,9 @@ pub use observe::Observer;
 pub use repeat::Repeat;
 pub use run::Policy;
 
+pub(crate) use choose::Scored;
 pub(crate) use lag::choose as choose_lag;
-pub(crate) use scores::best_unseen;
+pub(crate) use scores::{best_unseen, rank, unseen};
 
 use std::fmt;
 

@@ -136,6 +136,12 @@ impl CacheSpec {
         drops || self.tsp.is_some_and(|tsp| tsp.rate != Share::ALL)
     }
 
+    /// Whether heads of a layer may hold different numbers of tokens.
+    pub fn ragged(&self) -> bool {
+        let heads = |evict: Evict| evict.method() == Method::RepeatHeads;
+        self.selects() && (self.budget() == Budget::Global || self.evict.is_some_and(heads))
+    }
+
     /// Tokens of a prompt that are read together: all, where some of them are chosen.
     pub fn block(&self) -> usize {
         if self.selects() { WHOLE } else { BLOCK }

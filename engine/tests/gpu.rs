@@ -276,13 +276,14 @@ fn what_does_not_fit_is_refused() {
 #[test]
 #[ignore = "the checked build of the executor takes minutes to compile; run with --ignored"]
 fn every_access_is_in_bounds_written_and_ordered() {
-    let source = fixture("qwen2");
+    let (_folder, source) = pair::speaking("qwen2");
     let host = on_host(&source, None);
     for spec in [
         "q2,window=0",
         "q2,evict=lagkv:0.5:lag=16",
         "q8,evict=fastkv:0.3,tsp=0:0.5",
         "f16,evict=h2o:0.3",
+        "q8,evict=kvzip:0.4:chunk=64,window=16",
     ] {
         let machine = Machine::new(Simt::checked(), GIB, true);
         let gpu = on_device(&source, spec, None, &options(2), &machine);

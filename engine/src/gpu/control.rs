@@ -9,7 +9,9 @@ use super::metered::Metered;
 use super::ops::{Ops, at, params};
 use super::platform::{Buffer, Result};
 use super::tally::Use;
+use crate::config::Config;
 use crate::runner::Turn;
+use crate::spec::CacheSpec;
 
 /// Rows of a step and tokens that each has: what a recorded step depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,6 +26,35 @@ impl Grid {
     /// Rows of activations.
     pub fn tokens(self) -> usize {
         self.rows * self.each
+    }
+}
+
+/// Layers and heads that are told apart.
+#[derive(Debug, Clone, Copy)]
+pub struct Apart {
+    /// All, or 1 where all hold as many tokens.
+    pub layers: usize,
+    /// Of each of them all, or 1 where all hold as many.
+    pub heads: usize,
+}
+
+impl Apart {
+    /// Of a cache.
+    pub fn of(spec: &CacheSpec, config: &Config) -> Self {
+        Self {
+            layers: if spec.selects() { config.layers } else { 1 },
+            heads: if spec.ragged() { config.kv_heads } else { 1 },
+        }
+    }
+
+    /// Number of a layer among those told apart.
+    pub fn line(self, layer: usize) -> usize {
+        layer.min(self.layers - 1)
+    }
+
+    /// What is told of `all`, `[layers * kv_heads]`, in order.
+    pub fn pick<T>(self, all: &[T], kv_heads: usize) -> impl Iterator<Item = &T> {
+        all.chunks_exact(kv_heads).take(self.layers).flat_map(move |heads| &heads[..self.heads])
     }
 }
 
@@ -42,12 +73,11 @@ pub struct Places {
     pub history_lens: usize,
     /// `[tokens]` u64
     pub seeds: usize,
-    /// `[lines, stride]`, of which `rows` count: tokens with the new ones
+    /// `[layers, stride]`, of which `[rows, heads]` count: tokens with the new ones
     lens: usize,
-    /// `[lines, stride]` each: slabs in the table before and with them
+    /// `[layers, stride]` each: slabs in the table before and with them
     packed: [usize; 2],
-    /// Layers that are told apart.
-    lines: usize,
+    apart: Apart,
     stride: usize,
     /// `[rows + 1]`
     pub firsts: usize,
@@ -58,10 +88,10 @@ pub struct Places {
 }
 
 impl Places {
-    /// For a step of this shape, with so many layers told apart.
-    fn of(grid: Grid, lines: usize) -> Self {
+    /// For a step of this shape.
+    fn of(grid: Grid, apart: Apart) -> Self {
         let (tokens, mut next) = (grid.tokens(), 0usize);
-        let stride = grid.rows.next_multiple_of(4);
+        let stride = (grid.rows * apart.heads).next_multiple_of(4);
         let mut place = |words: usize| {
             let at = next;
             next = (at + words).next_multiple_of(4);
@@ -78,9 +108,9 @@ impl Places {
             penalty: place(tokens),
             history_lens: place(tokens),
             seeds: place(2 * tokens),
-            lens: place(lines * stride),
-            packed: [(); 2].map(|()| place(lines * stride)),
-            lines,
+            lens: place(apart.layers * stride),
+            packed: [(); 2].map(|()| place(apart.layers * stride)),
+            apart,
             stride,
             firsts: place(grid.rows + 1),
             count: place(1),
@@ -90,16 +120,12 @@ impl Places {
 
     /// Lengths in layer `layer`.
     pub fn lens(&self, layer: usize) -> usize {
-        self.lens + self.line(layer)
+        self.lens + self.apart.line(layer) * self.stride
     }
 
     /// Slabs in the table of layer `layer`, before the step and with it.
     pub fn packed(&self, layer: usize) -> [usize; 2] {
-        self.packed.map(|place| place + self.line(layer))
-    }
-
-    fn line(&self, layer: usize) -> usize {
-        layer.min(self.lines - 1) * self.stride
+        self.packed.map(|place| place + self.apart.line(layer) * self.stride)
     }
 }
 
@@ -108,8 +134,8 @@ pub struct Placed<'a> {
     pub turn: &'a Turn<'a>,
     /// Tokens given before.
     pub position: usize,
-    /// By line: tokens held before; slabs in the table before and with the new tokens.
-    pub lines: Vec<(usize, [usize; 2])>,
+    /// Of heads told apart, `[layers, heads]`: tokens held before; slabs in the table before and with the new tokens.
+    pub heads: Vec<(usize, [usize; 2])>,
 }
 
 /// The block on the device, the newest tokens that penalties look at, and edits outside of steps.
@@ -120,8 +146,7 @@ pub struct Control {
     /// A count, then so many edits.
     edits: Buffer,
     words: Vec<u32>,
-    /// Layers that are told apart.
-    lines: usize,
+    apart: Apart,
 }
 
 /// Edits that are sent together outside of steps.
@@ -130,10 +155,9 @@ const EDITS: usize = 1 << 14;
 const COUNT: usize = 4;
 
 impl Control {
-    /// For steps of at most `most`, with at most `edits` edits each; `lines`: layers that may hold different numbers of
-    /// tokens, 1 where all hold the same.
-    pub fn new(platform: &Rc<Metered>, most: Grid, edits: usize, lines: usize) -> Result<Self> {
-        let words = Places::of(most, lines).edits + 2 * edits;
+    /// For steps of at most `most`, with at most `edits` edits each.
+    pub fn new(platform: &Rc<Metered>, most: Grid, edits: usize, apart: Apart) -> Result<Self> {
+        let words = Places::of(most, apart).edits + 2 * edits;
         Ok(Self {
             block: Buffer::new(platform, (Use::Scratch, "a step's numbers"), 4 * words)?,
             history: Buffer::new(
@@ -147,18 +171,18 @@ impl Control {
                 4 * (COUNT + 2 * EDITS),
             )?,
             words: Vec::new(),
-            lines,
+            apart,
         })
     }
 
     /// Where the parts of a step's numbers lie.
     pub fn places(&self, grid: Grid) -> Places {
-        Places::of(grid, self.lines)
+        Places::of(grid, self.apart)
     }
 
-    /// Layers that are told apart.
-    pub fn lines(&self) -> usize {
-        self.lines
+    /// What is told apart.
+    pub fn apart(&self) -> Apart {
+        self.apart
     }
 
     /// Address of a part.
@@ -190,11 +214,13 @@ impl Control {
             self.words[places.firsts + row] = (row * grid.each) as u32;
         }
         let mut history = Vec::new();
-        for &Placed { turn, position, ref lines } in turns {
-            for (line, &(len, packed)) in lines.iter().enumerate() {
-                self.words[places.lens(line) + turn.row.0] = (len + grid.each) as u32;
-                for (place, packed) in places.packed(line).into_iter().zip(packed) {
-                    self.words[place + turn.row.0] = packed as u32;
+        for &Placed { turn, position, ref heads } in turns {
+            for (i, &(len, packed)) in heads.iter().enumerate() {
+                let (layer, head) = (i / self.apart.heads, i % self.apart.heads);
+                let at = turn.row.0 * self.apart.heads + head;
+                self.words[places.lens(layer) + at] = (len + grid.each) as u32;
+                for (place, packed) in places.packed(layer).into_iter().zip(packed) {
+                    self.words[place + at] = packed as u32;
                 }
             }
             for i in 0..grid.each {

@@ -1,10 +1,14 @@
 //! Reading a block of a prompt, layer by layer: one layer's ring is staged long enough for all of it, filled and attended
 //! to piece by piece, and then packed, or what the policy keeps of it is.
 
+mod again;
 mod block;
 mod choose;
 mod drop;
 mod onward;
+mod settle;
+
+use std::ops::Range;
 
 use kvwarp::device::Pieces;
 use kvwarp::ffi::{KVW_F16, KVW_F32, KVW_PACK_FILL, KVW_PACK_FLUSH};
@@ -17,7 +21,7 @@ use super::platform::Result;
 use crate::runner::{Held, Row, RunError};
 use crate::watch::Watch;
 pub use block::Prompt;
-use block::{Block, Words, pieces};
+use block::{Block, Room, Words, pieces};
 pub use choose::{Choice, refused};
 
 /// Some rows of a block in a layer.
@@ -41,25 +45,38 @@ impl Piece<'_> {
 }
 
 impl Gpu {
-    /// Makes room for `tokens` tokens.
-    fn reserve(&mut self, tokens: usize) -> Result<()> {
-        if self.prompt.as_ref().is_none_or(|prompt| prompt.tokens < tokens) {
-            self.prompt = None;
-            self.prompt = Some(self.prompt_of(tokens)?);
+    /// Room for `tokens` tokens, to be put back.
+    fn reserve(&mut self, tokens: usize) -> Result<Prompt> {
+        match self.prompt.take() {
+            Some(prompt) if prompt.tokens >= tokens => Ok(prompt),
+            less => {
+                drop(less);
+                self.prompt_of(tokens)
+            }
         }
-        Ok(())
     }
 
     /// Room for a prompt of `tokens` tokens.
     pub(super) fn prompt_of(&self, tokens: usize) -> Result<Prompt> {
-        let config = &self.net.config;
+        let (config, spec) = (&self.net.config, self.cache.spec());
         let gpu = (&self.platform, config.width, config.kv_heads);
-        let (slab, ring) = (self.cache.f16_bytes(), self.cache.ring_slabs());
-        let told = (self.piece, self.control.lines());
-        let mut prompt = Prompt::new(gpu, tokens, slab, told, ring)?;
-        if self.cache.spec().selects() {
-            prompt.choice =
-                Some(Choice::new(&self.platform, self.cache.spec(), config, (tokens, self.piece))?);
+        let said = self.repeat.as_ref().zip(spec.evict);
+        let mut prompt = Prompt::new(
+            gpu,
+            Room {
+                tokens,
+                said: said.map_or(0, |(repeat, evict)| {
+                    repeat.most(tokens.min(evict.options.chunk.into()))
+                }),
+                piece: self.piece,
+                slab: self.cache.f16_bytes(),
+                ring: self.cache.ring_slabs(),
+                layers: if settle::waits(spec) { config.layers } else { 1 },
+                apart: self.control.apart(),
+            },
+        )?;
+        if spec.selects() {
+            prompt.choice = Some(Choice::new(&self.platform, spec, config, (tokens, self.piece))?);
         }
         Ok(prompt)
     }
@@ -71,43 +88,69 @@ impl Gpu {
         tokens: &[u32],
         watch: &mut Watch<'_>,
     ) -> Result<(), RunError> {
-        self.reserve(tokens.len())?;
+        let prompt = self.reserve(tokens.len())?;
+        let read = self.read_into(&prompt, row, tokens, watch);
+        self.prompt = Some(prompt);
+        read
+    }
+
+    fn read_into(
+        &mut self,
+        prompt: &Prompt,
+        row: Row,
+        tokens: &[u32],
+        watch: &mut Watch<'_>,
+    ) -> Result<(), RunError> {
         let (len, n, layers) = (self.cache.len(row), tokens.len(), self.net.config.layers);
-        let before: Vec<_> = (0..layers).map(|layer| self.cache.held(row, layer)).collect();
+        let before = self.cache.all_held(row);
         let chooses = len == 0 && self.cache.spec().selects();
-        let mut edits = Vec::new();
-        let mut through = n;
-        for (layer, &held) in before.iter().enumerate() {
-            let len = held.len + through;
-            let cut = self.cut((chooses, n), layer, Held { len, ..held });
-            let stays = cut.map_or(len, |cut| cut.stays());
-            let chosen = cut.filter(|_| self.cache.spec().lag().is_some());
-            self.cache.extend(row, layer, stays, &mut edits)?;
-            self.cache.keep(row, layer, (stays, chosen.map_or(held.chosen, |cut| cut.chosen())));
-            through = self.onward((chooses, n), layer, through).map_or(through, |o| o.kept);
+        let mut policy = self.policy(n).filter(|_| chooses);
+        if policy.is_none() {
+            self.extend(row, (chooses, n), &before)?;
         }
-        self.control.edit(&self.net.ops, self.cache.table(), &edits)?;
-        let Some(prompt) = &self.prompt else { return Ok(()) };
         let pieces = pieces(n, self.piece, self.window(chooses));
-        let words = Words::of(self.control.lines(), pieces.len(), n);
-        let (told, x) = (prompt.words.at(), prompt.x.at());
-        let mut block = Block { row, read: n, before, pieces, words, told, x, chooses };
-        let mut numbers = block.numbers(self.control.lines());
-        numbers.extend(tokens);
-        numbers.resize(words.positions, 0);
-        numbers.extend((len..len + n).map(|position| position as u32));
-        self.platform.write(told, bytemuck::cast_slice(&numbers))?;
-        let net = &self.net;
-        net.ops.embed(&net.weights.embedding, block.at(words.ids), (x, KVW_F32), n)?;
+        let block = Block {
+            row,
+            read: n,
+            before,
+            kv_heads: self.net.config.kv_heads,
+            words: Words::of(self.control.apart(), pieces.len(), n),
+            pieces,
+            told: prompt.words.at(),
+            x: prompt.x.at(),
+            chooses,
+            said: None,
+        };
+        let mut block = self.begin(block, tokens, len)?;
         for layer in 0..layers {
             self.read_layer(prompt, &block, layer, watch)?;
+            match &mut policy {
+                None => self.settle_layer(prompt, &block, layer)?,
+                Some(policy) => self.choose_layer(policy, prompt, &block, layer)?,
+            }
             self.pass_on(prompt, &mut block, layer)?;
+        }
+        if let Some(policy) = &mut policy {
+            self.say_again(policy, prompt, (row, tokens), watch)?;
+            self.settle_all(policy, prompt, row)?;
         }
         self.cache.set_len(row, len + n);
         Ok(())
     }
 
-    /// One layer. The last one's outputs are nobody's: its keys and values are all that stays.
+    /// Tells the device of a block of `tokens`, the first of them at `position`, and begins its residual stream.
+    fn begin(&self, block: Block, tokens: &[u32], position: usize) -> Result<Block> {
+        let mut numbers = block.numbers();
+        numbers.extend(tokens);
+        numbers.resize(block.words.positions, 0);
+        numbers.extend((position..position + tokens.len()).map(|position| position as u32));
+        self.platform.write(block.told, bytemuck::cast_slice(&numbers))?;
+        let (net, ids) = (&self.net, block.at(block.words.ids));
+        net.ops.embed(&net.weights.embedding, ids, (block.x, KVW_F32), tokens.len())?;
+        Ok(block)
+    }
+
+    /// One layer, into the staged ring. The last one's outputs are nobody's: its keys and values are all that stays.
     fn read_layer(
         &self,
         prompt: &Prompt,
@@ -116,9 +159,12 @@ impl Gpu {
         watch: &mut Watch<'_>,
     ) -> Result<(), RunError> {
         let (net, last) = (&self.net, layer + 1 == self.net.config.layers);
-        let (weights, before) = (&net.weights.layers[layer], block.before[layer]);
-        let recent = before.packed..before.len.div_ceil(TOKENS);
-        self.move_slabs((prompt, block.row), layer, recent, true)?;
+        let weights = &net.weights.layers[layer];
+        if block.said.is_none() {
+            let recent = |held: &Held| held.packed..held.len.div_ceil(TOKENS);
+            let recent: Vec<_> = block.before(layer).iter().map(recent).collect();
+            self.move_slabs((prompt, block.row), layer, &recent, true)?;
+        }
         for (number, rows) in block.pieces.iter().enumerate() {
             let x = block.x + (4 * rows.start * net.config.width) as u64;
             net.project(weights, x, rows.len())?;
@@ -129,23 +175,29 @@ impl Gpu {
             let watched = self.watched(&piece);
             if !last || watched > 0 {
                 self.attend_piece(&piece, watched)?;
-                self.observe(&piece)?;
             }
+            self.observe(&piece)?;
             if !last {
                 net.finish(weights, x, rows.len())?;
             }
             watch.step(rows.len())?;
         }
-        let held = block.held(layer);
-        match self.cut((block.chooses, block.read), layer, held) {
-            Some(cut) => Ok(self.drop_staged(prompt, block.row, layer, (held, cut))?),
-            None => {
-                let packed = packed_slabs(held.len, self.cache.spec().window).max(held.packed);
-                self.flush(prompt, block, layer, packed)?;
-                let left = packed..held.len.div_ceil(TOKENS);
-                Ok(self.move_slabs((prompt, block.row), layer, left, false)?)
-            }
+        Ok(())
+    }
+
+    /// What a staged layer comes to: what has left the window packed, the rest in the row's ring; or what is kept of it.
+    fn settle_layer(&self, prompt: &Prompt, block: &Block, layer: usize) -> Result<(), RunError> {
+        let heads = block.held(layer);
+        if let Some(cut) = self.cut((block.chooses, block.read), layer, heads[0]) {
+            return Ok(self.drop_staged(prompt, block.row, layer, (heads[0], cut))?);
         }
+        let window = self.cache.spec().window;
+        let packed = |held: &Held| packed_slabs(held.len, window).max(held.packed);
+        let new = heads.iter().map(|held| packed(held) - held.packed).max().unwrap_or(0);
+        self.flush(prompt, block, layer, new)?;
+        let left = |held: &Held| packed(held)..held.len.div_ceil(TOKENS);
+        let left: Vec<_> = heads.iter().map(left).collect();
+        Ok(self.move_slabs((prompt, block.row), layer, &left, false)?)
     }
 
     /// The layer as a kernel sees it once a piece is written.
@@ -154,7 +206,7 @@ impl Gpu {
         &Piece { prompt, block, layer, number }: &Piece<'_>,
     ) -> kvwarp::ffi::kvw_cache {
         let told = [block.words.len(layer, number), block.words.packed(layer)];
-        let ring = (prompt.ring.at(), prompt.slabs);
+        let ring = (prompt.ring(layer), prompt.slabs);
         self.cache.staged(layer, block.row, told.map(|word| block.at(word)), ring)
     }
 
@@ -187,10 +239,9 @@ impl Gpu {
         self.net.ops.run(|k| &k.prefill_attn, &params)
     }
 
-    /// Packs what has left the window: slabs up to `packed`.
-    fn flush(&self, prompt: &Prompt, block: &Block, layer: usize, packed: usize) -> Result<()> {
-        let before = block.before[layer].packed;
-        if packed == before {
+    /// Packs what has left the window, at most `new` slabs of a head.
+    fn flush(&self, prompt: &Prompt, block: &Block, layer: usize, new: usize) -> Result<()> {
+        if new == 0 {
             return Ok(());
         }
         let number = block.pieces.len() - 1;
@@ -199,34 +250,40 @@ impl Gpu {
         let mut params =
             self.net.packing(&self.net.weights.layers[layer], KVW_PACK_FLUSH, cache, 0);
         params.first = at(block.at(block.words.packed(layer)));
-        params.max_tokens = (packed - before) as i32;
+        params.max_tokens = new as i32;
         params.feedback = at(self.cache.feedback(layer));
         params.range = self.cache.range();
         self.net.ops.run(|k| &k.kv_pack, &params)
     }
 
-    /// Copies slabs of every head from the row's ring to the staged one, or back.
+    /// Copies each head's slabs from the row's ring to the staged one, or back; those of heads in a row that have the same
+    /// ones together.
     fn move_slabs(
         &self,
         (prompt, row): (&Prompt, Row),
         layer: usize,
-        slabs: std::ops::Range<usize>,
+        slabs: &[Range<usize>],
         staging: bool,
     ) -> Result<()> {
         let (width, kept) = (self.cache.f16_bytes(), self.cache.ring_slabs());
-        for slab in slabs {
-            let ring = (self.cache.ring_at(layer, row, slab % kept), kept * width);
-            let slot = (slab % prompt.slabs * width) as u64;
-            let staged = (prompt.ring.at() + slot, prompt.slabs * width);
-            let (to, from) = if staging { (staged, ring) } else { (ring, staged) };
-            self.platform.copy(&Pieces {
-                to: to.0,
-                from: from.0,
-                to_pitch: to.1,
-                from_pitch: from.1,
-                width,
-                rows: self.net.config.kv_heads,
-            })?;
+        let mut first = 0;
+        for heads in slabs.chunk_by(|a, b| a == b) {
+            for slab in heads[0].clone() {
+                let ring =
+                    (self.cache.ring_at(layer, row, first * kept + slab % kept), kept * width);
+                let slot = ((first * prompt.slabs + slab % prompt.slabs) * width) as u64;
+                let staged = (prompt.ring(layer) + slot, prompt.slabs * width);
+                let (to, from) = if staging { (staged, ring) } else { (ring, staged) };
+                self.platform.copy(&Pieces {
+                    to: to.0,
+                    from: from.0,
+                    to_pitch: to.1,
+                    from_pitch: from.1,
+                    width,
+                    rows: heads.len(),
+                })?;
+            }
+            first += heads.len();
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use super::Gpu;
 use super::control::{Grid, Placed, Places, edit};
 use super::ops::{FEW_ROWS, at, params};
 use super::platform::Result;
-use crate::runner::{Held, RunError, Turn};
+use crate::runner::{RunError, Turn};
 
 impl Gpu {
     /// Turns of `each` tokens; returns each one's choices.
@@ -20,15 +20,15 @@ impl Gpu {
         let grid = Grid { rows: (highest + 1).next_power_of_two(), each };
         let (mut edits, mut placed) = (Vec::new(), Vec::new());
         for &turn in turns {
-            let held = |gpu: &Self, line| gpu.cache.held(turn.row, line);
-            let before: Vec<_> = (0..self.control.lines()).map(|line| held(self, line)).collect();
-            for layer in 0..self.net.config.layers {
-                let len = self.cache.held(turn.row, layer).len + each;
-                self.cache.extend(turn.row, layer, len, &mut edits)?;
+            let before = self.cache.all_held(turn.row);
+            for (h, held) in before.iter().enumerate() {
+                self.cache.extend(turn.row, h, held.len + each, &mut edits)?;
             }
-            let after = |(line, b): (usize, &Held)| (b.len, [b.packed, held(self, line).packed]);
-            let lines = before.iter().enumerate().map(after).collect();
-            placed.push(Placed { turn, position: self.cache.len(turn.row), lines });
+            let after = self.cache.all_held(turn.row);
+            let (apart, kv_heads) = (self.control.apart(), self.net.config.kv_heads);
+            let heads = apart.pick(&before, kv_heads).zip(apart.pick(&after, kv_heads));
+            let heads = heads.map(|(b, a)| (b.len, [b.packed, a.packed])).collect();
+            placed.push(Placed { turn, position: self.cache.len(turn.row), heads });
         }
         self.control.write(&self.platform, grid, &placed, &edits)?;
         self.launch(grid)?;

@@ -29,7 +29,8 @@ pub struct Onward {
 }
 
 impl Cut {
-    /// Of a layer that has read all `n` tokens of a sequence; `read` were given to the first layer. `None` where all stay.
+    /// Of a layer that has read all `n` tokens of a sequence; `read` were given to the first layer. `None` where all stay, or
+    /// none is chosen among where other layers' scores count.
     pub fn first_read(
         spec: &CacheSpec,
         read: usize,
@@ -47,7 +48,8 @@ impl Cut {
             Budget::Pyramid => budget::pyramid(even, open, layer, layers),
             _ => even,
         };
-        (k < open).then_some(Self { len: n, first: oldest, parts: 1, width: open, k })
+        let chooses = k < open || spec.budget().waits() && open > 0;
+        chooses.then_some(Self { len: n, first: oldest, parts: 1, width: open, k })
     }
 
     /// LagKV's, of a layer that holds so much; `None` while there are fewer than two partitions.

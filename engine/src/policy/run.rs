@@ -118,9 +118,9 @@ impl Policy {
             _ => {}
         }
         let views = cache.staged_views(row, layer);
-        let mut scored = self.scored(&evict, n, &views);
+        let mut scored = self.scored(n, views.iter().map(|h| h.len - n).collect());
         scored.scores = scores((&evict, layer), &scored, &views, observer, team)?;
-        self.take(scored, (cache, row), layer, team)
+        self.take(scored, layer, &mut keep_staged((cache, row), team))
     }
 
     /// Takes the scores `[heads, n]` that staged layer `layer` has from saying `n` tokens again.
@@ -134,57 +134,60 @@ impl Policy {
         scores: Vec<f32>,
         team: &Team,
     ) -> Result<(), CacheError> {
-        let Some(evict) = self.evict().copied() else { return Ok(()) };
-        let scored = self.scored(&evict, n, &cache.staged_views(row, layer));
-        self.take(Scored { scores, ..scored }, (cache, row), layer, team)
+        let first = cache.staged_views(row, layer).iter().map(|h| h.len - n).collect();
+        let scored = Scored { scores, ..self.scored(n, first) };
+        self.take(scored, layer, &mut keep_staged((cache, row), team))
     }
 
     /// Settles the budgets that are not, and packs those layers.
     ///
     /// # Errors
     /// [`CacheError::Kernel`].
-    pub fn finish(
-        &mut self,
-        (cache, row): (&mut Cache, Row),
-        team: &Team,
-    ) -> Result<(), CacheError> {
+    pub fn finish(&mut self, held: (&mut Cache, Row), team: &Team) -> Result<(), CacheError> {
+        self.settle_all(&mut keep_staged(held, team))
+    }
+
+    /// Settles the budgets that are not.
+    ///
+    /// # Errors
+    /// What `keep` returns.
+    pub fn settle_all<E>(&mut self, keep: &mut impl Keep<E>) -> Result<(), E> {
         if self.waiting.is_empty() {
             return Ok(());
         }
         let chosen = self.settle();
-        for (layer, (scored, heads)) in self.waiting.iter_mut().zip(chosen).enumerate() {
-            keep(scored, heads, (cache, row), layer)?;
-            cache.compress(row, layer, team)?;
+        let layers = std::mem::take(&mut self.waiting).into_iter().zip(chosen).enumerate();
+        for (layer, (mut scored, heads)) in layers {
+            keep(layer, &mut scored, heads, true)?;
         }
-        self.waiting.clear();
         Ok(())
     }
 
-    fn take(
+    /// Chooses by the scores of layer `layer`, or keeps them until the budgets are settled.
+    ///
+    /// # Errors
+    /// What `keep` returns.
+    pub fn take<E>(
         &mut self,
         mut scored: Scored,
-        (cache, row): (&mut Cache, Row),
         layer: usize,
-        team: &Team,
-    ) -> Result<(), CacheError> {
+        keep: &mut impl Keep<E>,
+    ) -> Result<(), E> {
         let (even, heads) = (self.even(&scored), scored.heads());
-        let chosen = |k| (0..heads).map(|h| self.pick(&scored, h, k)).collect();
         match self.spec.budget() {
             Budget::Uniform | Budget::Pyramid => {
                 let place = (layer, self.layers);
                 let cut = Cut::first_read(&self.spec, self.tokens, place, scored.n);
                 let k = cut.map_or(scored.open(), |cut| cut.k);
-                let chosen: Vec<_> = chosen(k);
-                keep(&mut scored, chosen, (cache, row), layer)?;
-                return cache.compress(row, layer, team);
+                let chosen = (0..heads).map(|h| self.pick(&scored, h, k)).collect();
+                return keep(layer, &mut scored, chosen, true);
             }
             Budget::DynamicKv => {
                 let most = (0..heads).map(|h| scored.best(h, DYNAMIC_MOST * even)).collect();
-                keep(&mut scored, most, (cache, row), layer)?;
-                cache.tighten(row, layer);
+                keep(layer, &mut scored, most, false)?;
                 self.waiting.push(scored);
                 if (layer + 1).is_multiple_of(DYNAMIC_PERIOD) && layer + 1 < self.layers {
-                    self.tighten((cache, row))?;
+                    self.tighten(keep)?;
                 }
             }
             Budget::PrefixKv | Budget::Global => self.waiting.push(scored),
@@ -193,12 +196,11 @@ impl Policy {
     }
 
     /// DynamicKV's budgets for the layers read so far, which share the whole model's.
-    fn tighten(&mut self, (cache, row): (&mut Cache, Row)) -> Result<(), CacheError> {
+    fn tighten<E>(&mut self, keep: &mut impl Keep<E>) -> Result<(), E> {
         let budgets = budget::dynamic(&self.waiting, self.total());
         for (layer, (scored, k)) in self.waiting.iter_mut().zip(budgets).enumerate() {
             let best = (0..scored.heads()).map(|h| scored.best(h, k)).collect();
-            keep(scored, best, (cache, row), layer)?;
-            cache.tighten(row, layer);
+            keep(layer, scored, best, false)?;
         }
         Ok(())
     }
@@ -210,16 +212,14 @@ impl Policy {
         }
     }
 
-    fn scored(&self, evict: &Evict, n: usize, heads: &[HeadView<'_>]) -> Scored {
-        let protects = evict.protects(n, kept(evict.keep, self.tokens, n));
-        let held = vec![(0..n as u32).collect(); heads.len()];
-        Scored {
-            n,
-            scores: Vec::new(),
-            protects,
-            held,
-            first: heads.iter().map(|h| h.len - n).collect(),
-        }
+    /// What a layer of which `n` tokens were read may choose among, before there are scores; they begin at slots `first` of
+    /// its heads.
+    pub fn scored(&self, n: usize, first: Vec<usize>) -> Scored {
+        let protects = self
+            .evict()
+            .map_or((n, 0), |evict| evict.protects(n, kept(evict.keep, self.tokens, n)));
+        let held = vec![(0..n as u32).collect(); first.len()];
+        Scored { n, scores: Vec::new(), protects, held, first }
     }
 
     /// Tokens that a head of a layer keeps beside the protected ones where all keep as many.
@@ -245,17 +245,25 @@ impl Policy {
     }
 }
 
-/// Keeps of each head of a staged layer the tokens chosen.
-fn keep(
-    scored: &mut Scored,
-    chosen: Vec<Vec<u32>>,
-    (cache, row): (&mut Cache, Row),
-    layer: usize,
-) -> Result<(), CacheError> {
-    for (h, kept) in chosen.into_iter().enumerate() {
-        let first = scored.first[h];
-        let slots = scored.narrow(h, kept);
-        cache.keep(row, layer, h, first, &slots)?;
+/// Has each head of a layer keep these tokens of what it holds, ascending; once the layer is settled, for good.
+pub trait Keep<E>: FnMut(usize, &mut Scored, Vec<Vec<u32>>, bool) -> Result<(), E> {}
+
+impl<E, F: FnMut(usize, &mut Scored, Vec<Vec<u32>>, bool) -> Result<(), E>> Keep<E> for F {}
+
+/// In staged layers of a cache, which are packed in the end.
+fn keep_staged((cache, row): (&mut Cache, Row), team: &Team) -> impl Keep<CacheError> {
+    move |layer, scored, chosen, settled| {
+        for (h, kept) in chosen.into_iter().enumerate() {
+            let first = scored.first[h];
+            let slots = scored.narrow(h, kept);
+            cache.keep(row, layer, h, first, &slots)?;
+        }
+        match settled {
+            true => cache.compress(row, layer, team),
+            false => {
+                cache.tighten(row, layer);
+                Ok(())
+            }
+        }
     }
-    Ok(())
 }

@@ -79,6 +79,12 @@ fn ranked(
 ) -> kvwarp::Result<()> {
     let lag = usize::from(evict.options.lag);
     sim_evict::lag(head, first, lag, scores.len() / lag, 1.0, scores)?;
+    rank(scores, lag);
+    Ok(())
+}
+
+/// Makes of scores their ranks within partitions of `lag`, as shares.
+pub(crate) fn rank(scores: &mut [f32], lag: usize) {
     for scores in scores.chunks_exact_mut(lag) {
         let mut order: Vec<usize> = (0..lag).collect();
         order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
@@ -86,11 +92,10 @@ fn ranked(
             scores[i] = rank as f32 / lag as f32;
         }
     }
-    Ok(())
 }
 
 /// Score of token `i` by a method that looks at no token: the newer, or chance.
-fn unseen(evict: &Evict, layer: usize, i: usize) -> f32 {
+pub(crate) fn unseen(evict: &Evict, layer: usize, i: usize) -> f32 {
     if evict.method() != Method::Random {
         return i as f32;
     }

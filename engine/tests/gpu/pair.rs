@@ -26,6 +26,27 @@ pub fn fixture(name: &str) -> Source {
     Source::open(&folder.join("fixtures").join(name)).unwrap()
 }
 
+/// The same model where bytes are tokens, in a folder of its own.
+pub fn speaking(name: &str) -> (tempfile::TempDir, Source) {
+    let (folder, model) = (tempfile::tempdir().unwrap(), fixture(name));
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(model.path().join(file), folder.path().join(file)).unwrap();
+    }
+    let visible = |b: &u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let hidden: Vec<u32> = (0..256).filter(|b| !visible(b)).collect();
+    let letter = |b: u32| hidden.binary_search(&b).map_or(b, |i| 256 + i as u32);
+    let vocab: std::collections::BTreeMap<_, _> =
+        (0..256).map(|b| (char::from_u32(letter(b)).unwrap().to_string(), b)).collect();
+    let level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true});
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    });
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let source = Source::open(folder.path()).unwrap();
+    (folder, source)
+}
+
 /// With `watch`, which nobody stops.
 pub fn watched<R>(body: impl FnOnce(&mut Watch<'_>) -> R) -> R {
     let (stop, mut step) = (AtomicBool::new(false), |_| {});
@@ -161,6 +182,16 @@ impl<'m> Pair<'m> {
             self.seen.moved = self.seen.moved.max(moved);
             self.rows[i].2 = token;
         }
+    }
+
+    /// Tokens of each head of sequence `i`, on the device and on the CPU path.
+    pub fn lens(&mut self, i: usize) -> [Vec<usize>; 2] {
+        let (row, host, _) = self.rows[i];
+        let frozen = self.gpu.freeze(row).unwrap();
+        let device = frozen.heads.iter().map(|held| held.len).collect();
+        self.gpu.melt(frozen);
+        let layers = 0..self.gpu.config().layers;
+        [device, layers.flat_map(|layer| self.cache.lens(host, layer)).collect()]
     }
 
     /// Compares what sequence `i` holds, slab by slab.

@@ -4,15 +4,20 @@
 use kvwarp_engine::gpu::platform::GpuError;
 use kvwarp_engine::gpu::{self, Options};
 use kvwarp_engine::runner::{Runner, Turn};
+use kvwarp_engine::source::Source;
 
-use crate::pair::{GREEDY, Pair, fixture, on_device, on_host, text};
+use crate::pair::{GREEDY, Pair, fixture, on_device, on_host, speaking, text};
 use crate::{machine, options};
 
 /// A sequence of 300 tokens, of which some stay, and three more.
 fn alone(spec: &str) {
-    let (machine, source) = (machine(), fixture("llama3"));
-    let host = on_host(&source, None);
-    let gpu = on_device(&source, spec, None, &options(1), &machine);
+    of(&fixture("llama3"), spec);
+}
+
+fn of(source: &Source, spec: &str) {
+    let machine = machine();
+    let host = on_host(source, None);
+    let gpu = on_device(source, spec, None, &options(1), &machine);
     let mut pair = Pair::new(gpu, &host);
     pair.join(&text(7, 300), 300);
     (0..3).for_each(|_| pair.step());
@@ -89,22 +94,72 @@ fn a_thawed_sequence_has_lost_the_same_tokens() {
     assert_eq!(gpu.used(), [0; 5]);
 }
 
+/// Scores that are ranked, refined, or compared with those of other layers: the host chooses.
 #[test]
-fn what_is_chosen_on_the_processor_only_is_refused_by_name() {
-    let source = fixture("llama3");
-    for (spec, part) in [
-        ("f16,evict=kvzip:0.3", "evict=kvzip"),
-        ("f16,evict=keynorm:0.3", "evict=keynorm"),
-        ("f16,evict=snapkv:0.3,budget=dynamickv", "budget"),
-        ("f16,evict=snapkv:0.3,refine=kvcrush:0.2", "refine"),
-        ("f16,evict=snapkv:0.3:window=65", "at most 64"),
+fn scores_that_the_host_sees() {
+    for spec in [
+        "evict=keynorm:0.3",
+        "evict=lagkv-kvpress:0.4:lag=32",
+        "evict=snapkv:0.3:window=16,refine=kvcrush:0.25",
+        "evict=h2o:0.3,budget=prefixkv",
+        "evict=snapkv:0.3:window=16,budget=dynamickv,tsp=0.6",
     ] {
-        let options = Options { piece: 128, ..options(1) };
-        let spec = spec.parse().unwrap();
-        let opened = gpu::open(&source, &spec, None, &options, machine(), &mut |_, _| {});
-        match opened.err() {
-            Some(GpuError::Unsupported(what)) => assert!(what.contains(part), "{what}"),
-            other => panic!("{part}: {other:?}"),
+        alone(&format!("f16,{spec}"));
+    }
+}
+
+/// Heads of a layer keep different numbers of tokens.
+#[test]
+fn heads_that_hold_what_they_need() {
+    let (_folder, source) = speaking("qwen2");
+    for spec in [
+        "evict=snapkv:0.3:window=16,budget=global",
+        "evict=keynorm:0.3,budget=global,refine=kvcrush:0.2",
+        "evict=kvzip:0.3:chunk=128",
+        "evict=kvzip-head:0.5:chunk=256",
+    ] {
+        of(&source, &format!("f16,{spec}"));
+    }
+}
+
+/// After a ragged choice: what is read later, steps, and a copy of the sequence.
+#[test]
+fn ragged_heads_go_on() {
+    let (machine, (_folder, source)) = (machine(), speaking("qwen2"));
+    let host = on_host(&source, None);
+    for spec in ["q8,evict=kvzip:0.4:chunk=64,window=16", "f16,evict=keynorm:0.2,budget=global"] {
+        let gpu = on_device(&source, spec, None, &options(3), &machine);
+        let mut pair = Pair::new(gpu, &host);
+        pair.join(&text(3, 200), 200);
+        pair.join(&text(4, 90), 90);
+        (0..5).for_each(|_| pair.step());
+        pair.tell(0, &text(5, 150));
+        (0..5).for_each(|_| pair.step());
+        for i in 0..2 {
+            // Of tokens that are worth the same to an f16, one or another head has one more.
+            let [device, host] = pair.lens(i);
+            eprintln!("{spec}: {device:?} {host:?}");
+            assert!(device.iter().any(|len| *len != device[0]), "{spec}: {device:?}");
+            assert_eq!(device.iter().sum::<usize>(), host.iter().sum::<usize>(), "{spec}");
+            let close = |(a, b): (&usize, &usize)| a.abs_diff(*b) < 4;
+            assert!(device.iter().zip(&host).all(close), "{spec}: {device:?}, not {host:?}");
         }
+        let frozen = pair.gpu.freeze(pair.rows[0].0).unwrap();
+        let twin = pair.gpu.thaw(&frozen).unwrap();
+        assert_eq!(pair.gpu.freeze(twin).map(|frozen| frozen.heads).unwrap(), frozen.heads);
+        eprintln!("{spec}: {:?}", pair.seen);
+        assert_eq!(pair.seen.other, 0, "{spec}: {:?}", pair.seen);
+    }
+}
+
+#[test]
+fn a_window_longer_than_half_a_piece_is_refused_by_name() {
+    let source = fixture("llama3");
+    let options = Options { piece: 128, ..options(1) };
+    let spec = "f16,evict=snapkv:0.3:window=65".parse().unwrap();
+    let opened = gpu::open(&source, &spec, None, &options, machine(), &mut |_, _| {});
+    match opened.err() {
+        Some(GpuError::Unsupported(what)) => assert!(what.contains("at most 64"), "{what}"),
+        other => panic!("{other:?}"),
     }
 }

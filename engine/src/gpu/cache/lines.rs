@@ -13,16 +13,17 @@ use crate::runner::{Held, Row, RunError};
 pub(super) struct Sequence {
     /// Tokens given.
     pub len: usize,
-    pub layers: Vec<Line>,
+    /// `[layers * kv_heads]`
+    pub heads: Vec<Line>,
 }
 
-/// What a sequence holds of a layer: as many tokens in every head.
+/// What a sequence holds of a head.
 #[derive(Clone, Default)]
 pub(super) struct Line {
     pub len: usize,
     /// Tokens at the start that a policy does not choose among again.
     pub chosen: usize,
-    /// Of packed slabs, `[slabs, kv_heads]`.
+    /// Of packed slabs.
     pub entries: Vec<Entry>,
 }
 
@@ -31,15 +32,15 @@ impl Cache {
     pub fn open(&mut self) -> Result<Row, RunError> {
         let row = self.sequences.iter().position(Option::is_none);
         let row = row.ok_or(RunError::Rows { rows: self.rows })?;
-        let layers = vec![Line::default(); self.shape.layers];
-        self.sequences[row] = Some(Sequence { len: 0, layers });
+        let heads = vec![Line::default(); self.stores.len()];
+        self.sequences[row] = Some(Sequence { len: 0, heads });
         Ok(Row(row))
     }
 
     /// Ends a sequence.
     pub fn close(&mut self, row: Row) {
-        let layers = self.sequences[row.0].take().into_iter().flat_map(|s| s.layers);
-        layers.flat_map(|line| line.entries).for_each(|entry| self.give(entry));
+        let heads = self.sequences[row.0].take().into_iter().flat_map(|s| s.heads);
+        heads.flat_map(|line| line.entries).for_each(|entry| self.give(entry));
     }
 
     /// Tokens given.
@@ -47,30 +48,35 @@ impl Cache {
         self.sequences[row.0].as_ref().map_or(0, |sequence| sequence.len)
     }
 
-    /// What each head of a layer holds.
-    pub fn held(&self, row: Row, layer: usize) -> Held {
-        let Line { len, chosen, entries } = self.line(row, layer);
-        Held { len: *len, packed: entries.len() / self.shape.kv_heads, chosen: *chosen }
+    /// What head `h` holds, counted over all layers.
+    pub fn held(&self, row: Row, h: usize) -> Held {
+        let Line { len, chosen, entries } = self.line(row, h);
+        Held { len: *len, packed: entries.len(), chosen: *chosen }
+    }
+
+    /// What every head holds, `[layers * kv_heads]`.
+    pub fn all_held(&self, row: Row) -> Vec<Held> {
+        (0..self.stores.len()).map(|h| self.held(row, h)).collect()
     }
 
     /// Says that the device was given `n` tokens.
     pub fn advance(&mut self, row: Row, n: usize) {
         let Some(sequence) = &mut self.sequences[row.0] else { return };
         sequence.len += n;
-        sequence.layers.iter_mut().for_each(|line| line.len += n);
+        sequence.heads.iter_mut().for_each(|line| line.len += n);
     }
 
     /// Forgets the newest `n` tokens.
     pub fn retreat(&mut self, row: Row, n: usize) {
         let Some(sequence) = &mut self.sequences[row.0] else { return };
         sequence.len -= n;
-        sequence.layers.iter_mut().for_each(|line| line.len -= n);
+        sequence.heads.iter_mut().for_each(|line| line.len -= n);
     }
 
-    /// Says what a layer holds when tokens of it were dropped.
-    pub fn keep(&mut self, row: Row, layer: usize, (len, chosen): (usize, usize)) {
+    /// Says what a head holds when tokens of it were dropped.
+    pub fn keep(&mut self, row: Row, h: usize, (len, chosen): (usize, usize)) {
         let Some(sequence) = &mut self.sequences[row.0] else { return };
-        (sequence.layers[layer].len, sequence.layers[layer].chosen) = (len, chosen);
+        (sequence.heads[h].len, sequence.heads[h].chosen) = (len, chosen);
     }
 
     /// Says how many tokens the device was given in all.
@@ -80,48 +86,45 @@ impl Cache {
         }
     }
 
-    /// Newest tokens that are not packed, in any layer.
+    /// Newest tokens that are not packed, in any head.
     pub fn spare(&self, row: Row) -> usize {
         let spare = |held: Held| held.len.saturating_sub(held.packed * TOKENS);
-        (0..self.shape.layers).map(|l| spare(self.held(row, l))).min().unwrap_or(0)
+        self.all_held(row).into_iter().map(spare).min().unwrap_or(0)
     }
 
     /// Most of `room` tokens after the next that pack no slab and have none dropped.
     pub fn loose(&self, row: Row, room: usize) -> usize {
         let packed = |len| packed_slabs(len, self.spec.window);
-        let loose = |Held { len, chosen, .. }, n| {
+        let heads = self.all_held(row);
+        let loose = |&Held { len, chosen, .. }: &Held, n| {
             packed(len + 1 + n) == packed(len + 1)
                 && self.spec.lag().is_none_or(|lag| len + 1 + n < chosen + 2 * lag)
         };
-        let all = |n: &usize| (0..self.shape.layers).all(|l| loose(self.held(row, l), *n));
-        (1..=room).take_while(all).count()
+        (1..=room).take_while(|n| heads.iter().all(|held| loose(held, *n))).count()
     }
 
     /// F16 slabs that freezing a sequence takes.
     pub fn need_frozen(&self, row: Row) -> usize {
         let ring = |held: Held| held.len.div_ceil(TOKENS) - held.packed;
-        let slabs = (0..self.shape.layers).map(|l| ring(self.held(row, l)));
-        self.shape.kv_heads * slabs.sum::<usize>()
+        self.all_held(row).into_iter().map(ring).sum()
     }
 
-    /// Takes the slabs that a layer of `row` needs once it holds `len` tokens, which must be free; the edits say so to the
+    /// Takes the slabs that head `h` of `row` needs once it holds `len` tokens, which must be free; the edits say so to the
     /// device.
     pub fn extend(
         &mut self,
         row: Row,
-        layer: usize,
+        h: usize,
         len: usize,
         edits: &mut Vec<Edit>,
     ) -> Result<(), RunError> {
         let sinks = self.spec.sinks.div_ceil(TOKENS);
-        for slab in self.held(row, layer).packed..packed_slabs(len, self.spec.window) {
-            for h in layer * self.shape.kv_heads..(layer + 1) * self.shape.kv_heads {
-                let format = if slab < sinks { Format::F16 } else { self.stores[h] };
-                let entry = self.take(format)?;
-                edits.push([self.table_index(row, h, slab), entry.0]);
-                if let Some(sequence) = &mut self.sequences[row.0] {
-                    sequence.layers[layer].entries.push(entry);
-                }
+        for slab in self.held(row, h).packed..packed_slabs(len, self.spec.window) {
+            let format = if slab < sinks { Format::F16 } else { self.stores[h] };
+            let entry = self.take(format)?;
+            edits.push([self.table_index(row, h, slab), entry.0]);
+            if let Some(sequence) = &mut self.sequences[row.0] {
+                sequence.heads[h].entries.push(entry);
             }
         }
         Ok(())
@@ -130,7 +133,7 @@ impl Cache {
     /// What a sequence costs; slabs that it shares count in full.
     pub fn stats(&self, row: Row) -> CacheStats {
         let (len, heads) = (self.len(row), self.stores.len());
-        let entries = (0..self.shape.layers).flat_map(|l| &self.line(row, l).entries);
+        let entries = (0..heads).flat_map(|h| &self.line(row, h).entries);
         let slab = |entry: &Entry| {
             let packed = entry.get().map_or(0, |(format, _)| self.slab_bytes[format as usize]);
             packed + size_of::<Entry>()
@@ -148,8 +151,8 @@ impl Cache {
         }
     }
 
-    pub(super) fn line(&self, row: Row, layer: usize) -> &Line {
+    pub(super) fn line(&self, row: Row, h: usize) -> &Line {
         static EMPTY: Line = Line { len: 0, chosen: 0, entries: Vec::new() };
-        self.sequences[row.0].as_ref().map_or(&EMPTY, |sequence| &sequence.layers[layer])
+        self.sequences[row.0].as_ref().map_or(&EMPTY, |sequence| &sequence.heads[h])
     }
 }

@@ -17,11 +17,10 @@ impl Cache {
         check(&need, &self.free())?;
         let (mut heads, mut entries, mut copies) = (Vec::new(), Vec::new(), Vec::new());
         for h in 0..self.stores.len() {
-            let (layer, head) = (h / self.shape.kv_heads, h % self.shape.kv_heads);
-            let held = self.held(row, layer);
+            let held = self.held(row, h);
             for slab in 0..held.len.div_ceil(TOKENS) {
                 entries.push(if slab < held.packed {
-                    let entry = self.line(row, layer).entries[slab * self.shape.kv_heads + head];
+                    let entry = self.line(row, h).entries[slab];
                     self.share(entry);
                     entry
                 } else {
@@ -39,28 +38,21 @@ impl Cache {
     /// A new sequence that continues from `frozen`; the edits tell the device of its table.
     pub fn thaw(&mut self, frozen: &Frozen, edits: &mut Vec<Edit>) -> Result<Row, RunError> {
         let row = self.open()?;
-        let kv_heads = self.shape.kv_heads;
-        let line = |held: &Held| Line {
-            len: held.len,
-            chosen: held.chosen,
-            entries: vec![Entry::HOLE; kv_heads * held.packed],
-        };
-        let mut layers: Vec<_> = frozen.heads.iter().step_by(kv_heads).map(line).collect();
-        let (mut rest, mut copies) = (&frozen.entries[..], Vec::new());
-        for (h, held) in frozen.heads.iter().enumerate() {
-            let (entries, others) = rest.split_at(held.len.div_ceil(TOKENS));
+        let (mut rest, mut heads, mut copies) = (&frozen.entries[..], Vec::new(), Vec::new());
+        for (h, &Held { len, packed, chosen }) in frozen.heads.iter().enumerate() {
+            let (entries, others) = rest.split_at(len.div_ceil(TOKENS));
             rest = others;
+            let (entries, recent) = entries.split_at(packed.min(entries.len()));
             for (slab, &entry) in entries.iter().enumerate() {
-                if slab < held.packed {
-                    self.share(entry);
-                    layers[h / kv_heads].entries[slab * kv_heads + h % kv_heads] = entry;
-                    edits.push([self.table_index(row, h, slab), entry.0]);
-                } else {
-                    copies.push((self.recent_at(row, h, slab), self.slab_at(entry)));
-                }
+                self.share(entry);
+                edits.push([self.table_index(row, h, slab), entry.0]);
             }
+            for (slab, &entry) in (packed..).zip(recent) {
+                copies.push((self.recent_at(row, h, slab), self.slab_at(entry)));
+            }
+            heads.push(Line { len, chosen, entries: entries.to_vec() });
         }
-        self.sequences[row.0] = Some(Sequence { len: frozen.len, layers });
+        self.sequences[row.0] = Some(Sequence { len: frozen.len, heads });
         self.copy_all(&copies)?;
         Ok(row)
     }

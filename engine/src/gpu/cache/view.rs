@@ -29,7 +29,7 @@ impl Cache {
             ring_slabs: self.ring_slabs() as i32,
             table_stride: self.stride as i32,
             table_heads: kv_heads as i32,
-            lens_heads: 1,
+            lens_heads: if self.spec.ragged() { kv_heads as i32 } else { 1 },
             meta: self.spec.meta as i32,
             ..Default::default()
         }

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use kvwarp::slab::TOKENS;
 
 use super::choose::Choice;
+use crate::gpu::control::Apart;
 use crate::gpu::metered::Metered;
 use crate::gpu::platform::{Buffer, Result};
 use crate::gpu::tally::Use;
@@ -15,8 +16,10 @@ use crate::runner::{Held, Row};
 pub struct Prompt {
     /// Residual stream, `[tokens, width]` f32.
     pub x: Buffer,
-    /// `[kv_heads, slabs]` f16 slabs
-    pub ring: Buffer,
+    /// `[layers, kv_heads, slabs]` f16 slabs; of one layer where none waits for another's scores.
+    ring: Buffer,
+    /// Bytes of a layer there, and layers.
+    layer: (usize, usize),
     /// [`Words`]
     pub words: Buffer,
     pub tokens: usize,
@@ -28,11 +31,28 @@ pub struct Prompt {
 /// Words of a number, or of the two that say which rows are a sequence's: 16 bytes are what addresses are multiples of.
 pub const WORD: usize = 4;
 
+/// What a prompt's room is made for.
+#[derive(Clone, Copy)]
+pub struct Room {
+    /// Most tokens of a prompt.
+    pub tokens: usize,
+    /// Most tokens that are said after it, and forgotten.
+    pub said: usize,
+    /// Rows that pass through a layer together.
+    pub piece: usize,
+    /// Bytes of an f16 slab, and slabs of a row's ring.
+    pub slab: usize,
+    pub ring: usize,
+    /// Layers that are staged at once.
+    pub layers: usize,
+    pub apart: Apart,
+}
+
 /// Word offsets of what a block is told.
 #[derive(Clone, Copy)]
 pub struct Words {
     pieces: usize,
-    lines: usize,
+    apart: Apart,
     lens: usize,
     packed: usize,
     pub ids: usize,
@@ -40,13 +60,13 @@ pub struct Words {
 }
 
 impl Words {
-    /// For `tokens` tokens in so many pieces, and layers that may hold different numbers of tokens.
-    pub fn of(lines: usize, pieces: usize, tokens: usize) -> Self {
-        let lens = WORD * pieces;
-        let packed = lens + WORD * lines * pieces;
-        let ids = packed + WORD * lines;
+    /// For `tokens` tokens in so many pieces.
+    pub fn of(apart: Apart, pieces: usize, tokens: usize) -> Self {
+        let (lens, each) = (WORD * pieces, apart.heads.next_multiple_of(WORD));
+        let packed = lens + each * apart.layers * pieces;
+        let ids = packed + each * apart.layers;
         let positions = ids + tokens.next_multiple_of(WORD);
-        Self { pieces, lines, lens, packed, ids, positions }
+        Self { pieces, apart, lens, packed, ids, positions }
     }
 
     pub fn total(&self, tokens: usize) -> usize {
@@ -58,18 +78,18 @@ impl Words {
         WORD * piece
     }
 
-    /// Length of layer `layer` after piece `piece`.
+    /// Lengths of the heads of layer `layer` after piece `piece`.
     pub fn len(&self, layer: usize, piece: usize) -> usize {
-        self.lens + WORD * (self.line(layer) * self.pieces + piece)
+        self.lens + self.each() * (self.apart.line(layer) * self.pieces + piece)
     }
 
-    /// Slabs of layer `layer` in the table before the block.
+    /// Slabs of the heads of layer `layer` in the table before the block.
     pub fn packed(&self, layer: usize) -> usize {
-        self.packed + WORD * self.line(layer)
+        self.packed + self.each() * self.apart.line(layer)
     }
 
-    fn line(&self, layer: usize) -> usize {
-        layer.min(self.lines - 1)
+    fn each(&self) -> usize {
+        self.apart.heads.next_multiple_of(WORD)
     }
 }
 
@@ -91,8 +111,9 @@ pub struct Block {
     pub row: Row,
     /// Tokens that were given to the first layer.
     pub read: usize,
-    /// What each layer held before.
+    /// What each head held before, `[layers, kv_heads]`.
     pub before: Vec<Held>,
+    pub kv_heads: usize,
     /// Rows that pass through the next layer, of [`Block::tokens`].
     pub pieces: Vec<Range<usize>>,
     pub words: Words,
@@ -101,6 +122,17 @@ pub struct Block {
     pub x: u64,
     /// Whether the policy chooses among its tokens.
     pub chooses: bool,
+    /// What it gives attention to, where that is all that is asked of it.
+    pub said: Option<Said>,
+}
+
+/// Of what is said again, as the kernels that listen are told.
+pub struct Said {
+    /// That are listened for.
+    pub tokens: Range<usize>,
+    /// Addresses of the first of them, a head, and of the ranges of slots whose attention counts.
+    pub first: u64,
+    pub seen: u64,
 }
 
 impl Block {
@@ -109,10 +141,15 @@ impl Block {
         self.pieces.last().map_or(0, |piece| piece.end)
     }
 
-    /// What layer `layer` holds once they have, before any is dropped.
-    pub fn held(&self, layer: usize) -> Held {
-        let before = self.before[layer];
-        Held { len: before.len + self.tokens(), ..before }
+    /// What the heads of layer `layer` held before.
+    pub fn before(&self, layer: usize) -> &[Held] {
+        &self.before[layer * self.kv_heads..][..self.kv_heads]
+    }
+
+    /// What they hold once its tokens have passed, before any is dropped.
+    pub fn held(&self, layer: usize) -> Vec<Held> {
+        let after = |before: &Held| Held { len: before.len + self.tokens(), ..*before };
+        self.before(layer).iter().map(after).collect()
     }
 
     /// Address of a word.
@@ -120,43 +157,53 @@ impl Block {
         self.told + 4 * word as u64
     }
 
-    /// What it is told but for tokens and positions; for `lines` layers that are told apart.
-    pub fn numbers(&self, lines: usize) -> Vec<u32> {
-        let mut out = vec![0; self.words.ids];
+    /// What it is told but for tokens and positions.
+    pub fn numbers(&self) -> Vec<u32> {
+        let (words, mut out) = (&self.words, vec![0; self.words.ids]);
         for (p, piece) in self.pieces.iter().enumerate() {
-            out[self.words.firsts(p) + 1] = piece.len() as u32;
-            for line in 0..lines {
-                out[self.words.len(line, p)] = (self.before[line].len + piece.end) as u32;
+            out[words.firsts(p) + 1] = piece.len() as u32;
+        }
+        for layer in 0..words.apart.layers {
+            for (h, held) in self.before(layer)[..words.apart.heads].iter().enumerate() {
+                out[words.packed(layer) + h] = held.packed as u32;
+                for (p, piece) in self.pieces.iter().enumerate() {
+                    out[words.len(layer, p) + h] = (held.len + piece.end) as u32;
+                }
             }
         }
-        (0..lines).for_each(|line| out[self.words.packed(line)] = self.before[line].packed as u32);
         out
     }
 }
 
 impl Prompt {
-    /// Room for `tokens` tokens after whatever a row holds, for so many layers that are told apart.
+    /// Room for a prompt after whatever a row holds.
     pub fn new(
         (platform, width, kv_heads): (&Rc<Metered>, usize, usize),
-        tokens: usize,
-        slab: usize,
-        (piece, lines): (usize, usize),
-        ring: usize,
+        Room { tokens, said, piece, slab, ring, layers, apart }: Room,
     ) -> Result<Self> {
-        let slabs = ring + tokens.div_ceil(TOKENS) + 1;
-        let words = Words::of(lines, tokens.div_ceil(piece), tokens).total(tokens);
+        let slabs = ring + (tokens + said).div_ceil(TOKENS) + 1;
+        let most = tokens.max(said);
+        let words = Words::of(apart, most.div_ceil(piece), most).total(most);
         let buffer = |what, bytes| Buffer::new(platform, (Use::Activations, what), bytes);
+        let layer = kv_heads * slabs * slab;
         Ok(Self {
-            x: buffer("a prompt's residual stream", 4 * tokens * width)?,
+            x: buffer("a prompt's residual stream", 4 * most * width)?,
             ring: Buffer::zeroed(
                 platform,
-                (Use::Activations, "a layer's keys and values"),
-                kv_heads * slabs * slab,
+                (Use::Activations, "keys and values of layers that are being read"),
+                layers * layer,
             )?,
+            layer: (layer, layers),
             words: buffer("a prompt's tokens", 4 * words)?,
             tokens,
             slabs,
             choice: None,
         })
+    }
+
+    /// Address of a staged layer.
+    pub fn ring(&self, layer: usize) -> u64 {
+        let (bytes, layers) = self.layer;
+        self.ring.at() + (layer % layers * bytes) as u64
     }
 }

@@ -1,7 +1,8 @@
 //! Tokens that a policy keeps of a prompt, chosen where they lie: a layer's scores, the best of them, and their slots.
 //!
-//! All heads of a layer keep as many tokens, so the host knows every length and every slab before there are scores; it
-//! writes the slots that stay in any case, the device puts the chosen ones between them.
+//! Where all heads of a layer keep as many tokens by a score of their own, the host knows every length and every slab before
+//! there are scores; it writes the slots that stay in any case, the device puts the chosen ones between them. What the host
+//! has to see the scores for is in `settle.rs`.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -12,11 +13,12 @@ use kvwarp::slab::TOKENS;
 
 use super::block::{WORD, Words};
 use crate::config::Config;
+use crate::gpu::control::Apart;
 use crate::gpu::metered::Metered;
 use crate::gpu::ops::params;
 use crate::gpu::platform::{Buffer, Result};
 use crate::gpu::tally::Use;
-use crate::policy::{Cut, Method, Onward};
+use crate::policy::{Cut, Onward};
 use crate::runner::Held;
 use crate::spec::CacheSpec;
 
@@ -34,18 +36,7 @@ pub fn refused(spec: &CacheSpec, piece: usize) -> Option<String> {
             piece / 2
         ));
     }
-    let part = match evict.method() {
-        _ if spec.refine.is_some() => "refine".into(),
-        Method::Repeat | Method::RepeatHeads | Method::LagRanked | Method::KeyNorm => {
-            format!("evict={}", evict.name())
-        }
-        _ if spec.budget().waits() => "a budget that asks for the scores of several layers".into(),
-        _ => return None,
-    };
-    Some(format!(
-        "{part} runs on the processor only (--device cpu); on a GPU go lagkv, snapkv, fastkv, h2o, streaming and random, \
-         with budget=uniform or pyramid, and tsp"
-    ))
+    None
 }
 
 /// Room to choose among the tokens of a prompt.
@@ -68,6 +59,10 @@ pub struct Choice {
     /// [`Numbers`]
     pub numbers: Buffer,
     pub workspace: Buffer,
+    /// Most attention to each token of a part that is said again, `[layers, kv_heads, tokens]`.
+    pub heard: Buffer,
+    /// What the host says of heads, [`Choice::heads`].
+    pub told: Buffer,
     /// How many tokens go deeper but for the newest; their residual stream and numbers.
     pub deeper: Buffer,
     pub x: Buffer,
@@ -141,7 +136,8 @@ impl Choice {
         };
         let rows = kv_heads * (tokens / LEAST_LAG + 1);
         let follows = spec.evict.is_some_and(|evict| evict.follows_attention());
-        let observes = follows || spec.tsp.is_some();
+        let again = spec.evict.filter(|evict| evict.says_again());
+        let observes = follows || again.is_some() || spec.tsp.is_some();
         let onward = (0..layers).find_map(|l| Onward::new(spec, tokens, (l, layers), tokens));
         let onward = onward.map_or(0, |onward| onward.kept);
         let selection = |rows: usize| {
@@ -174,9 +170,15 @@ impl Choice {
                 (Use::Scratch, "choosing tokens"),
                 workspace.max(1),
             )?,
+            heard: buffer(again.map_or(0, |evict| {
+                layers * super::again::heard(kv_heads, tokens.min(evict.options.chunk.into()))
+            }))?,
+            told: buffer(2 * WORD + 3 * kv_heads.next_multiple_of(WORD))?,
             deeper: buffer(WORD)?,
             x: buffer(onward * width)?,
-            words: buffer(Words::of(layers, onward.div_ceil(piece), onward).total(onward))?,
+            words: buffer(
+                Words::of(Apart::of(spec, config), onward.div_ceil(piece), onward).total(onward),
+            )?,
             written: RefCell::default(),
         })
     }
@@ -207,6 +209,26 @@ impl Choice {
     pub fn onward_number(&self, platform: &Metered, n: usize) -> Result<u64> {
         platform.write(self.deeper.at(), bytemuck::bytes_of(&(n as u32)))?;
         Ok(self.deeper.at())
+    }
+
+    /// Tells the device of three numbers of each of so many heads, and of `rest`; gives their addresses.
+    pub fn heads(
+        &self,
+        platform: &Metered,
+        lists: [&[usize]; 3],
+        rest: &[usize],
+    ) -> Result<[u64; 4]> {
+        let mut words: Vec<u32> = Vec::new();
+        let place = |list: &[usize]| {
+            let at = self.told.at() + 4 * words.len() as u64;
+            words.extend(list.iter().map(|&number| number as u32));
+            words.resize(words.len().next_multiple_of(WORD), 0);
+            at
+        };
+        let [a, b, c] = lists;
+        let places = [a, b, c, rest].map(place);
+        platform.write(self.told.at(), bytemuck::cast_slice(&words))?;
+        Ok(places)
     }
 
     /// Address of a number.

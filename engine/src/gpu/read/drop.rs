@@ -1,6 +1,6 @@
 //! Dropping tokens of a layer: scores, the best of each stretch, and what stays written where it belongs.
 
-use kvwarp::ffi::{self, KVW_F16, kvw_cache};
+use kvwarp::ffi::{self, KVW_F16, kvw_cache, kvw_sim_evict_params};
 use kvwarp::pages::packed_slabs;
 use kvwarp::slab::TOKENS;
 
@@ -10,8 +10,18 @@ use super::choose::{Choice, Frame, Numbers};
 use crate::gpu::Gpu;
 use crate::gpu::ops::{at, params};
 use crate::gpu::platform::Result;
-use crate::policy::{Cut, Method, best_unseen};
+use crate::policy::{Cut, Evict, Method, best_unseen};
 use crate::runner::{Held, Row, RunError};
+
+/// Numbers of LagKV's scores of at most `parts` partitions of `width` tokens; pointers are null.
+pub(super) fn lag(width: usize, parts: usize) -> kvw_sim_evict_params {
+    params!(kvw_sim_evict_params {
+        op: ffi::KVW_EVICT_LAG,
+        lag: width as i32,
+        partitions: parts as i32,
+        v_weight: 1.0,
+    })
+}
 
 impl Gpu {
     /// What a layer drops of what it holds once `read` tokens have passed through it, among which the policy `chooses` or
@@ -32,8 +42,34 @@ impl Gpu {
         }
     }
 
+    /// Takes the slabs that a read of `n` tokens leaves in the table, where that is known before there are scores.
+    pub(super) fn extend(
+        &mut self,
+        row: Row,
+        (chooses, n): (bool, usize),
+        before: &[Held],
+    ) -> Result<(), RunError> {
+        let (mut edits, mut through, kv_heads) = (Vec::new(), n, self.net.config.kv_heads);
+        for (layer, heads) in before.chunks_exact(kv_heads).enumerate() {
+            for (h, &held) in heads.iter().enumerate() {
+                let len = held.len + through;
+                let cut = self.cut((chooses, n), layer, Held { len, ..held });
+                let stays = cut.map_or(len, |cut| cut.stays());
+                let chosen = cut.filter(|_| self.cache.spec().lag().is_some());
+                let chosen = chosen.map_or(held.chosen, |cut| cut.chosen());
+                self.cache.extend(row, layer * kv_heads + h, stays, &mut edits)?;
+                self.cache.keep(row, layer * kv_heads + h, (stays, chosen));
+            }
+            through = self.onward((chooses, n), layer, through).map_or(through, |o| o.kept);
+        }
+        Ok(self.control.edit(&self.net.ops, self.cache.table(), &edits)?)
+    }
+
     /// Adds what a piece of a layer gives to the tokens to what is known of them.
     pub(super) fn observe(&self, piece: &Piece<'_>) -> Result<()> {
+        if let Some(said) = &piece.block.said {
+            return self.listen(piece, said);
+        }
         let Some((choice, evict, cut)) = self.observed(piece) else { return Ok(()) };
         let (watched, rows) = (self.watched(piece), piece.rows());
         let last = piece.number + 1 == piece.block.pieces.len();
@@ -53,7 +89,7 @@ impl Gpu {
     fn observed<'a>(&self, piece: &Piece<'a>) -> Option<(&'a Choice, Method, Cut)> {
         let method = self.cache.spec().evict?.method();
         let held = piece.block.held(piece.layer);
-        let cut = self.cut((piece.block.chooses, piece.block.read), piece.layer, held)?;
+        let cut = self.cut((piece.block.chooses, piece.block.read), piece.layer, held[0])?;
         Some((piece.prompt.choice.as_ref()?, method, cut))
     }
 
@@ -107,7 +143,7 @@ impl Gpu {
         let numbers = Numbers::of(heads * cut.parts);
         let told = |words: [usize; 2]| words.map(|word| choice.number(word));
         if !on_host && cut.k > 0 {
-            let ring = (prompt.ring.at(), prompt.slabs);
+            let ring = (prompt.ring(layer), prompt.slabs);
             let cache = self.cache.staged(layer, row, told(numbers.before), ring);
             self.score(choice, (&cut, &numbers), cache)?;
             self.best(choice, (&cut, &numbers))?;
@@ -119,7 +155,7 @@ impl Gpu {
         let params = params!(kvw_kv_gather_params {
             max_slabs: frame.stays().div_ceil(TOKENS) as i32,
             cache: self.cache.view_of(layer, row, told(numbers.after)),
-            from: at(prompt.ring.at()),
+            from: at(prompt.ring(layer)),
             slots: at(choice.slots.at()),
             first: at(choice.number(numbers.base)),
             feedback: at(self.cache.feedback(layer)),
@@ -139,25 +175,23 @@ impl Gpu {
     ) -> Result<()> {
         let Some(evict) = self.cache.spec().evict else { return Ok(()) };
         if evict.method() == Method::Lag {
-            let params = params!(kvw_sim_evict_params {
-                op: ffi::KVW_EVICT_LAG,
-                cache: cache,
+            let params = kvw_sim_evict_params {
+                cache,
                 scores: at(choice.scores.at()),
                 first: at(choice.number(numbers.firsts)),
-                lag: cut.width as i32,
-                partitions: cut.parts as i32,
-                v_weight: 1.0,
-            });
+                ..lag(cut.width, cut.parts)
+            };
             return self.net.ops.run(|k| &k.sim_evict, &params);
         }
+        self.pool_groups(choice, &evict, cut.width)
+    }
+
+    /// Attention to `columns` tokens as `evict` scores by it, `[kv_heads, columns]`.
+    pub(super) fn pool_groups(&self, choice: &Choice, evict: &Evict, columns: usize) -> Result<()> {
         let heads = self.net.config.kv_heads;
         let pool = if evict.options.max { ffi::KVW_POOL_MAX } else { ffi::KVW_POOL_AVG };
-        self.pool(
-            choice,
-            (heads, self.net.config.heads / heads),
-            cut.width,
-            (pool, evict.options.pool.into()),
-        )
+        let pool = (pool, evict.options.pool.into());
+        self.pool(choice, (heads, self.net.config.heads / heads), columns, pool)
     }
 
     /// Attention to `columns` tokens, pooled over neighbours and summed over `group` query heads each.
@@ -228,14 +262,17 @@ impl Gpu {
             return Ok(());
         }
         let due = |held: Held| self.cut((false, 0), 0, held);
-        let layers = 0..self.net.config.layers;
-        let cuts: Vec<_> = layers.map(|l| self.cache.held(row, l)).map(|h| (h, due(h))).collect();
+        let (layers, kv_heads) = (0..self.net.config.layers, self.net.config.kv_heads);
+        let held = layers.map(|layer| self.cache.held(row, layer * kv_heads));
+        let cuts: Vec<_> = held.map(|held| (held, due(held))).collect();
         for (layer, (held, cut)) in cuts.into_iter().enumerate() {
             let (Some(cut), Some(prompt)) = (cut, &self.prompt) else { continue };
-            let recent = held.packed..held.len.div_ceil(TOKENS);
-            self.move_slabs((prompt, row), layer, recent, true)?;
+            let recent = vec![held.packed..held.len.div_ceil(TOKENS); kv_heads];
+            self.move_slabs((prompt, row), layer, &recent, true)?;
             self.drop_staged(prompt, row, layer, (held, cut))?;
-            self.cache.keep(row, layer, (cut.stays(), cut.chosen()));
+            for h in layer * kv_heads..(layer + 1) * kv_heads {
+                self.cache.keep(row, h, (cut.stays(), cut.chosen()));
+            }
         }
         Ok(())
     }

@@ -59,13 +59,12 @@ impl Gpu {
         let onward = self.onward((block.chooses, block.read), layer, block.tokens());
         let (Some(onward), Some(choice)) = (onward, &prompt.choice) else { return Ok(()) };
         self.pick_onward(prompt, block, (layer, onward), choice)?;
-        let (pieces, lines) =
-            (pieces(onward.kept, self.piece, self.window(true)), self.control.lines());
-        let words = Words::of(lines, pieces.len(), onward.kept);
+        let pieces = pieces(onward.kept, self.piece, self.window(true));
+        let words = Words::of(self.control.apart(), pieces.len(), onward.kept);
         let (from, positions) = (block.x, block.at(block.words.positions));
         (block.pieces, block.words) = (pieces, words);
         (block.told, block.x) = (choice.words.at(), choice.x.at());
-        self.platform.write(block.told, bytemuck::cast_slice(&block.numbers(lines)))?;
+        self.platform.write(block.told, bytemuck::cast_slice(&block.numbers()))?;
         let params = params!(kvw_token_select_params {
             op: ffi::KVW_SELECT_GATHER,
             indices: at(choice.picked.at()),
