@@ -1,4 +1,4 @@
-//! One exponential for the CPU paths: no branches, no table, so that loops over it vectorise.
+//! One exponential for everything on the CPU: no branches, no table, so that loops over it vectorise.
 
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 /// `ln 2` in two parts; the first has ten significant bits, so that its product with an exponent is exact.
@@ -12,7 +12,7 @@ const ROUND: f32 = 12_582_912.0;
 /// Every step is one f32 multiplication or addition, rounded to nearest even: `csrc/sample.cu` repeats the
 /// same steps and gets the same bits.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
     let shifted = x * LOG2_E + ROUND;
     let n = shifted - ROUND;

@@ -9,7 +9,7 @@
 pub mod device;
 pub mod embed;
 mod error;
-mod exp;
+pub mod exp;
 #[allow(non_camel_case_types, missing_docs, rustdoc::all)]
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks)]
 #[rustfmt::skip]

@@ -5,11 +5,12 @@
 //! 1. [`search`]: which pairs matter, on queries and keys of a text;
 //! 2. [`budget`]: how many of them, and how long the latent vector, for the ratio asked for;
 //! 3. factors of the projections, of the weights alone, or as inputs, queries and output projections are;
-//! 4. closed-form recovery;
+//! 4. recovery, in closed form and then by gradients;
 //! 5. [`write()`]: a folder like Hugging Face's, which every command reads ([`crate::config::Elite`]).
 
 mod algebra;
 pub mod budget;
+mod distil;
 mod error;
 mod learn;
 mod refit;
@@ -60,6 +61,8 @@ pub struct Request<'a> {
     pub whiten: bool,
     /// Closed-form recovery.
     pub refit: bool,
+    /// Steps of recovery by gradients, a layer.
+    pub distil: usize,
     /// To learn from.
     pub tokens: &'a [u32],
     /// Of these, those that pairs are chosen on.
@@ -75,7 +78,7 @@ pub struct Request<'a> {
 /// What a stage costs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stage {
-    /// `source`, `pairs`, `factors` or `refit`.
+    /// `source`, `pairs`, `factors`, `refit` or `distil`.
     pub name: &'static str,
     /// Log-perplexity of the held text.
     pub nats: f64,
@@ -138,6 +141,11 @@ pub fn convert(
         refit::refit((source, model), &mut staged, budget, streams, watch)?;
         note("refit", &model.like(&staged)?, watch)?;
     }
+    if request.distil > 0 {
+        let streams = learn::streams(model, request.tokens, request.window)?;
+        distil::distil((source, model), &mut staged, request.distil, streams, watch)?;
+        note("distil", &model.like(&staged)?, watch)?;
+    }
     let ratio = budget.elements(config) as f64 / (2 * config.kv_heads * config.head_dim) as f64;
     let tried = state.tried.iter().map(|&(pairs, rank, nats)| (Budget { pairs, rank }, nats));
     let tried = tried.collect();
@@ -190,7 +198,11 @@ pub fn work(config: &Config, request: &Request<'_>) -> Result<usize, ConvertErro
     let chosen = if budgets.len() > 1 { budgets.len() * request.chosen_on.len() } else { 0 };
     // Source, pairs, factors; then the fit: the source, the converted layer before and after its output is fitted.
     let (stages, passes) = if request.refit { (4, 4) } else { (3, 1) };
-    let rows = stages * request.held.len() + passes * request.tokens.len() + chosen;
+    let mut rows = stages * request.held.len() + passes * request.tokens.len() + chosen;
+    if request.distil > 0 {
+        let texts = request.tokens.len().div_ceil(request.window);
+        rows += request.held.len() + distil::work(texts, request.window, request.distil);
+    }
     Ok(config.layers * (rows + rounds * request.searched))
 }
 

@@ -56,6 +56,9 @@ struct EliteArgs {
     /// Leave factors and output projections as the factorisation has them
     #[arg(long)]
     no_refit: bool,
+    /// Then train the attention of each layer for so many steps: minutes a hundred steps for a small model
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    distil: usize,
     /// Tokens of the text to learn from; the next -c choose pairs and rank
     #[arg(short = 'n', long, value_name = "N", default_value = "16k", value_parser = tokens)]
     tokens: usize,
@@ -115,6 +118,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
         target: args.target(),
         whiten: !args.plain,
         refit: !args.no_refit,
+        distil: args.distil,
         tokens: learn,
         searched: args.search.min(learn.len()),
         window: args.ctx_size,

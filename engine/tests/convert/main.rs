@@ -26,6 +26,7 @@ fn request(tokens: &[u32], pairs: usize, rank: usize) -> Request<'_> {
         target: Target::Fixed(Budget { pairs, rank }),
         whiten: true,
         refit: false,
+        distil: 0,
         tokens: learn,
         searched: learn.len(),
         window: 64,

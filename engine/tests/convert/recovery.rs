@@ -44,6 +44,7 @@ fn recovery_on_few_tokens() {
         target: Target::Fixed(Budget { pairs: 16, rank: 96 }),
         whiten: true,
         refit: true,
+        distil: 5,
         tokens: &text[..1024],
         searched: 128,
         window: 512,
@@ -53,11 +54,17 @@ fn recovery_on_few_tokens() {
     let state = folder.path().join("state");
     let done = converted(&source, &request, &state);
     std::fs::remove_file(&state).unwrap();
-    let plain = Request { whiten: false, refit: false, tokens: &text[..128], ..request.clone() };
+    let plain = Request {
+        whiten: false,
+        refit: false,
+        distil: 0,
+        tokens: &text[..128],
+        ..request.clone()
+    };
     let plain = converted(&source, &plain, &state).stages[2].nats;
-    let [before, pairs, factors, refit] = [0, 1, 2, 3].map(|i| done.stages[i].nats);
+    let [before, pairs, factors, refit, distil] = [0, 1, 2, 3, 4].map(|i| done.stages[i].nats);
     assert!(
-        before < pairs && pairs < refit && refit < factors && factors < plain,
+        before < pairs && pairs < distil && distil < refit && refit < factors && factors < plain,
         "{:?} {plain}",
         done.stages
     );
@@ -65,7 +72,7 @@ fn recovery_on_few_tokens() {
     let to = folder.path().join("model");
     write(&source, &done.staged, Elements::F16, &to).unwrap();
     let read = Source::open(&to).unwrap();
-    let far = nats(&read, request.held) - refit;
+    let far = nats(&read, request.held) - distil;
     assert!(far.abs() < 0.03, "8-bit activations apart: {far}");
     let (ours, theirs) = (source.tokenizer().unwrap(), read.tokenizer().unwrap());
     for text in [golden("gun.c"), "<|im_start|>user\n x  1234 é".into()] {
@@ -121,6 +128,7 @@ fn elitekv_record() {
                 target,
                 whiten,
                 refit,
+                distil: 0,
                 tokens,
                 searched: 1024,
                 window: 1024,
