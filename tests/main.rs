@@ -4,6 +4,8 @@ mod abi;
 #[path = "../benches/args.rs"]
 mod args;
 mod bench;
+#[cfg(kvw_cuda)]
+mod cabi;
 mod cache;
 mod cases;
 mod cpu_attn;
