@@ -24,6 +24,8 @@ mod kv_pack;
 mod kv_pack_cpu;
 mod layout;
 mod linear;
+#[cfg(kvw_cuda)]
+mod link;
 mod lowrank_kv;
 mod page_table;
 mod paged_attn;
