@@ -3,7 +3,8 @@
  * Every op takes one params struct and a stream, and comes with three pure functions that make no CUDA call:
  * _check (are the numbers acceptable?), _workspace (scratch bytes) and _bytes (DRAM bytes the op must move).
  * No op allocates, synchronises, prints, throws or exits; lengths live on the device, so a captured graph
- * stays valid while sequences grow. Pointers are device pointers, 16-byte aligned unless said otherwise.
+ * stays valid while sequences grow. Pointers are device pointers, 16-byte aligned unless said otherwise. cpu.h has
+ * the same ops on host memory.
  *
  * Letters in shapes: S sequences, T tokens of all sequences, H kv heads, G query heads a kv head, D head dim.
  */
@@ -37,5 +38,7 @@ KVW_API kvw_status kvw_device_count(int32_t *count);
 #include "swiglu.h"
 #include "token_score.h"
 #include "token_select.h"
+
+#include "cpu.h"
 
 #endif

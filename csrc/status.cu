@@ -9,7 +9,7 @@ int32_t kvw_abi_version(void) { return KVW_ABI_VERSION; }
 
 namespace {
 
-constexpr int ERRORS = 8;
+constexpr int ERRORS = 9;
 
 // Row of a field: what each KVW_ERR_* means for it.
 #define KVW_ROW(prefix)                                                                                      \
@@ -20,7 +20,8 @@ constexpr int ERRORS = 8;
      prefix "the pointer is not 16-byte aligned",                                                            \
      prefix "a format, group or dtype that this op does not support",                                        \
      prefix "less than the op's _workspace() asks for",                                                      \
-     prefix "the CPU executor stopped the kernel; simt_last_error() says why"},
+     prefix "the CPU executor stopped the kernel; simt_last_error() says why",                               \
+     prefix "not supported by the CPU path of this op"},
 
 // Every field that a _check may refuse; tests/layout.rs compares.
 // clang-format off

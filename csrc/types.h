@@ -4,10 +4,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef __cplusplus
-#define KVW_API extern "C"
+#ifdef __GNUC__
+#define KVW_VISIBLE __attribute__((visibility("default"))) /* the library is built with all else hidden */
 #else
-#define KVW_API
+#define KVW_VISIBLE
+#endif
+#ifdef __cplusplus
+#define KVW_API extern "C" KVW_VISIBLE
+#else
+#define KVW_API KVW_VISIBLE
 #endif
 
 /* 0 ok; negative: refused, nothing was launched; positive: a cudaError_t, verbatim. A refusal is a KVW_ERR_*

@@ -59,6 +59,7 @@ pub const KVW_SELECT_ABOVE: i32 = 2;
 pub const KVW_SELECT_GATHER: i32 = 3;
 pub const KVW_POOL_AVG: i32 = 0;
 pub const KVW_POOL_MAX: i32 = 1;
+pub const KVW_ERR_CPU: i32 = -8;
 #[doc = " 0 ok; negative: refused, nothing was launched; positive: a cudaError_t, verbatim. A refusal is a KVW_ERR_*\n less 16 times the number of the field at fault; kvw_status_str() puts both into words."]
 pub type kvw_status = i32;
 #[repr(C)]
@@ -1669,4 +1670,28 @@ unsafe extern "C" {
 }
 unsafe extern "C" {
     pub fn kvw_token_select(p: *const kvw_token_select_params, stream: kvw_stream) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_kv_gather_cpu(p: *const kvw_kv_gather_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_kv_pack_cpu(p: *const kvw_kv_pack_params) -> kvw_status;
+}
+unsafe extern "C" {
+    #[doc = " Without sinks, k_norm, rotation and softcap. No workspace is needed: it may be null."]
+    pub fn kvw_paged_attn_cpu(p: *const kvw_paged_attn_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_prefill_attn_cpu(p: *const kvw_prefill_attn_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_rms_norm_cpu(p: *const kvw_rms_norm_params) -> kvw_status;
+}
+unsafe extern "C" {
+    #[doc = " Without pairs."]
+    pub fn kvw_rope_select_cpu(p: *const kvw_rope_select_params) -> kvw_status;
+}
+unsafe extern "C" {
+    #[doc = " LAG and NORM alone."]
+    pub fn kvw_sim_evict_cpu(p: *const kvw_sim_evict_params) -> kvw_status;
 }

@@ -6,6 +6,8 @@
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 #![warn(missing_docs)]
 
+#[cfg(kvw_cuda)]
+mod cabi;
 pub mod device;
 pub mod embed;
 mod error;

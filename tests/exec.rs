@@ -105,6 +105,9 @@ pub enum Exec {
     SimtPlain,
     /// The CPU executor, every access checked, under the random schedule of this seed (0: in order).
     SimtChecked(u64),
+    /// The op's CPU path behind the C ABI; memory is the executor's.
+    #[cfg(kvw_cuda)]
+    Cpu,
     /// The first GPU.
     #[cfg(kvw_cuda)]
     Cuda,
@@ -122,6 +125,14 @@ pub fn executors(seeds: u64) -> Vec<Exec> {
     all.extend((0..seeds).map(Exec::SimtChecked));
     #[cfg(kvw_cuda)]
     all.extend(gpu::device().map(|_| Exec::Cuda));
+    all
+}
+
+/// [`executors`], and the CPU path behind the C ABI.
+pub fn everyone(seeds: u64) -> Vec<Exec> {
+    let mut all = executors(seeds);
+    #[cfg(kvw_cuda)]
+    all.push(Exec::Cpu);
     all
 }
 
@@ -164,6 +175,8 @@ impl Exec {
     pub fn start(self) -> Run {
         let session = match self {
             Exec::SimtPlain => Some(Simt::plain().seeded(0)),
+            #[cfg(kvw_cuda)]
+            Exec::Cpu => Some(Simt::plain().seeded(0)),
             Exec::SimtChecked(seed) => Some(Simt::checked().seeded(seed)),
             #[cfg(kvw_cuda)]
             Exec::Cuda => None,
@@ -174,7 +187,7 @@ impl Exec {
 
 impl Run {
     fn simt(&self) -> &'static Simt {
-        if self.exec == Exec::SimtPlain { Simt::plain() } else { Simt::checked() }
+        if matches!(self.exec, Exec::SimtChecked(_)) { Simt::checked() } else { Simt::plain() }
     }
 
     /// Plant fault `n` (0: none).
@@ -191,6 +204,10 @@ impl Run {
 
     /// Warpgroup products of the last call; the executor's own count.
     pub fn wgmma(&self) -> Option<u64> {
+        #[cfg(kvw_cuda)]
+        if self.exec == Exec::Cpu {
+            return None;
+        }
         self.session.as_ref().map(|_| self.simt().report().wgmma)
     }
 
@@ -220,6 +237,10 @@ impl Run {
         #[cfg(kvw_cuda)]
         if self.exec == Exec::Cuda {
             return gpu::call(op.cuda.expect("a build with kernels"), params);
+        }
+        #[cfg(kvw_cuda)]
+        if self.exec == Exec::Cpu {
+            return crate::cabi::call(op.name, params);
         }
         let function: Function<P> = self.simt().get(op.name.as_bytes());
         // SAFETY: params point into memory of this executor, which checks every access.

@@ -1,7 +1,7 @@
 //! Slab formats in attention, one at a time: what is special about each.
 
 use crate::cache::Spec;
-use crate::exec::{Run, assert_caught, executors};
+use crate::exec::{Run, assert_caught, everyone};
 use crate::paged_attn::{CALL, Call, matches};
 use crate::prefill_attn;
 use kvwarp::slab::Format::{self, F16, Fp8, Q2, Q4, Q8};
@@ -48,7 +48,7 @@ fn prefill_on(hopper: bool, run: &Run, spec: &Spec) -> Result<(), String> {
 
 #[test]
 fn two_level_metadata_matches_oracle() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         let run = exec.start();
         let check = |what: &str, spec: Spec, call: Call| {
             matches(&run, &spec, call).unwrap_or_else(|e| panic!("{exec:?}: {what}: {e}"));
@@ -64,7 +64,7 @@ fn two_level_metadata_matches_oracle() {
 
 #[test]
 fn fp8_matches_oracle() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         let run = exec.start();
         let check = |what: &str, spec: Spec, call: Call| {
             matches(&run, &spec, call).unwrap_or_else(|e| panic!("{exec:?}: {what}: {e}"));
@@ -78,7 +78,7 @@ fn fp8_matches_oracle() {
 
 #[test]
 fn every_shape_matches_oracle() {
-    for exec in executors(0) {
+    for exec in everyone(0) {
         for head_dim in [64, 96, 128, 256] {
             for (group, spec) in [(32, two_level()), (64, two_level()), (128, fp8())] {
                 let spec = Spec { head_dim, group, lens: vec![700, 129], ..spec };

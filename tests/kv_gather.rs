@@ -4,7 +4,7 @@ mod kernel;
 
 use crate::cases::{Noise, somewhere};
 use crate::cpu_attn::D;
-use crate::exec::{Run, assert_caught, executors, op};
+use crate::exec::{Run, assert_caught, everyone, op};
 use kernel::{Call, FED, gathered};
 use kvwarp::ffi::{self, kvw_kv_gather_params as Params};
 use kvwarp::kv_gather::{compact, cpu, oracle};
@@ -162,7 +162,7 @@ fn c_checks_need_no_gpu() {
 
 #[test]
 fn executors_match_oracle() {
-    for exec in executors(3) {
+    for exec in everyone(3) {
         gathered(&exec.start(), &Call::default()).unwrap();
         gathered(&exec.start(), &Call { host: FED, ..Call::default() }).unwrap();
     }

@@ -9,7 +9,7 @@ mod rounded;
 mod turned;
 
 use crate::cases::somewhere;
-use crate::exec::{assert_caught, executors, op};
+use crate::exec::{assert_caught, everyone, op};
 pub use device::{FP8, Host, MIXED, TWO_LEVEL, cache, params};
 use half::f16;
 use kvwarp::ffi::{self, kvw_kv_pack_params as Params};
@@ -190,7 +190,7 @@ fn unturned(p: &mut Params) {
 
 #[test]
 fn executors_match_oracle() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         let host = Host { d: 64, group: 32, window: 0, heads: 3, seqs: 3, slabs: 3, ..MIXED };
         ops::fill_and_flush(&exec.start(), &host, &[192, 1, 64]).unwrap();
         let host = Host { d: 64, group: 32, window: 64, heads: 2, seqs: 2, slabs: 4, ..MIXED };

@@ -4,6 +4,8 @@ mod abi;
 #[path = "../benches/args.rs"]
 mod args;
 mod bench;
+#[cfg(kvw_cuda)]
+mod cabi;
 mod cache;
 mod cases;
 mod cpu_attn;
@@ -22,6 +24,8 @@ mod kv_pack;
 mod kv_pack_cpu;
 mod layout;
 mod linear;
+#[cfg(kvw_cuda)]
+mod link;
 mod lowrank_kv;
 mod page_table;
 mod paged_attn;

@@ -6,7 +6,7 @@ mod hooks;
 
 use crate::cache::Spec;
 use crate::cases::somewhere;
-use crate::exec::{Exec, Run, assert_caught, executors, op};
+use crate::exec::{Exec, Run, assert_caught, everyone, op};
 use call::mixed;
 pub use call::{CALL, Call, matches};
 use half::f16;
@@ -162,7 +162,7 @@ fn c_checks_need_no_gpu() {
 
 #[test]
 fn executors_match_oracle() {
-    for exec in executors(5) {
+    for exec in everyone(5) {
         let run = exec.start();
         let hopper = matches!(exec, Exec::SimtChecked(seed) if seed % 2 == 1);
         let check = |what: &str, spec: Spec, call: Call| {
@@ -179,7 +179,7 @@ fn executors_match_oracle() {
 
 #[test]
 fn every_shape_matches_oracle() {
-    for exec in executors(0) {
+    for exec in everyone(0) {
         let check = |spec: Spec, call: Call| {
             let what = format!("{exec:?}: D {} group {} G {}", spec.head_dim, spec.group, call.g);
             matches(&exec.start(), &spec, call).unwrap_or_else(|e| panic!("{what}: {e}"));

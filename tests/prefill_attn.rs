@@ -2,7 +2,7 @@
 
 use crate::cache::{Cache, Spec};
 use crate::cases::{Noise, close, relative_l2, somewhere};
-use crate::exec::{Run, assert_caught, executors, op};
+use crate::exec::{Run, assert_caught, everyone, op};
 use half::{bf16, f16};
 use kvwarp::ffi::{self, kvw_prefill_attn_params as Params};
 use kvwarp::pages::{HeadView, Pools};
@@ -179,7 +179,7 @@ fn c_checks_need_no_gpu() {
 
 #[test]
 fn executors_match_oracle() {
-    for (exec, hopper) in executors(7).into_iter().flat_map(|e| [(e, false), (e, true)]) {
+    for (exec, hopper) in everyone(7).into_iter().flat_map(|e| [(e, false), (e, true)]) {
         let run = exec.start();
         run.hopper(hopper);
         let check = |what: &str, (spec, call): (Spec, Call)| {
@@ -209,7 +209,7 @@ fn executors_match_oracle() {
 
 #[test]
 fn every_shape_matches_oracle() {
-    for (exec, hopper) in executors(0).into_iter().flat_map(|e| [(e, false), (e, true)]) {
+    for (exec, hopper) in everyone(0).into_iter().flat_map(|e| [(e, false), (e, true)]) {
         let check = |spec: &Spec, call: &Call| {
             let (d, group, g) = (spec.head_dim, spec.group, call.g);
             let what = format!("{exec:?} {hopper}: D {d} group {group} G {g}");

@@ -1,7 +1,7 @@
 //! rms_norm: hand-worked rows, every path against the oracle.
 
 use crate::cases::{Noise, assert_close, close, somewhere, widen};
-use crate::exec::{Run, assert_caught, executors, op};
+use crate::exec::{Run, assert_caught, everyone, op};
 use half::f16;
 use kvwarp::ffi::{self, kvw_rms_norm_params as Params};
 use kvwarp::rms_norm::{cpu, oracle};
@@ -90,7 +90,7 @@ fn case(run: &Run, tokens: usize, width: usize) -> Result<(), String> {
 
 #[test]
 fn executors_match_oracle() {
-    for exec in executors(3) {
+    for exec in everyone(3) {
         let run = exec.start();
         for (tokens, width) in [(1, 8), (3, 576), (2, 2056), (1, 8200), (2, 16392)] {
             case(&run, tokens, width).unwrap();

@@ -4,7 +4,7 @@ mod elite;
 mod parted;
 
 use crate::cases::{Noise, assert_close, close, f64s, somewhere, widen};
-use crate::exec::{Mem, Run, assert_caught, executors, op};
+use crate::exec::{Mem, Run, assert_caught, everyone, op};
 use half::f16;
 use kvwarp::ffi::{self, kvw_rope_select_params as Params};
 use kvwarp::hadamard;
@@ -235,7 +235,7 @@ const CASE: Case = Case { pairing: Pairing::Half, heads: 9, d: 64, gap: 0, hadam
 
 #[test]
 fn executors_match_oracle() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         let run = exec.start();
         for pairing in PAIRINGS {
             for (heads, d, gap) in [(9, 64, 0), (2, 128, 8), (1, 256, 16), (3, 80, 1), (2, 6, 3)] {
@@ -247,7 +247,7 @@ fn executors_match_oracle() {
 
 #[test]
 fn heads_are_turned_and_multiplied() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         let run = exec.start();
         for pairing in PAIRINGS {
             for (heads, d, gap) in [(9, 64, 0), (10, 96, 0), (3, 96, 5), (2, 128, 0), (1, 256, 16)]

@@ -15,6 +15,8 @@ pub struct Pool {
     slab_lines: usize,
     slab_bytes: usize,
     slots: Slots,
+    /// Slabs of another owner, to read, instead of its own.
+    lent: Option<&'static [u8]>,
 }
 
 impl Clone for Pool {
@@ -35,7 +37,7 @@ impl Pool {
     /// An empty pool of slabs of `slab_bytes` bytes.
     pub fn of(slab_bytes: usize) -> Self {
         let slab_lines = slab_bytes.div_ceil(64);
-        Self { lines: Vec::new(), slab_lines, slab_bytes, slots: Slots::default() }
+        Self { lines: Vec::new(), slab_lines, slab_bytes, slots: Slots::default(), lent: None }
     }
 
     /// Who owns its slabs.
@@ -74,8 +76,17 @@ impl Pool {
         self.slots.give(index);
     }
 
+    /// From now on its slabs are these, one after the other without padding.
+    #[cfg(kvw_cuda)]
+    pub(crate) fn lend(&mut self, slabs: &'static [u8]) {
+        self.lent = Some(slabs);
+    }
+
     /// Bytes of one slab.
     pub fn slab(&self, index: usize) -> &[u8] {
+        if let Some(slabs) = self.lent {
+            return &slabs[index * self.slab_bytes..][..self.slab_bytes];
+        }
         let lines = &self.lines[index * self.slab_lines..][..self.slab_lines];
         &bytemuck::cast_slice(lines)[..self.slab_bytes]
     }

@@ -2,7 +2,7 @@
 
 use super::{slabs, some};
 use crate::cases::Noise;
-use crate::exec::{Exec, Run, executors, op};
+use crate::exec::{Exec, Run, everyone, op};
 use crate::kv_pack::{FP8, Host, MIXED, TWO_LEVEL};
 use kvwarp::ffi::kvw_kv_gather_params as Params;
 use kvwarp::kv_gather::oracle;
@@ -110,7 +110,7 @@ pub fn gathered(run: &Run, call: &Call) -> Result<(), String> {
 
 #[test]
 fn gathered_and_packed_slabs_are_the_codecs() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         let run = exec.start();
         for d in [64, 96, 128, 256] {
             for group in [32, 64, 128] {
@@ -138,7 +138,7 @@ fn gathered_and_packed_slabs_are_the_codecs() {
 #[test]
 fn one_pass_is_gather_then_flush() {
     use kvwarp::ffi;
-    for exec in executors(1) {
+    for exec in everyone(1) {
         let run = exec.start();
         for host in
             [Host { d: 128, ..HOST }, FED, Host { heads: 2, seqs: 2, slabs: 5, ..TWO_LEVEL }]

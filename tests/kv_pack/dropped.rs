@@ -2,7 +2,7 @@
 
 use super::device::{Host, MIXED, params};
 use crate::cases::Noise;
-use crate::exec::{Run, executors, op};
+use crate::exec::{Run, everyone, op};
 use half::f16;
 use kvwarp::ffi;
 use kvwarp::kv_pack::append;
@@ -51,7 +51,7 @@ pub fn packs_once(run: &Run) -> Result<(), String> {
 
 #[test]
 fn a_slab_leaves_once() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         packs_once(&exec.start()).unwrap_or_else(|e| panic!("{exec:?}: {e}"));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::device::{Device, Host, MIXED, params};
 use crate::cases::{Noise, widen};
-use crate::exec::{Mem, Run, executors, op};
+use crate::exec::{Mem, Run, everyone, op};
 use half::f16;
 use kvwarp::ffi;
 use kvwarp::kv_pack::{advance, append, boundaries};
@@ -132,7 +132,7 @@ fn at_once(run: &Run, d: usize, group: usize, window: usize, len: usize) -> Resu
 
 #[test]
 fn steps_follow_the_schedule() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         let n = if exec == crate::exec::Exec::SimtPlain { 300 } else { 140 };
         for (d, group, window) in
             [(64, 32, 32), (96, 32, 64), (128, 64, 64), (96, 32, 96), (256, 128, 128)]
@@ -145,7 +145,7 @@ fn steps_follow_the_schedule() {
 
 #[test]
 fn a_prompt_is_brought_to_the_same_boundaries() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         for (d, group, window, len) in [
             (64, 32, 32, 200),
             (96, 32, 32, 161),

@@ -2,7 +2,7 @@
 
 use super::device::{FP8, Host, MIXED, TWO_LEVEL, params};
 use crate::cases::{Noise, close, f64s, widen};
-use crate::exec::{Exec, Run, executors, op};
+use crate::exec::{Exec, Run, everyone, op};
 use half::{bf16, f16};
 use kvwarp::ffi;
 use kvwarp::kv_pack::append;
@@ -83,7 +83,7 @@ pub fn fill_and_flush(run: &Run, host: &Host, lens: &[usize]) -> Result<(), Stri
 
 #[test]
 fn filled_and_flushed_slabs_are_the_codecs() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         for d in [64, 96, 128, 256] {
             for group in [32, 64, 128] {
                 let host = Host { d, group, window: 20, heads: 2, seqs: 2, slabs: 4, ..MIXED };
@@ -154,7 +154,7 @@ pub fn same_token(layout: &Layout, got: &[u8], want: &[u8], t: usize) -> Result<
 
 #[test]
 fn appended_tokens_and_leaving_slabs_are_exact() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         let run = exec.start();
         for (d, group, window) in [(64, 32, 65), (96, 64, 0), (128, 128, 1), (256, 32, 20)] {
             let host = Host { d, group, window, heads: 2, seqs: 1, slabs: 4, ..MIXED };
@@ -213,7 +213,7 @@ pub fn rotated(run: &Run, d: usize, pairing: Pairing, op: i32, dtype: i32) -> Re
 
 #[test]
 fn keys_are_rotated_as_the_oracle_rotates_them() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         for d in [64, 96, 128, 256] {
             for pairing in [Pairing::Interleaved, Pairing::Half] {
                 for op in [ffi::KVW_PACK_APPEND, ffi::KVW_PACK_FILL] {

@@ -2,7 +2,7 @@
 
 use super::device::{FP8, Host, MIXED, TWO_LEVEL};
 use super::ops::{fill_and_flush, stream};
-use crate::exec::executors;
+use crate::exec::everyone;
 use kvwarp::slab::Format;
 
 /// Every format that has groups, f16 metadata.
@@ -10,7 +10,7 @@ pub const GROUPS: Host = Host { formats: &[Format::Q2, Format::Q4, Format::Q8], 
 
 #[test]
 fn slabs_are_the_codecs_of_every_rounding() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         for d in [64, 96, 128, 256] {
             for (group, host) in
                 [(32, GROUPS), (64, GROUPS), (128, GROUPS), (32, TWO_LEVEL), (64, TWO_LEVEL)]
@@ -29,7 +29,7 @@ fn slabs_are_the_codecs_of_every_rounding() {
 
 #[test]
 fn a_slab_that_leaves_is_the_codecs_of_every_rounding() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         let run = exec.start();
         for (host, group, window) in [(GROUPS, 32, 65), (TWO_LEVEL, 64, 0)] {
             let host = Host { d: 96, group, window, heads: 2, range: 0.9, feedback: true, ..host };

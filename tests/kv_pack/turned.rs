@@ -2,7 +2,7 @@
 
 use super::device::{Host, MIXED, params};
 use crate::cases::{Noise, close, f64s, widen};
-use crate::exec::{Run, executors, op};
+use crate::exec::{Run, everyone, op};
 use crate::rope_select::times_hadamard;
 use half::f16;
 use kvwarp::ffi::{self, kvw_rope_select_params};
@@ -102,7 +102,7 @@ pub fn appended(run: &Run, case: &Case) -> Result<(), String> {
 
 #[test]
 fn keys_and_queries_are_turned_in_one_launch() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         for d in [64, 96, 128, 256] {
             for (pairing, hadamard) in [
                 (Pairing::Half, true),

@@ -4,14 +4,14 @@ use super::call::{CALL, Call, mixed, ragged, run_in, run_op, workspace};
 use super::call::{compare, matches};
 use crate::cache::{Cache, Spec};
 use crate::cases::{close, f64s, relative_l2};
-use crate::exec::{Exec, executors, op};
+use crate::exec::{Exec, everyone, op};
 use kvwarp::ffi::{KVW_PAGED_ATTN_TICKETS, kvw_paged_attn_params as Params};
 use kvwarp::slab::Format::{F16, Q2};
 
 #[test]
 fn cuts_agree_and_repeat_bit_for_bit() {
     let cache = Cache::new(&mixed(), 5);
-    for exec in executors(0) {
+    for exec in everyone(0) {
         let run = |ctas| run_op(&exec.start(), &cache, Call { ctas, ..CALL }).unwrap();
         let whole = run(1);
         // Two heads of 18 units: cut up to 18 ways, at and between the ends of heads.
@@ -46,7 +46,7 @@ fn a_workspace_serves_call_after_call() {
         ..super::valid_params()
     };
     let bytes = op!(kvw_paged_attn).workspace(&params);
-    for exec in executors(2) {
+    for exec in everyone(2) {
         let run = exec.start();
         let room = workspace(&run, bytes);
         let long = Spec { lens: vec![700], ..mixed() };
@@ -65,7 +65,7 @@ fn a_workspace_serves_call_after_call() {
 
 #[test]
 fn ragged_batches_match_oracle() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         for (shared_rows, csr) in [(false, false), (true, false), (true, true)] {
             let spec = Spec { shared_rows, csr, ..ragged() };
             for (ctas, least) in [(1, 1), (7, 0), (0, 1)] {

@@ -2,12 +2,12 @@
 
 use super::call::{CALL, Call, matches, mixed, ragged, run_op};
 use crate::cache::{Cache, Spec};
-use crate::exec::executors;
+use crate::exec::{everyone, executors};
 use kvwarp::slab::Format::{F16, Q2, Q4};
 
 #[test]
 fn rows_match_oracle() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         let check = |spec: &Spec, call: Call| {
             matches(&exec.start(), spec, call)
                 .unwrap_or_else(|e| panic!("{exec:?}: {call:?}: {e}"));
@@ -76,7 +76,7 @@ fn a_sink_alone_is_the_whole_sum() {
 
 #[test]
 fn the_largest_keys_neither_overflow_nor_drown_the_others() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         // Queries that are tiny there: normalised to 1/16 of their largest they are subnormal, hence the error.
         let formats = vec![Some(Q2), Some(F16), Some(Q4)];
         let cache = Cache::new(&Spec { outlier: 30000.0, formats, ..mixed() }, 5);

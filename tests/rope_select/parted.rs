@@ -1,7 +1,7 @@
 //! Queries that become dense and keys that stay in their rows, in one launch.
 
 use super::{CASE, Case, PAIRINGS, Params};
-use crate::exec::{Run, executors, op};
+use crate::exec::{Run, everyone, op};
 use half::f16;
 use kvwarp::rope_select::{Scaling, inv_freq};
 
@@ -43,7 +43,7 @@ impl Case {
 
 #[test]
 fn queries_and_keys_part() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         let run = exec.start();
         for (d, hadamard) in
             [(64, false), (64, true), (80, false), (96, true), (128, true), (256, true)]

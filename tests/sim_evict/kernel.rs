@@ -4,7 +4,7 @@ use super::one_slab;
 use crate::cache::Cache;
 pub use crate::cache::Spec;
 use crate::cases::{Noise, close};
-use crate::exec::{Exec, Run, executors, op};
+use crate::exec::{Exec, Run, everyone, op};
 use kvwarp::ffi::{self, kvw_sim_evict_params as Params};
 use kvwarp::pages::{HeadView, Pools};
 use kvwarp::sim_evict::{Lag, Reference, oracle};
@@ -97,7 +97,7 @@ pub fn far(run: &Run) -> Result<(), String> {
 
 #[test]
 fn guards_hold_in_kernels() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         hard(&exec.start()).unwrap();
         far(&exec.start()).unwrap();
     }
@@ -141,7 +141,7 @@ pub fn two_level(head_dim: usize) -> Spec {
 #[test]
 fn scores_of_each_shape_and_format() {
     let both = [Reference::Elements, Reference::Metadata];
-    for exec in executors(1) {
+    for exec in everyone(1) {
         let run = exec.start();
         let whole = exec != Exec::SimtChecked(0); // checked, a shape costs seconds
         for (n, head_dim) in [64, 96, 128, 256].into_iter().enumerate() {
@@ -170,7 +170,7 @@ fn scores_of_each_shape_and_format() {
 
 #[test]
 fn the_longest_partitions() {
-    for exec in executors(0) {
+    for exec in everyone(0) {
         let spec = Spec { lens: vec![2100], heads: 1, ..mixed(64, 32) };
         scores(&exec.start(), &spec, 16, 1024, Reference::Elements).unwrap();
     }

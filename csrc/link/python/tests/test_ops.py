@@ -1,0 +1,164 @@
+"""Ops and tables on torch tensors, against attention written in torch; every refusal by the argument's name."""
+import pytest
+import torch
+
+from kvwarp import Error, abi, ops, tables
+from kvwarp.cache import Layer, Spec
+
+HEADS, GROUP, D = 2, 3, 64
+
+
+def attention(q, k, v, scale, sliding_window=0):
+    """q [n, q_heads, D] of the newest tokens, k and v [len, H, D]; f64."""
+    q, k, v = q.double(), k.double().repeat_interleave(GROUP, 1), v.double().repeat_interleave(GROUP, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    at, column = torch.arange(len(k) - len(q), len(k))[:, None], torch.arange(len(k))
+    hidden = (column > at) | ((column <= at - sliding_window) if sliding_window else False)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+def random(*shape, dtype=torch.float16):
+    return torch.randn(*shape).to(dtype)
+
+
+def relative(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def tokens(n, dtype=torch.float16):
+    return random(n, HEADS, D, dtype=dtype), random(n, HEADS, D, dtype=dtype), random(n, HEADS * GROUP, D, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sliding_window", [0, 100])
+def test_f16_is_attention(dtype, sliding_window):
+    torch.manual_seed(0)
+    layer = Layer(Spec.parse("f16,window=64"), 2, HEADS, D, torch.device("cpu"))
+    held = [[torch.empty(0, HEADS, D, dtype=dtype)] * 2 for _ in range(2)]
+    for counts in ([150, 70], [3, 90], None, None, [64, 1]):
+        parts = [tokens(n, dtype) for n in counts or [1, 1]]
+        held = [[torch.cat([h[i], p[i]]) for i in range(2)] for h, p in zip(held, parts)]
+        k, v, q = (torch.cat([p[i] for p in parts]) for i in range(3))
+        if counts:
+            out = layer.extend(k, v, q, counts, 0.125, sliding_window)
+        else:
+            out = layer.append(k, v, q[:, None], 0.125, sliding_window)[:, 0]
+        want = [attention(p[2], *h, 0.125, sliding_window) for h, p in zip(held, parts)]
+        assert relative(out, torch.cat(want)) < (1e-3 if dtype == torch.float16 else 6e-3)
+
+
+def test_bits_bound_the_error():
+    errors = {}
+    for spec in ("q8", "q4,sinks=64", "q2,group=64,meta=u8,range=88", "q2", "q2,evict=lagkv:0.5:lag=64"):
+        torch.manual_seed(1)
+        layer = Layer(Spec.parse(spec), 1, HEADS, D, torch.device("cpu"))
+        k, v, q = tokens(700)
+        exact = layer.extend(k, v, q, [700], 0.125, 0)
+        assert relative(exact, attention(q, k, v, 0.125)) < 1e-3, "a first read is exact"
+        k1, v1, q1 = tokens(1)
+        out = layer.append(k1, v1, q1[:, None], 0.125, 0)[0]
+        errors[spec] = relative(out, attention(q1, torch.cat([k, k1]), torch.cat([v, v1]), 0.125))
+        if "evict" in spec:
+            # 16 first, halves of nine partitions of 64, the rest, and the new one.
+            assert layer.held == [16 + 9 * 32 + (700 - 16 - 9 * 64) + 1]
+    assert errors["q8"] < 0.02 < errors["q4,sinks=64"] < 0.2 < errors["q2"] < 0.8, errors
+
+
+def pages(k, v, page_of, count):
+    """Pools of f16 slabs in which the tokens of one sequence lie in pages `page_of`."""
+    layer = Layer(Spec.parse(f"f16,window={len(k)}"), 1, HEADS, D, torch.device("cpu"))
+    layer.extend(k, v, random(len(k), HEADS * GROUP, D), [len(k)], 0.125, 0)
+    pool = torch.full((count, HEADS, layer.f16_bytes), 0xFF, dtype=torch.uint8)
+    for i, page in enumerate(page_of):
+        pool[page] = layer.slabs.ring[0, :, i]
+    return pool.view(count * HEADS, -1)
+
+
+def test_vllm_and_flashinfer_tables():
+    torch.manual_seed(2)
+    k, v, _ = tokens(200)
+    page_of, q = [5, 2, 7, 1], random(1, 1, HEADS * GROUP, D)
+    pool = pages(k, v, page_of, 8)
+    lens = torch.tensor([200], dtype=torch.int32)
+    ring = torch.zeros((1, HEADS, 1, pool.shape[1]), dtype=torch.uint8)
+    want = attention(q[0], k, v, 0.125)
+
+    block_table = torch.tensor([[5, 2, 7, 1, 0, -1]], dtype=torch.int32)
+    table = tables.from_vllm(block_table)
+    cache = ops.Slabs(ring, table, lens, D, {ops.F16: pool}, tables.all_in_pages(lens))
+    out = ops.paged_attn(q, 4, 0.125, 0, *cache.tensors(), cache.numbers())
+    assert relative(out[0], want) < 1e-3
+
+    # Pages of 128 tokens: 5 and 2 are halves of none, so the pool is laid out anew.
+    pool = pages(k, v, [6, 7, 2, 3], 8)
+    table = tables.from_vllm(torch.tensor([[3, 1]], dtype=torch.int32), page_size=128)
+    cache = ops.Slabs(ring, table, lens, D, {ops.F16: pool}, tables.all_in_pages(lens))
+    assert relative(ops.paged_attn(q, 4, 0.125, 0, *cache.tensors(), cache.numbers())[0], want) < 1e-3
+
+    pool = pages(k, v, page_of, 8)
+    indptr, last = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
+    table, starts, found = tables.from_flashinfer(indptr, torch.tensor(page_of, dtype=torch.int32), last)
+    assert found.tolist() == [200]
+    cache = ops.Slabs(ring, table, found, D, {ops.F16: pool}, tables.all_in_pages(found), starts)
+    assert relative(ops.paged_attn(q, 4, 0.125, 0, *cache.tensors(), cache.numbers())[0], want) < 1e-3
+
+    slots = torch.tensor([5 * 64, 2 * 64 + 9, 1 * 64 + 7, -1, 3 * 64])
+    positions = tables.positions_of(slots, block_table, torch.zeros(5, dtype=torch.int64))
+    assert positions.tolist() == [0, 73, 199, -1, -1]
+
+
+def valid():
+    layer = Layer(Spec.parse("q2"), 1, HEADS, D, torch.device("cpu"))
+    k, v, q = tokens(300)
+    layer.extend(k, v, q, [300], 0.125, 0)
+    return layer.slabs, random(1, 1, HEADS * GROUP, D)
+
+
+@pytest.mark.parametrize("argument, change", [
+    ("q", lambda s, q: (s, q.float())),
+    ("q", lambda s, q: (s, q[0])),
+    ("q", lambda s, q: (s, q.expand(1, 2, -1, -1)[..., ::2])),
+    ("q_heads", lambda s, q: (s, random(1, 1, 5, D))),
+    ("q_len", lambda s, q: (s, random(1, 17, 6, D))),
+    ("q", lambda s, q: (s, random(6 * D + 1)[1:].view(1, 1, 6, D))),
+    ("ring", lambda s, q: (replace(s, ring=s.ring.int()), q)),
+    ("ring", lambda s, q: (replace(s, ring=s.ring[..., ::2]), q)),
+    ("lens", lambda s, q: (replace(s, lens=s.lens.long()), q)),
+    ("lens", lambda s, q: (replace(s, lens=-s.lens), q)),
+    ("table", lambda s, q: (replace(s, table=s.table[0]), q)),
+    ("table_stride", lambda s, q: (replace(s, table=s.table[:, :, :1].contiguous()), q)),
+    ("pools", lambda s, q: (replace(s, group=64), q)),
+    ("q", lambda s, q: (s, q.to("meta"))),
+])  # fmt: skip
+def test_refusals_name_the_argument(argument, change):
+    cache, q = change(*valid())
+    call = ops.paged_attn._init_fn if q.device.type == "meta" else ops.paged_attn
+    with pytest.raises(Error) as raised:
+        call(q, 5, 0.125, 0, *cache.tensors(), cache.numbers())
+    assert raised.value.argument == argument, raised.value
+
+
+def replace(cache, **changes):
+    from dataclasses import replace
+
+    return replace(cache, **changes)
+
+
+@pytest.mark.parametrize("argument, spec", [
+    ("spec", "q3"), ("window", "q2,window=x"), ("evict", "q2,evict=snapkv:0.5"), ("evict", "q2,evict=lagkv:2"),
+    ("sinks", "q2,sinks=5"), ("hadamard", "q2,hadamard=on"), ("head_dim", "q8,meta=u8"),
+])  # fmt: skip
+def test_specs_are_refused_by_part(argument, spec):
+    with pytest.raises(Error) as raised:
+        Spec.parse(spec)
+    assert raised.value.argument == argument
+
+
+def test_ops_have_fakes():
+    cache, q = valid()
+    args = (q, 5, 0.125, 0, *cache.tensors(), cache.numbers())
+    torch.library.opcheck(torch.ops.kvwarp.paged_attn, args, test_utils=("test_schema", "test_faketensor"))
+    k, v, _ = tokens(1)
+    pack = (ops.APPEND, k, v, None, 0, *cache.tensors(), cache.numbers())
+    torch.library.opcheck(torch.ops.kvwarp.kv_pack, pack, test_utils=("test_schema", "test_faketensor"))
+    assert abi.devices() == torch.cuda.device_count()
