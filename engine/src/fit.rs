@@ -47,9 +47,9 @@ pub fn on_host(
     memory: usize,
 ) -> Result<Fit, CacheError> {
     let shape = model.shape(tokens);
-    // Its ring once more, for the day it is frozen.
+    // Its ring once more, for the day it is frozen; of latents the slab that is not full.
     let full = |context| full_bytes(spec, Shape { context, ..shape }, &model.plan(spec));
-    let sequence = full(tokens)? + full(0)?;
+    let sequence = full(tokens)? + full(1)?;
     // While a prompt is read one layer of it is exact.
     let layer = Shape { layers: 1, ..shape };
     let exact = full_bytes(&CacheSpec::default(), layer, &Plan::default())?;

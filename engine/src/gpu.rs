@@ -129,8 +129,8 @@ fn open_planned(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Gpu> {
     let (config, Options { rows, context, block, piece, .. }) = (&source.config, *options);
-    if config.elite.is_some() {
-        let what = "a model converted by `kvwarp convert elitekv`: it runs on the processor";
+    if config.elite.is_some() || spec.latent {
+        let what = "a model converted by `kvwarp convert elitekv`, or a cache of `latent`: both run on the processor";
         return Err(GpuError::Unsupported(what.into()));
     }
     if rows == 0 || block == 0 || piece == 0 || context == 0 || context > config.context {
