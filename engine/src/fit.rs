@@ -1,6 +1,7 @@
 //! How many sequences fit in so much memory.
 
 use crate::cache::{CacheError, Plan, Shape, full_bytes};
+use crate::config::{Config, Elite};
 use crate::model::{Model, Work};
 use crate::source::Source;
 use crate::spec::CacheSpec;
@@ -54,9 +55,18 @@ pub fn on_host(
     let layer = Shape { layers: 1, ..shape };
     let exact = full_bytes(&CacheSpec::default(), layer, &Plan::default())?;
     let weights: usize = source.weights.iter().map(|tensor| tensor.bytes.len()).sum();
+    let weights = weights + absorbed(model.config(), spec);
     let shared = weights + exact + Work::bytes(model.config(), block);
     let sequences = memory.saturating_sub(shared) / sequence.max(1);
     Ok(Fit { memory, sequence, shared, sequences: sequences.min(MOST) })
+}
+
+/// Bytes of the f16 matrices with which latents are attended to, beside those of the file.
+fn absorbed(config: &Config, spec: &CacheSpec) -> usize {
+    let Config { kv_heads, head_dim, .. } = *config;
+    let elite = config.elite.iter().filter(|_| spec.latent);
+    let rows = |elite: &Elite| kv_heads * 2 * (head_dim - elite.pairs);
+    elite.map(|elite| 2 * elite.ranks.iter().sum::<usize>() * rows(elite)).sum()
 }
 
 #[cfg(test)]

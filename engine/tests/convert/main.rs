@@ -10,7 +10,7 @@ mod search;
 
 use kvwarp_engine::convert::Request;
 use support::converted::{apart, converted, logits, request, stopped};
-use support::models::{fixture, model, text};
+use support::models::{fixture, text};
 
 const FIXTURES: [&str; 4] = ["llama3", "mistral", "qwen2", "llama_linear"];
 
