@@ -46,7 +46,7 @@ fn pair_step(config: &Config) -> usize {
 }
 
 /// Every rank that is a multiple of [`step`], with as many pairs as fit beside it into `ratio` of the cache of the source,
-/// whole [`pair_step`]s where one fits; of those with as many pairs only the longest.
+/// as a cache of latents takes them where so many fit; of those with as many pairs only the longest.
 pub fn grid(config: &Config, ratio: f64) -> Vec<Budget> {
     let Config { kv_heads, head_dim, .. } = *config;
     let (all, step, whole) = (2 * kv_heads * head_dim, step(config), pair_step(config));
