@@ -6,7 +6,8 @@ mod program;
 #[path = "../support/mod.rs"]
 mod support;
 
-use kvwarp_engine::convert::Request;
+use kvwarp_engine::config::Config;
+use kvwarp_engine::convert::{Budget, Request, budget};
 use kvwarp_engine::source::Source;
 use kvwarp_engine::spec::CacheSpec;
 use support::converted::{apart, converted, logits, request};
@@ -117,5 +118,19 @@ fn a_model_has_latents_of_its_own_and_others_have_none() {
     ] {
         let error = text.parse::<CacheSpec>().unwrap_err().to_string();
         assert!(error.contains(part), "{text}: {error}");
+    }
+}
+
+/// Of three kv heads pairs are multiples of 4, but for budgets in which there is no room for so many.
+#[test]
+fn conversions_keep_to_what_latents_take() {
+    let config = Config { heads: 9, kv_heads: 3, width: 576, ..fixture("llama3").config };
+    for ratio in [0.25, 0.5, 0.75, 1.0] {
+        let grid = budget::grid(&config, ratio);
+        assert!(grid.iter().any(|budget| budget.pairs >= 4), "{ratio}: {grid:?}");
+        for Budget { pairs, rank } in grid {
+            let shape = kvwarp::lowrank_kv::Shape::new(3, pairs, rank);
+            assert!(shape.is_ok() || pairs < 4, "{ratio}: {pairs} pairs, rank {rank}");
+        }
     }
 }
