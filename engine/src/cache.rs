@@ -11,9 +11,11 @@
 //! uncompressed, unless a policy needs all of them before it can choose.
 
 mod bytes;
+mod error;
 mod evict;
 mod head;
 mod kivi;
+mod latent;
 mod plan;
 mod share;
 mod stage;
@@ -22,13 +24,15 @@ mod stats;
 use std::ops::Range;
 
 use kvwarp::kv_pack;
-use kvwarp::pages::{HeadView, Pools, ring_slabs};
-use kvwarp::slab::Format;
+use kvwarp::pages::{Entry, HeadView, Pools, ring_slabs};
+use kvwarp::slab::{Format, TOKENS};
 
-use crate::runner::Row;
+use crate::runner::{Row, plus};
 use crate::spec::CacheSpec;
 use bytes::AlignedBytes;
+pub use error::CacheError;
 use head::Head;
+use latent::Latents;
 pub use plan::{Plan, need};
 pub use share::formats;
 pub use stats::{CacheStats, full_bytes};
@@ -46,37 +50,15 @@ pub struct Shape {
     pub context: usize,
 }
 
-/// Why the cache refused.
-#[derive(Debug, thiserror::Error)]
-pub enum CacheError {
-    /// The sequence is longer than the context.
-    #[error("{need} tokens do not fit in a context of {context}; raise it with -c/--ctx-size")]
-    Full {
-        /// Tokens that were to be held.
-        need: usize,
-        /// Tokens that may be held.
-        context: usize,
-    },
-    /// Tokens to forget have left the ring.
-    #[error("cannot forget the newest {n} tokens: only {spare} have not been packed yet")]
-    Packed {
-        /// Tokens to forget.
-        n: usize,
-        /// Tokens that could be forgotten.
-        spare: usize,
-    },
-    /// The format or head size has no slab.
-    #[error(transparent)]
-    Kernel(#[from] kvwarp::Error),
-}
-
 /// One sequence: what its heads hold, and the positions given out.
 #[derive(Clone)]
 struct Sequence {
     /// By layer, then kv head.
     heads: Vec<Head>,
-    /// `ring_slabs` f16 slabs a head, in the order of `heads`.
+    /// `ring_slabs` f16 slabs a head, in the order of `heads`; none where there are latents.
     rings: AlignedBytes,
+    /// Slots of latents; none where there are keys and values.
+    table: Vec<Entry>,
     position: usize,
     /// Most bytes it took.
     peak: usize,
@@ -89,6 +71,8 @@ pub struct Cache {
     spec: CacheSpec,
     plan: Plan,
     pools: Pools,
+    /// Of a converted model that keeps them and no keys and values.
+    latents: Option<Latents>,
     /// By row.
     sequences: Vec<Option<Sequence>>,
     /// The rings of each layer that is being prefilled; empty between prefills.
@@ -116,9 +100,15 @@ impl Cache {
         let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
         let (sequences, spare) = (Vec::new(), AlignedBytes::default());
         let staging = vec![AlignedBytes::default(); shape.layers];
-        let mut cache =
-            Self { shape, spec: *spec, plan, pools, sequences, staging, spare, most: [0; 3] };
-        cache.reserve(&cache.need(0, shape.context));
+        let (spec, most) = (*spec, [0; 3]);
+        let latents = plan.latents.as_deref().map(Latents::new);
+        if spec.latent != latents.is_some() {
+            let (op, field, got) = ("cache", "latent", "no rows of a converted model".into());
+            let supported = "those of its layers";
+            return Err(kvwarp::Error::Unsupported { op, field, got, supported }.into());
+        }
+        let mut cache = Self { shape, spec, plan, pools, latents, sequences, staging, spare, most };
+        cache.reserve(&plus(cache.need(0, shape.context), cache.begun(1, shape.context)));
         Ok(cache)
     }
 
@@ -127,7 +117,8 @@ impl Cache {
         let heads = self.shape.layers * self.shape.kv_heads;
         let rings = AlignedBytes::zeroed(heads * self.ring_bytes());
         let heads = vec![Head::default(); heads];
-        let sequence = Sequence { heads, rings, position: 0, peak: 0 };
+        let sequence = Sequence { heads, rings, table: Vec::new(), position: 0, peak: 0 };
+        self.latents.iter_mut().for_each(|latents| latents.count(1, 0));
         let free = self.sequences.iter().position(Option::is_none);
         let row = free.unwrap_or_else(|| {
             self.sequences.push(None);
@@ -143,6 +134,10 @@ impl Cache {
         let Some(sequence) = self.sequences[row.0].take() else { return };
         for entry in sequence.heads.iter().flat_map(|head| &head.table) {
             give(&mut self.pools, *entry);
+        }
+        if let Some(latents) = &mut self.latents {
+            sequence.table.iter().for_each(|&entry| latents.give(entry));
+            latents.count(0, 1);
         }
     }
 
@@ -223,8 +218,10 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Packed`] when some of them have left the ring; nothing changes then.
     pub fn rollback(&mut self, row: Row, n: usize) -> Result<(), CacheError> {
+        let latent = self.latents.is_some();
         let sequence = self.sequence_mut(row);
-        let spare = sequence.heads.iter().map(|head| head.len - head.fixed()).min().unwrap_or(0);
+        let loose = |head: &Head| if latent { head.len % TOKENS } else { head.len - head.fixed() };
+        let spare = sequence.heads.iter().map(loose).min().unwrap_or(0);
         if n > spare {
             return Err(CacheError::Packed { n, spare });
         }
@@ -268,7 +265,12 @@ impl Cache {
     }
 
     fn ring_bytes(&self) -> usize {
-        ring_slabs(self.spec.window) * self.slab_bytes()
+        if self.latents.is_some() { 0 } else { ring_slabs(self.spec.window) * self.slab_bytes() }
+    }
+
+    /// Page tables of a sequence.
+    fn tables(&self) -> usize {
+        if self.latents.is_some() { 1 } else { self.shape.layers * self.shape.kv_heads }
     }
 }
 
@@ -278,7 +280,7 @@ fn open_mut(sequences: &mut [Option<Sequence>], row: Row) -> &mut Sequence {
 }
 
 /// Gives a slab back.
-fn give(pools: &mut Pools, entry: kvwarp::pages::Entry) {
+fn give(pools: &mut Pools, entry: Entry) {
     if let Some((format, slot)) = entry.get() {
         pools.pool_mut(format).give(slot as u32);
     }

@@ -1,6 +1,7 @@
 //! How many sequences fit in so much memory.
 
 use crate::cache::{CacheError, Plan, Shape, full_bytes};
+use crate::config::{Config, Elite};
 use crate::model::{Model, Work};
 use crate::source::Source;
 use crate::spec::CacheSpec;
@@ -47,16 +48,25 @@ pub fn on_host(
     memory: usize,
 ) -> Result<Fit, CacheError> {
     let shape = model.shape(tokens);
-    // Its ring once more, for the day it is frozen.
+    // Its ring once more, for the day it is frozen; of latents the slab that is not full.
     let full = |context| full_bytes(spec, Shape { context, ..shape }, &model.plan(spec));
-    let sequence = full(tokens)? + full(0)?;
+    let sequence = full(tokens)? + full(1)?;
     // While a prompt is read one layer of it is exact.
     let layer = Shape { layers: 1, ..shape };
     let exact = full_bytes(&CacheSpec::default(), layer, &Plan::default())?;
     let weights: usize = source.weights.iter().map(|tensor| tensor.bytes.len()).sum();
+    let weights = weights + absorbed(model.config(), spec);
     let shared = weights + exact + Work::bytes(model.config(), block);
     let sequences = memory.saturating_sub(shared) / sequence.max(1);
     Ok(Fit { memory, sequence, shared, sequences: sequences.min(MOST) })
+}
+
+/// Bytes of the f16 matrices with which latents are attended to, beside those of the file.
+fn absorbed(config: &Config, spec: &CacheSpec) -> usize {
+    let Config { kv_heads, head_dim, .. } = *config;
+    let elite = config.elite.iter().filter(|_| spec.latent);
+    let rows = |elite: &Elite| kv_heads * 2 * (head_dim - elite.pairs);
+    elite.map(|elite| 2 * elite.ranks.iter().sum::<usize>() * rows(elite)).sum()
 }
 
 #[cfg(test)]

@@ -132,8 +132,12 @@ fn open_planned(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Gpu> {
     let (config, Options { rows, context, block, piece, .. }) = (&source.config, *options);
-    if config.elite.is_some() {
-        let what = "a model converted by `kvwarp convert elitekv`: it runs on the processor";
+    let converted = config.elite.is_some();
+    if converted || spec.latent {
+        let what = match converted {
+            true => "a model converted by `kvwarp convert elitekv`: it runs on the processor",
+            false => "a cache of `latent`: it is of converted models, which run on the processor",
+        };
         return Err(GpuError::Unsupported(what.into()));
     }
     if rows == 0 || block == 0 || piece == 0 || context == 0 || context > config.context {

@@ -5,9 +5,11 @@
 //! uncompressed K and V. A decode step is the same layer with a few rows, each of its own sequence or the newest of one:
 //! weights are read once for all, and what a row gets does not depend on the others.
 
+mod absorb;
 mod alone;
 mod error;
 mod keys;
+mod latent;
 mod layers;
 mod read;
 mod rows;
@@ -157,12 +159,20 @@ impl<'a> Model<'a> {
     /// # Errors
     /// [`ModelError::Context`] over the model's limit; [`ModelError::Cache`] for a head size that no slab has.
     pub fn cache(&self, spec: &CacheSpec, context: usize) -> Result<Cache, ModelError> {
+        self.check(spec, context)?;
+        Ok(Cache::planned(spec, self.shape(context), self.plan(spec))?)
+    }
+
+    /// Whether it can have such a cache that holds `context` tokens.
+    ///
+    /// # Errors
+    /// [`ModelError::Context`] over the model's limit; [`ModelError::Policy`].
+    pub fn check(&self, spec: &CacheSpec, context: usize) -> Result<(), ModelError> {
         let limit = self.config.context;
         if context > limit {
             return Err(ModelError::Context { asked: context, limit });
         }
-        policy::check(spec, self.config, context)?;
-        Ok(Cache::planned(spec, self.shape(context), self.plan(spec))?)
+        policy::check(spec, self.config, context)
     }
 
     /// Of a cache for `context` tokens.
@@ -171,10 +181,11 @@ impl<'a> Model<'a> {
         Shape { layers, kv_heads, head_dim, context }
     }
 
-    /// What the calibration, where there is one, adds to `spec`.
+    /// What the model, and its calibration where there is one, add to `spec`.
     pub fn plan(&self, spec: &CacheSpec) -> Plan {
         let heads = self.config.layers * self.config.kv_heads;
-        Plan::new(spec, heads, &self.losers, self.feedback.clone())
+        let plan = Plan::new(spec, heads, &self.losers, self.feedback.clone());
+        plan.with_latents(spec, self.config)
     }
 
     /// Reads the few tokens of each of `turns` after what its row holds, those of a row in order; the logits of all of

@@ -33,6 +33,7 @@ pub(crate) use scores::{best_unseen, rank, unseen};
 
 use std::fmt;
 
+use kvwarp::lowrank_kv::Shape;
 use kvwarp::sim_evict::Anchor;
 
 use crate::config::Config;
@@ -132,6 +133,9 @@ impl Tsp {
 /// [`ModelError::Policy`].
 pub fn check(spec: &CacheSpec, config: &Config, context: usize) -> Result<(), ModelError> {
     let refuse = |problem: String| Err(ModelError::Policy { spec: Box::new(*spec), problem });
+    if spec.latent {
+        return latents(config, context).map(drop).or_else(refuse);
+    }
     if !spec.selects() {
         return Ok(());
     }
@@ -154,5 +158,22 @@ pub fn check(spec: &CacheSpec, config: &Config, context: usize) -> Result<(), Mo
             config.kv_heads
         )),
         _ => Ok(()),
+    }
+}
+
+/// What a cache of latents of such a model, for so many tokens, holds of a token in each layer.
+///
+/// # Errors
+/// Why there can be none.
+fn latents(config: &Config, context: usize) -> Result<Vec<Shape>, String> {
+    let Some(elite) = &config.elite else {
+        return Err("the model has keys and values and no latents; `kvwarp convert elitekv` makes one that has".into());
+    };
+    match config.sliding_window.filter(|&window| window < context) {
+        Some(window) => Err(format!(
+            "the model sees its newest {window} tokens only, and latents are attended to all at once; give a context of at \
+             most {window} with -c/--ctx-size, or have keys and values expanded with --cache f16, q4 or q2"
+        )),
+        None => elite.latents(config),
     }
 }

@@ -27,7 +27,7 @@ use crate::watch::{Interrupted, Watch};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Row(pub usize);
 
-/// Slabs of each format, by tag.
+/// Slabs of each format, by tag; 64 tokens of latents, in all layers, count as one of f16.
 pub type Slabs = [usize; Format::ALL.len()];
 
 /// Most tokens of a turn.
@@ -82,7 +82,7 @@ impl Turn<'_> {
 pub struct Frozen {
     /// Tokens given.
     pub len: usize,
-    /// What each head holds.
+    /// What each head holds; of latents, all of them together.
     pub heads: Vec<Held>,
     /// Of each head, `[layers * kv_heads]`, `ceil(tokens / 64)`: packed slabs as the sequence has them, then f16 copies of its
     /// ring.

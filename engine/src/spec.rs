@@ -13,6 +13,7 @@ use kvwarp::slab::{Format, Meta};
 mod check;
 mod parts;
 
+use crate::config::Config;
 use crate::policy::{Budget, Evict, METHODS, Method, Refine, Share, Tsp};
 use crate::runner::BLOCK;
 use parts::PARTS;
@@ -24,6 +25,8 @@ pub struct CacheSpec {
     pub preset: &'static str,
     /// Format of slabs that have left the window.
     pub store: Format,
+    /// Latents and elite keys of a converted model instead of keys and values ([`crate::config::Elite`]), in f16.
+    pub latent: bool,
     /// Newest tokens that stay f16; fewer than 64 more may.
     pub window: usize,
     /// Oldest tokens that stay f16, rounded up to whole slabs.
@@ -79,6 +82,7 @@ const fn kivi(preset: &'static str, store: Format, window: usize) -> CacheSpec {
     CacheSpec {
         preset,
         store,
+        latent: false,
         window,
         sinks: 0,
         group: KIVI_GROUP,
@@ -107,8 +111,8 @@ const fn low_error(preset: &'static str, window: usize) -> CacheSpec {
     }
 }
 
-/// Every preset. The first is f16.
-pub const PRESETS: [CacheSpec; 7] = [
+/// Every preset. The first is f16, the last is what a converted model has of its own.
+pub const PRESETS: [CacheSpec; 8] = [
     kivi("f16", Format::F16, 0),
     kivi("q8", Format::Q8, KIVI_WINDOW),
     kivi("fp8", Format::Fp8, KIVI_WINDOW),
@@ -116,9 +120,15 @@ pub const PRESETS: [CacheSpec; 7] = [
     low_error("q2", 64),
     low_error("q2-small", 0),
     kivi("q2-kivi", Format::Q2, KIVI_WINDOW),
+    CacheSpec { latent: true, ..kivi("latent", Format::F16, 0) },
 ];
 
 impl CacheSpec {
+    /// What a model has where none is named: f16, or latents where it has been converted.
+    pub fn of(config: &Config) -> Self {
+        if config.elite.is_some() { PRESETS[PRESETS.len() - 1] } else { Self::default() }
+    }
+
     /// How many of `heads` kv heads stay at 4 bits where a calibration says which.
     pub fn kept(&self, heads: usize) -> usize {
         (heads * usize::from(self.keep) + 50) / 100
@@ -172,8 +182,10 @@ impl CacheSpec {
     /// The grammar as help text, a line a part.
     pub fn help() -> String {
         let mut text = String::from(
-            "PRESET is f16, q8, fp8 (e4m3), q4, q2 (2 bits with little loss; see `kvwarp calibrate`), q2-small (its smallest) \
-             or q2-kivi (KIVI's recipe). Parts; those that choose tokens go with every preset, the others not with f16:\n",
+            "PRESET is f16, q8, fp8 (e4m3), q4, q2 (2 bits with little loss; see `kvwarp calibrate`), q2-small (its smallest), \
+             q2-kivi (KIVI's recipe) or latent (of a model that `kvwarp convert elitekv` has made, and what such a model has \
+             where no preset is named). Parts; those that choose tokens go with every preset but latent, the others neither \
+             with that nor with f16:\n",
         );
         for part in &PARTS {
             let value = match part.accepts {
@@ -215,7 +227,14 @@ impl CacheSpec {
             return Err(unknown("part", name, names()));
         };
         if self.store == Format::F16 && !part.chooses {
-            return Err(format!("`{name}` has no effect on f16: every token is kept exactly"));
+            let preset = self.preset;
+            return Err(format!("`{name}` has no effect on {preset}: every token is kept exactly"));
+        }
+        if self.latent {
+            return Err(format!(
+                "`{name}` does not go with latent: heads and layers choose tokens for themselves, but share what latent \
+                 keeps of a token; it goes with f16, q4 or q2, for which keys and values are expanded"
+            ));
         }
         if self.store == Format::Fp8 && !part.chooses && !["window", "sinks"].contains(&name) {
             return Err(format!("`{name}` has no effect on fp8: it has no scales"));

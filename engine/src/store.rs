@@ -3,7 +3,8 @@
 //! The file is safetensors: `tokens` `[n]`; `heads` `[layers, kv_heads, 3]`, what each holds: tokens, slabs that have left
 //! the ring, tokens chosen; `entries`, the page table entries of all heads one after the other; all u32; and for each
 //! format that occurs its slabs as they lie in memory, `slabs.q2` `[slabs, bytes]`, u8. An entry's index counts the slabs
-//! of its format, so each slab has one place and the same sequence always gives the same bytes. Metadata says by which
+//! of its format, so each slab has one place and the same sequence always gives the same bytes. Of latents there is one
+//! table, `heads` `[1, 1, 3]`, and a slab is 64 tokens of all layers, one layer after the other. Metadata says by which
 //! model, spec and calibration the document was read, and whether it begins a user's turn: what is asked goes on there.
 
 mod read;
@@ -116,6 +117,11 @@ impl Reader {
         let calibration = model.followed(spec).map(str::to_owned);
         let shape = [layers, kv_heads, head_dim];
         Self { model: model.fingerprint(), shape, spec: *spec, calibration }
+    }
+
+    /// Page tables, by layer and kv head.
+    fn tables(&self) -> [usize; 2] {
+        if self.spec.latent { [1, 1] } else { [self.shape[0], self.shape[1]] }
     }
 
     /// As metadata has it.

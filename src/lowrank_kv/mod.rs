@@ -34,7 +34,7 @@ pub struct Shape {
 
 impl Shape {
     /// `kv_heads` heads with `pairs` elite pairs each (r, 1 to 64; r H a multiple of 4), a latent of `rank` elements
-    /// (c, a multiple of 16 from 128 to 2432).
+    /// (c, a multiple of 16 to 2432; the CUDA kernels refuse less than 128).
     ///
     /// # Errors
     /// [`Error::Unsupported`] names what is out of range.
@@ -48,8 +48,8 @@ impl Shape {
         if pairs == 0 || pairs > 64 || !(pairs * kv_heads).is_multiple_of(4) {
             return refuse("pairs", pairs, "1 to 64, times the kv heads a multiple of 4");
         }
-        if !(128..=2432).contains(&rank) || !rank.is_multiple_of(16) {
-            return refuse("rank", rank, "multiples of 16 from 128 to 2432");
+        if !(16..=2432).contains(&rank) || !rank.is_multiple_of(16) {
+            return refuse("rank", rank, "multiples of 16 to 2432");
         }
         Ok(Self { kv_heads, pairs, rank })
     }
@@ -104,6 +104,16 @@ impl Shape {
             }
         }
         Ok(())
+    }
+
+    /// Write zeros to the row of token `token` of a slab.
+    ///
+    /// # Panics
+    /// If `slab` is shorter than a slab.
+    pub fn clear(self, slab: &mut [u8], token: usize) {
+        for channel in (0..self.width()).step_by(COLUMN) {
+            slab[self.at(token % TOKENS, channel)..][..2 * COLUMN].fill(0);
+        }
     }
 
     /// The row of token `token` of a slab, `[c + 2 r H]`.

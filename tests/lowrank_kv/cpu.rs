@@ -39,6 +39,10 @@ fn cpu_matches_oracle() {
     {
         check(&Case { kv_heads, group, pairs, rank, lens: vec![300], holes: 0, ..case() });
     }
+    // Ranks that the CUDA kernels refuse.
+    for (kv_heads, group, pairs, rank) in [(1, 3, 4, 16), (3, 3, 12, 112), (1, 2, 32, 64)] {
+        check(&Case { kv_heads, group, pairs, rank, lens: vec![300, 7], holes: 0, ..case() });
+    }
     // All of a sequence's slabs are holes.
     check(&Case { lens: vec![64, 300], holes: 1, ..case() });
 }

@@ -1,11 +1,13 @@
-//! What a calibration adds to a spec.
+//! What a model and its calibration add to a spec.
 
 use std::sync::Arc;
 
 use half::f16;
+use kvwarp::lowrank_kv;
 use kvwarp::slab::{Format, TOKENS};
 
 use super::head::Rules;
+use crate::config::Config;
 use crate::runner::Slabs;
 use crate::spec::CacheSpec;
 
@@ -16,6 +18,8 @@ pub struct Plan {
     pub feedback: Option<Arc<[f16]>>,
     /// Store of each head's history, `[heads]`; the spec's where there is none.
     pub stores: Option<Arc<[Format]>>,
+    /// Rows of each layer, `[layers]`, where latents are kept and no keys and values.
+    pub latents: Option<Arc<[lowrank_kv::Shape]>>,
 }
 
 impl Plan {
@@ -32,7 +36,16 @@ impl Plan {
         Self {
             feedback: feedback.filter(|_| spec.hadamard),
             stores: (kept > 0).then(|| stores.into()),
+            latents: None,
         }
+    }
+
+    /// The same with the rows of a converted model, where `spec` and the model have latents.
+    #[must_use]
+    pub fn with_latents(self, spec: &CacheSpec, config: &Config) -> Self {
+        let elite = config.elite.as_ref().filter(|_| spec.latent);
+        let latents = elite.and_then(|elite| elite.latents(config).ok());
+        Self { latents: latents.map(Into::into), ..self }
     }
 
     /// Store of head `h`.

@@ -1,9 +1,13 @@
 //! Slabs counted, and sequences that share them.
 
+use std::borrow::Cow;
+
+use kvwarp::kv_pack;
 use kvwarp::pages::{Entry, Pools, packed_slabs, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
 
 use super::head::{Head, Rules, ring_slot, take};
+use super::latent::Latents;
 use super::{Cache, CacheError, Sequence, give, need, open_mut};
 use crate::runner::{Frozen, Held, Row, Slabs, plus};
 use crate::spec::CacheSpec;
@@ -11,7 +15,11 @@ use crate::spec::CacheSpec;
 impl Cache {
     /// Slabs that may still be taken.
     pub fn free(&self) -> Slabs {
-        Format::ALL.map(|format| self.pools.pool(format).slots().available())
+        let mut free = Format::ALL.map(|format| self.pools.pool(format).slots().available());
+        if let Some(latents) = &self.latents {
+            free[Format::F16 as usize] = latents.free(self.tails());
+        }
+        free
     }
 
     /// Sets how many slabs may be in use.
@@ -19,10 +27,14 @@ impl Cache {
         for (format, &slabs) in Format::ALL.into_iter().zip(slabs) {
             self.pools.pool_mut(format).slots_mut().set_limit(slabs);
         }
+        self.latents.iter_mut().for_each(|latents| latents.set_limit(slabs[Format::F16 as usize]));
     }
 
     /// Takes memory for `slabs` more at once.
     pub fn reserve(&mut self, slabs: &Slabs) {
+        if let Some(latents) = &mut self.latents {
+            return latents.reserve(slabs[Format::F16 as usize]);
+        }
         for (format, &slabs) in Format::ALL.into_iter().zip(slabs) {
             self.pools.pool_mut(format).reserve(slabs);
         }
@@ -30,8 +42,17 @@ impl Cache {
 
     /// Slabs that a sequence of `len` tokens takes for `n` more.
     pub fn need(&self, len: usize, n: usize) -> Slabs {
-        let heads = 0..self.shape.layers * self.shape.kv_heads;
+        let heads = 0..self.tables();
         need(heads.map(|h| self.plan.store(&self.spec, h)), &self.spec, len, n)
+    }
+
+    /// Slabs beside those of [`Cache::need`] that `rows` sequences of `len` tokens begin and do not fill.
+    pub fn begun(&self, rows: usize, len: usize) -> Slabs {
+        let mut slabs = Slabs::default();
+        if self.latents.is_some() && !len.is_multiple_of(TOKENS) {
+            slabs[Format::F16 as usize] = rows;
+        }
+        slabs
     }
 
     /// Whether `row` takes a token and `n` more after it, none of which packs a slab or has others dropped.
@@ -44,18 +65,24 @@ impl Cache {
         !self.spec.kivi_exact && self.sequence(row).heads.iter().all(loose)
     }
 
-    /// F16 slabs of the rings of a sequence.
+    /// F16 slabs of the rings of a sequence; of latents, the one that is not full.
     pub fn rings(&self) -> usize {
-        self.shape.layers * self.shape.kv_heads * ring_slabs(self.spec.window)
+        self.tables() * ring_slabs(self.spec.window)
     }
 
     /// Bytes from a slab of `format` to the next.
     pub fn slab_stride(&self, format: Format) -> usize {
+        if let Some(latents) = self.latents.as_ref().filter(|_| format == Format::F16) {
+            return latents.stride();
+        }
         self.pools.pool(format).slab_stride()
     }
 
     /// F16 slabs that [`Cache::freeze`] takes for `row`: those of its rings that hold tokens.
     pub fn need_frozen(&self, row: Row) -> usize {
+        if self.latents.is_some() {
+            return usize::from(!self.position(row).is_multiple_of(TOKENS));
+        }
         self.sequence(row).heads.iter().map(|head| head.len.div_ceil(TOKENS) - head.packed).sum()
     }
 
@@ -68,6 +95,9 @@ impl Cache {
         let (need, free) = (self.need_frozen(row), self.free()[Format::F16 as usize]);
         if need > free {
             return Err(kvwarp::Error::TooBig { op: "cache", size: need }.into());
+        }
+        if self.latents.is_some() {
+            return self.freeze_latents(row);
         }
         let (slab, ring_bytes) = (self.slab_bytes(), self.ring_bytes());
         let Self { pools, sequences, .. } = self;
@@ -94,6 +124,11 @@ impl Cache {
     /// A new sequence that continues from what was frozen.
     pub fn thaw(&mut self, frozen: &Frozen) -> Row {
         let row = self.open();
+        if self.latents.is_some() {
+            self.thaw_latents(row, frozen);
+            self.note_peak(row);
+            return row;
+        }
         let (slab, ring_bytes) = (self.slab_bytes(), self.ring_bytes());
         let Self { pools, sequences, .. } = self;
         let sequence = open_mut(sequences, row);
@@ -116,9 +151,25 @@ impl Cache {
         row
     }
 
-    /// Bytes of a slab that a frozen sequence keeps; empty for a hole.
-    pub fn slab(&self, entry: Entry) -> &[u8] {
-        entry.get().map_or(&[], |(format, slot)| self.pools.pool(format).slab(slot))
+    /// Bytes of a slab that a frozen sequence keeps, of latents those of all layers, without what lies behind its first
+    /// `tokens`: only f16 slabs are not full. Empty for a hole.
+    pub fn slab(&self, entry: Entry, tokens: usize) -> Cow<'_, [u8]> {
+        let Some((format, slot)) = entry.get() else { return Cow::default() };
+        if let Some(latents) = &self.latents {
+            return latents.read(entry, tokens).into();
+        }
+        let (layout, slab) = (self.pools.layout(format), self.pools.pool(format).slab(slot));
+        if tokens >= TOKENS {
+            return slab.into();
+        }
+        let (mut slab, zeros) = (slab.to_vec(), vec![0.0; layout.head_dim]);
+        (tokens..TOKENS).for_each(|slot| kv_pack::append(&mut slab, layout, slot, &zeros, &zeros));
+        slab.into()
+    }
+
+    /// Bytes of [`Cache::slab`].
+    pub fn slab_bytes_of(&self, format: Format) -> usize {
+        self.latents.as_ref().map_or(self.pools.layout(format).slab_bytes(), Latents::stride)
     }
 
     /// A frozen sequence of `len` tokens whose `heads` hold `slabs` from elsewhere, in the order of [`Frozen::entries`] and
@@ -142,6 +193,10 @@ impl Cache {
         self.reserve(&plus(need, self.need(len, left)));
         let mut entries = Vec::with_capacity(need.iter().sum());
         for (format, bytes) in slabs {
+            if let Some(latents) = &mut self.latents {
+                entries.push(latents.adopt(bytes)?);
+                continue;
+            }
             let slot = take(&mut self.pools, format)?;
             self.pools.pool_mut(format).slab_mut(slot as usize).copy_from_slice(bytes);
             entries.push(Entry::new(format, slot));
@@ -151,7 +206,10 @@ impl Cache {
 
     /// Gives back what a frozen sequence keeps.
     pub fn melt(&mut self, frozen: Frozen) {
-        frozen.entries.into_iter().for_each(|entry| give(&mut self.pools, entry));
+        frozen.entries.into_iter().for_each(|entry| match &mut self.latents {
+            Some(latents) => latents.give(entry),
+            None => give(&mut self.pools, entry),
+        });
     }
 }
 

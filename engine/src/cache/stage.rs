@@ -11,6 +11,7 @@ use crate::runner::Row;
 
 impl Cache {
     /// Lays out the ring of `layer` of `row` so that `n` more tokens fit without packing any.
+    /// Where there are latents, [`Cache::lay`] has to expand those held into it.
     pub fn stage(&mut self, row: Row, layer: usize, n: usize) {
         let (slab, ring_bytes, range) = (self.slab_bytes(), self.ring_bytes(), self.range(layer));
         let held = |head: &Head| (head.len + n).div_ceil(TOKENS) - head.packed;
@@ -22,6 +23,10 @@ impl Cache {
         }
         let mut to = std::mem::take(&mut self.spare);
         to.resize(kv_heads * bytes);
+        if self.latents.is_some() {
+            self.staging[layer] = to;
+            return self.note_peak(row);
+        }
         let Sequence { heads, rings, .. } = self.sequence(row);
         for (i, h) in range.enumerate() {
             let from = match before {
@@ -51,19 +56,25 @@ impl Cache {
 
     /// Writes `n` tokens of every head of the staged `layer`: `k` (rotated) and `v`, each `[n, kv_heads, head_dim]`.
     pub fn fill(&mut self, row: Row, layer: usize, k: &[f32], v: &[f32], n: usize) {
-        let (d, stride) = (self.shape.head_dim, self.shape.kv_heads * self.shape.head_dim);
-        let f16 = *self.pools.layout(Format::F16);
-        let (bytes, range) = (self.staged_bytes(layer), self.range(layer));
-        let Self { sequences, staging, .. } = self;
-        for (i, head) in open_mut(sequences, row).heads[range].iter_mut().enumerate() {
-            let ring = staging[layer].slice_mut(i * bytes, bytes);
-            let [k, v] = [k, v].map(|data| Rows { data: &data[i * d..], stride });
-            kv_pack::fill(ring, &f16, head.len, k, v, n);
-            head.len += n;
+        for h in 0..self.shape.kv_heads {
+            let at = self.range(layer).start + h;
+            let first = self.sequence(row).heads[at].len;
+            self.lay(layer, (h, first), [k, v], n);
+            self.sequence_mut(row).heads[at].len += n;
         }
     }
 
-    /// Packs what has left the window of the staged `layer`, a slab a thread of `team`, and returns the rest to its ring.
+    /// Writes `n` tokens of head `h` of the staged `layer` at slots from `first` on; K and V as of [`Cache::fill`].
+    pub fn lay(&mut self, layer: usize, (h, first): (usize, usize), kv: [&[f32]; 2], n: usize) {
+        let (d, stride) = (self.shape.head_dim, self.shape.kv_heads * self.shape.head_dim);
+        let (bytes, f16) = (self.staged_bytes(layer), *self.pools.layout(Format::F16));
+        let ring = self.staging[layer].slice_mut(h * bytes, bytes);
+        let [k, v] = kv.map(|data| Rows { data: &data[h * d..], stride });
+        kv_pack::fill(ring, &f16, first, k, v, n);
+    }
+
+    /// Packs what has left the window of the staged `layer`, a slab a thread of `team`, and returns the rest to its ring;
+    /// of latents nothing is left to do.
     ///
     /// # Errors
     /// [`CacheError::Kernel`] when a pool is full.
@@ -71,7 +82,11 @@ impl Cache {
         let (slab, ring_bytes, staged) =
             (self.slab_bytes(), self.ring_bytes(), self.staged_bytes(layer));
         let range = self.range(layer);
-        let Self { spec, plan, shape, pools, sequences, staging, spare, .. } = self;
+        let Self { spec, plan, shape, pools, latents, sequences, staging, spare, .. } = self;
+        if latents.is_some() {
+            *spare = std::mem::take(&mut staging[layer]);
+            return Ok(());
+        }
         let Sequence { heads, rings, .. } = open_mut(sequences, row);
         for (i, h) in range.enumerate() {
             let rules = plan.rules(spec, h, shape.head_dim);

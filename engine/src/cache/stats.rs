@@ -1,11 +1,11 @@
 //! What a cache costs, counted where the memory is taken.
 
 use super::head::Rules;
-use super::{AlignedBytes, Cache, CacheError, Plan, Sequence, Shape};
+use super::{AlignedBytes, Cache, CacheError, Latents, Plan, Sequence, Shape};
 use crate::runner::Row;
 use crate::spec::CacheSpec;
 use kvwarp::pages::{Entry, Pools, ring_slabs};
-use kvwarp::slab::Format;
+use kvwarp::slab::{Format, TOKENS};
 
 /// Memory of a sequence, in bytes from the allocator unless said otherwise.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -53,6 +53,10 @@ impl Cache {
         }
     }
 
+    fn slot_bytes(&self) -> usize {
+        self.latents.as_ref().map_or(0, Latents::stride)
+    }
+
     fn staged(&self) -> usize {
         self.staging.iter().map(AlignedBytes::len).sum()
     }
@@ -64,25 +68,32 @@ impl Cache {
         };
         entries().map(|entry| slab(entry) + size_of::<Entry>()).sum::<usize>()
             + sequence.rings.len()
+            + sequence.table.len() * (self.slot_bytes() + size_of::<Entry>())
     }
 
     /// Bytes from the allocator, as [`Cache::most_bytes`] has them.
     fn taken(&self) -> [usize; 3] {
-        let pools = Format::ALL.iter().map(|&f| self.pools.pool(f).capacity_bytes()).sum();
+        let pools: usize = Format::ALL.iter().map(|&f| self.pools.pool(f).capacity_bytes()).sum();
+        let pools = pools + self.latents.as_ref().map_or(0, Latents::capacity_bytes);
         let sequences = self.sequences.iter().flatten().map(|sequence| {
             let tables = sequence.heads.iter().map(|head| head.table.capacity());
-            sequence.rings.capacity() + tables.sum::<usize>() * size_of::<Entry>()
+            let entries = tables.sum::<usize>() + sequence.table.capacity();
+            sequence.rings.capacity() + entries * size_of::<Entry>()
         });
         let staging = self.staging.iter().map(AlignedBytes::capacity).sum::<usize>();
         [pools, sequences.sum(), staging + self.spare.capacity()]
     }
 }
 
-/// Bytes of a sequence of `shape.context` tokens in a cache of `spec`, with what a calibration adds to it.
+/// Bytes of a sequence of `shape.context` tokens in a cache of `spec`, with what a model adds to it.
 ///
 /// # Errors
 /// [`CacheError::Kernel`] for a head size that no slab has.
 pub fn full_bytes(spec: &CacheSpec, shape: Shape, plan: &Plan) -> Result<usize, CacheError> {
+    if let Some(latents) = &plan.latents {
+        let slot = Latents::new(latents).stride() + size_of::<Entry>();
+        return Ok(shape.context.div_ceil(TOKENS) * slot);
+    }
     let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
     let bytes = |format| pools.pool(format).slab_stride();
     let head = |h| {

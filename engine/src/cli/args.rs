@@ -99,7 +99,8 @@ impl ModelArgs {
 /// How to keep keys and values.
 #[derive(clap::Args)]
 pub struct CacheArgs {
-    /// Cache spec: PRESET[,PART...], for example q2,window=128 (see the end of this help)
+    /// Cache spec: PRESET[,PART...], for example q2,window=128 (see the end of this help) [default: f16, or latent where
+    /// the model has been converted]
     #[arg(long, value_name = "SPEC")]
     pub cache: Option<CacheSpec>,
     /// Preset of K, such as q4 or q2; -ctk for short
@@ -114,8 +115,8 @@ pub struct CacheArgs {
 }
 
 impl CacheArgs {
-    /// The spec that the flags amount to.
-    pub fn spec(&self) -> Result<CacheSpec, Usage> {
+    /// The spec that the flags amount to, where there are any; else a model has [`CacheSpec::of`] it.
+    pub fn spec(&self) -> Result<Option<CacheSpec>, Usage> {
         let stores = [&self.cache_type_k, &self.cache_type_v, &self.kv_cache_dtype];
         if let [Some(k), Some(v), _] = stores
             && k != v
@@ -131,8 +132,7 @@ impl CacheArgs {
                     "`--cache {cache}` and `{store}` as the type of K or V contradict each other"
                 )))
             }
-            (Some(spec), _) | (None, Some(spec)) => Ok(*spec),
-            (None, None) => Ok(CacheSpec::default()),
+            (spec, store) => Ok(spec.as_ref().or(store).copied()),
         }
     }
 }

@@ -77,6 +77,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let (spec, choice) = (args.cache.spec()?, sampling.choice()?);
     let text = super::generate::read(&args.prompts)?;
     let source = open::source(&args.model)?;
+    let spec = spec.unwrap_or_else(|| CacheSpec::of(&source.config));
     let (tokenizer, config) = (source.tokenizer()?, &source.config);
     let chat = source.chat(&tokenizer)?;
     let defaults = Defaults { max_tokens: *n_predict, choice, drafts: usize::from(sampling.draft) };

@@ -93,7 +93,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     if let Some(memory) = args.memory {
         return fits::run(args, memory);
     }
-    let (specs, available) = (args.specs()?, host::available());
+    let (mut specs, available) = (args.specs()?, host::available());
     if args.profile && args.output == Output::Csv {
         return Err(Usage("--profile: a list in a list is no CSV; use md or json".into()).into());
     }
@@ -105,6 +105,9 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
         }
         None => open::source(&base)?,
     };
+    if specs.is_empty() {
+        specs.push(CacheSpec::of(&source.config));
+    }
     let threads: Vec<_> = match args.threads[..] {
         [] => vec![base.threads()],
         ref given => given.iter().map(|&n| usize::from(n)).collect(),
@@ -252,16 +255,13 @@ impl Args {
         prefills.chain(decodes).filter(|(n, _)| *n > 0).map(|(_, test)| test).collect()
     }
 
+    /// Those given; none: what the model has of its own.
     fn specs(&self) -> Result<Vec<CacheSpec>, Usage> {
         let (k, v) = (&self.cache_type_k, &self.cache_type_v);
         if let Some((k, v)) = k.iter().zip(v).find(|(k, v)| k != v) {
             return Err(unequal(k, v));
         }
         let types = if k.len() >= v.len() { k } else { v };
-        let mut specs: Vec<_> = self.cache.iter().chain(types).cloned().collect();
-        if specs.is_empty() {
-            specs.push(CacheSpec::default());
-        }
-        Ok(specs)
+        Ok(self.cache.iter().chain(types).copied().collect())
     }
 }

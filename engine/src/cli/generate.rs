@@ -52,6 +52,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let (cache, choice) = (args.cache.spec()?, sampling.choice()?);
     let prompt = args.prompt()?;
     let source = open::source(&args.model)?;
+    let cache = cache.unwrap_or_else(|| CacheSpec::of(&source.config));
     let tokenizer = source.tokenizer()?;
     let request = Request {
         prompt: tokenizer.prompt(&args.chatted(prompt, &source, &tokenizer)?)?,

@@ -7,7 +7,8 @@ use serde_json::json;
 use super::args::ModelArgs;
 use super::{Outcome, open, output};
 use crate::cache::{Plan, Shape, full_bytes};
-use crate::config::Config;
+use crate::config::{Config, Elite};
+use crate::policy;
 use crate::source::Source;
 use crate::spec::CacheSpec;
 
@@ -26,8 +27,11 @@ const SPECS: [&str; 7] = ["f16", "q8", "fp8", "q4", "q2", "q2-small", "q2-kivi"]
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let source = open::source(&args.model)?;
-    let costs =
-        SPECS.iter().map(|spec| cost(&source.config, spec)).collect::<Result<Vec<_>, _>>()?;
+    let specs = SPECS.iter().map(|name| name.parse()).collect::<Result<Vec<_>, _>>()?;
+    let own = CacheSpec::of(&source.config);
+    let latent = own.latent && policy::check(&own, &source.config, source.config.context).is_ok();
+    let specs = specs.into_iter().chain(latent.then_some(own));
+    let costs = specs.map(|spec| cost(&source.config, spec)).collect::<Result<Vec<_>, _>>()?;
     if args.json {
         output::put_json(&json(&source, &costs))?;
         return Ok(Outcome::Done);
@@ -48,10 +52,10 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
 }
 
 /// A cache's spec and its bytes when the model's whole context is in it.
-fn cost(config: &Config, spec: &str) -> anyhow::Result<(String, usize)> {
+fn cost(config: &Config, spec: CacheSpec) -> anyhow::Result<(String, usize)> {
     let Config { layers, kv_heads, head_dim, context, .. } = *config;
-    let spec: CacheSpec = spec.parse()?;
-    let bytes = full_bytes(&spec, Shape { layers, kv_heads, head_dim, context }, &Plan::default())?;
+    let plan = Plan::default().with_latents(&spec, config);
+    let bytes = full_bytes(&spec, Shape { layers, kv_heads, head_dim, context }, &plan)?;
     Ok((spec.to_string(), bytes))
 }
 
@@ -62,7 +66,7 @@ fn lines(source: &Source) -> Vec<(&'static str, String)> {
     let weights = weights(source);
     let kinds = weights.iter().map(|(kind, bytes)| format!("{kind} {}", output::bytes(*bytes)));
     let rope = &config.rope;
-    vec![
+    let mut lines = vec![
         ("file", source.path().display().to_string()),
         ("name", config.name.clone()),
         ("architecture", format!("{:?}", config.arch)),
@@ -72,7 +76,22 @@ fn lines(source: &Source) -> Vec<(&'static str, String)> {
         ("context", format!("{} tokens, sliding window {window}", config.context)),
         ("rope", format!("base {}, {:?}, scaling {:?}", rope.theta, rope.pairing, rope.scaling)),
         ("weights", kinds.collect::<Vec<_>>().join(", ")),
-    ]
+    ];
+    if let Some(elite) = &config.elite {
+        let (pairs, ranks, share) = (elite.pairs, ranks(elite), 100.0 * elite.ratio(config));
+        let kept = elite.latents(config).err().map_or(String::new(), |why| format!("; {why}"));
+        let latents =
+            format!("{pairs} elite pairs a K head, rank {ranks}: {share:.1} % of K and V");
+        lines.push(("latents", latents + &kept));
+    }
+    lines
+}
+
+/// Elements of a latent vector, the fewest and the most of a layer.
+fn ranks(elite: &Elite) -> String {
+    let [least, most] = [elite.ranks.iter().min(), elite.ranks.iter().max()];
+    let [least, most] = [least, most].map(|rank| rank.copied().unwrap_or(0));
+    if least == most { least.to_string() } else { format!("{least} to {most}") }
 }
 
 fn tied(config: &Config) -> &'static str {
@@ -105,6 +124,8 @@ fn json(source: &Source, costs: &[(String, usize)]) -> serde_json::Value {
         "context": config.context,
         "sliding_window": config.sliding_window,
         "rope_theta": config.rope.theta,
+        "elite_pairs": config.elite.as_ref().map(|elite| elite.pairs),
+        "latent_ranks": config.elite.as_ref().map(|elite| &elite.ranks),
         "weight_bytes": weights(source),
         "kv_bytes_at_context": costs.iter().cloned().collect::<BTreeMap<_, _>>(),
     })

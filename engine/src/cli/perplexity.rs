@@ -46,12 +46,14 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
-    let reading = args.reading()?;
+    let cache = args.cache()?;
     let text = match &args.file {
         Some(path) => super::generate::read(path)?,
         None => data::HELD.to_owned(),
     };
     let source = open::source(&args.model)?;
+    let cache = cache.unwrap_or_else(|| CacheSpec::of(&source.config));
+    let reading = Reading { cache, prefix: args.prefix, piece: args.batch_size };
     let limit = source.config.context;
     if args.ctx_size > limit {
         return Err(ModelError::Context { asked: args.ctx_size, limit }.into());
@@ -85,11 +87,11 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
 }
 
 impl Args {
-    fn reading(&self) -> Result<Reading, Usage> {
+    fn cache(&self) -> Result<Option<CacheSpec>, Usage> {
         if self.batch_size == 0 {
             return Err(Usage("-b is 0; a piece has at least 1 token".into()));
         }
-        Ok(Reading { cache: self.cache.spec()?, prefix: self.prefix, piece: self.batch_size })
+        self.cache.spec()
     }
 }
 

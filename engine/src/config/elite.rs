@@ -12,6 +12,7 @@
 //! | `source` | fingerprint of the model that was converted |
 //! | `rope_factors` | divisors of the frequencies, where the source has them as a tensor of its own |
 
+use kvwarp::lowrank_kv::Shape;
 use kvwarp::rope_select::Pairing;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -114,6 +115,23 @@ impl Elite {
             }
         }
         [elite, rest]
+    }
+
+    /// What a cache of latents holds of a token in each layer.
+    ///
+    /// # Errors
+    /// Which field has no such cache, and what to do.
+    pub fn latents(&self, config: &Config) -> Result<Vec<Shape>, String> {
+        let (kv_heads, pairs) = (config.kv_heads, self.pairs);
+        let shape = |&rank: &usize| match Shape::new(kv_heads, pairs, rank) {
+            Ok(shape) => Ok(shape),
+            Err(kvwarp::Error::Unsupported { field, got, supported, .. }) => Err(format!(
+                "`elitekv.{field}` is {got}, with {kv_heads} kv heads; latents take {supported}: convert again with such \
+                 --pairs and --rank, or have keys and values expanded with --cache f16, q4 or q2"
+            )),
+            Err(error) => Err(error.to_string()),
+        };
+        self.ranks.iter().map(shape).collect()
     }
 
     /// Elements of the cache of a token of all layers, against the `2 kv_heads head_dim` of the source.

@@ -40,15 +40,21 @@ pub fn step(config: &Config) -> usize {
     if config.kv_heads * config.head_dim < 1024 { 16 } else { 128 }
 }
 
-/// Every rank that is a multiple of [`step`], with as many pairs as fit beside it into `ratio` of the cache of the source;
-/// of those with as many pairs only the longest.
+/// What pairs are multiples of, where so many fit: as a cache of latents takes them, `r kv_heads` a multiple of 4.
+fn pair_step(config: &Config) -> usize {
+    [1, 2, 4].into_iter().find(|n| (n * config.kv_heads).is_multiple_of(4)).unwrap_or(4)
+}
+
+/// Every rank that is a multiple of [`step`], with as many pairs as fit beside it into `ratio` of the cache of the source,
+/// as a cache of latents takes them where so many fit; of those with as many pairs only the longest.
 pub fn grid(config: &Config, ratio: f64) -> Vec<Budget> {
     let Config { kv_heads, head_dim, .. } = *config;
-    let (all, step) = (2 * kv_heads * head_dim, step(config));
+    let (all, step, whole) = (2 * kv_heads * head_dim, step(config), pair_step(config));
     let elements = (ratio * all as f64 + 1e-9) as usize;
     let mut grid: Vec<Budget> = Vec::new();
     for rank in (step..=elements).step_by(step) {
-        let pairs = ((elements - rank) / (2 * kv_heads)).min(head_dim / 2);
+        let most = ((elements - rank) / (2 * kv_heads)).min(head_dim / 2);
+        let pairs = if most < whole { most } else { most / whole * whole };
         let budget = Budget { pairs, rank };
         if budget.refusal(config).is_none() {
             grid.retain(|other| other.pairs != pairs);

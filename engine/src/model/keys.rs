@@ -1,11 +1,16 @@
 //! Keys and values of a layer: from projections of their own, or from a latent vector (EliteKV, arXiv:2503.01586). The one
-//! place that knows which pairs of a head rotate.
+//! place that knows which pairs of a head rotate, and where their channels lie.
 
+use std::sync::OnceLock;
+
+use half::f16;
 use kvwarp::linear::Cpu;
-use kvwarp::rope_select::{Angles, Pairing, Selection};
+use kvwarp::rope_select::{Angles, Elite, Pairing, Selection};
+use kvwarp::threads::Team;
 
+use super::absorb::Absorbed;
 use super::layers::Linear;
-use super::rows::project;
+use super::rows::{each_row, project};
 use crate::config::{self, Config};
 use crate::error::Result;
 use crate::profile::{Clock, Launch};
@@ -24,21 +29,33 @@ pub struct Latent<'a> {
     elite: Linear<'a>,
     a: Linear<'a>,
     /// None where every pair is elite.
-    b_k: Option<Linear<'a>>,
-    b_v: Linear<'a>,
+    pub(super) b_k: Option<Linear<'a>>,
+    pub(super) b_v: Linear<'a>,
     /// Channels of k of the rows of `elite` and of `b_k`.
-    channels: [Vec<usize>; 2],
+    pub(super) channels: [Vec<usize>; 2],
     /// Elite pairs, `[kv_heads, each]`.
     pairs: Vec<u8>,
     each: usize,
+    /// Made when latents are first attended to as they are.
+    absorbed: OnceLock<Absorbed>,
 }
 
 /// Rows on their way to keys and values.
 #[derive(Default)]
 pub struct Spare {
-    elite: Vec<f32>,
-    z: Vec<f32>,
+    /// `[rows, kv_heads, 2 each]`
+    pub elite: Vec<f32>,
+    /// `[rows, c]`
+    pub z: Vec<f32>,
     rest: Vec<f32>,
+}
+
+impl Spare {
+    /// Rounds what a cache of latents holds as it does.
+    pub fn round(&mut self) {
+        let half = |x: &mut f32| *x = f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32();
+        self.z.iter_mut().chain(&mut self.elite).for_each(half);
+    }
 }
 
 impl<'a> KeysValues<'a> {
@@ -63,6 +80,7 @@ impl<'a> KeysValues<'a> {
             channels: elite.channels(n, head_dim, pairing(config)),
             pairs: elite.elite_pairs[n].concat(),
             each,
+            absorbed: OnceLock::new(),
         })))
     }
 
@@ -87,42 +105,17 @@ impl<'a> KeysValues<'a> {
         spare: &mut Spare,
         clock: &mut Clock,
     ) -> kvwarp::Result<()> {
-        let latent = match self {
+        match self {
             Self::Full { k, v } => {
                 let qkv = [q, k, v];
                 let all = || project(cpu, qkv, h, rows, [to_q, to_k, to_v]);
-                return clock.time(|| product(qkv, rows), all);
+                clock.time(|| product(qkv, rows), all)
             }
-            Self::Latent(latent) => &**latent,
-        };
-        let Latent { elite, a, b_k, b_v, channels, .. } = latent;
-        let Spare { elite: to_elite, z, rest } = spare;
-        for (linear, to) in [(elite, &mut *to_elite), (a, &mut *z)] {
-            to.resize(rows * linear.weights.rows(), 0.0);
-        }
-        let first = [q, elite, a];
-        let down = || project(cpu, first, h, rows, [to_q, &mut *to_elite, &mut *z]);
-        clock.time(|| product(first, rows), down)?;
-        match b_k {
-            None => clock.time(|| product([b_v], rows), || project(cpu, [b_v], z, rows, [to_v]))?,
-            Some(b_k) => {
-                rest.resize(rows * b_k.weights.rows(), 0.0);
-                let up = [b_k, b_v];
-                let expand = || project(cpu, up, z, rows, [&mut *rest, to_v]);
-                clock.time(|| product(up, rows), expand)?;
+            Self::Latent(latent) => {
+                latent.down((cpu, rows), (q, h), to_q, spare, clock)?;
+                latent.up((cpu, rows), [to_k, to_v], spare, clock)
             }
         }
-        let place = || {
-            for (from, channels) in [&*to_elite, &*rest].into_iter().zip(channels) {
-                let len = channels.len().max(1);
-                let wide = to_k.len() / rows;
-                for (from, k) in from.chunks_exact(len).zip(to_k.chunks_exact_mut(wide)) {
-                    from.iter().zip(channels).for_each(|(x, &channel)| k[channel] = *x);
-                }
-            }
-        };
-        clock.time(|| Launch::of("copy"), place);
-        Ok(())
     }
 
     /// Turns the heads of token `token`, `row` `[heads, head_dim]` of queries or keys: those pairs that rotate.
@@ -140,6 +133,102 @@ impl<'a> KeysValues<'a> {
                 angles.rotate_selected(token, row, pairing, selection)
             }
         }
+    }
+
+    /// Of a converted layer.
+    pub fn latent(&self) -> Option<&Latent<'a>> {
+        match self {
+            Self::Full { .. } => None,
+            Self::Latent(latent) => Some(latent),
+        }
+    }
+}
+
+impl Latent<'_> {
+    /// Queries, elite pairs of keys and latent vectors of `rows` rows of the input `h`, none of them rotated yet.
+    pub fn down(
+        &self,
+        (cpu, rows): (&Cpu<'_>, usize),
+        (q, h): (&Linear<'_>, &[f32]),
+        to_q: &mut Vec<f32>,
+        spare: &mut Spare,
+        clock: &mut Clock,
+    ) -> kvwarp::Result<()> {
+        let (Self { elite, a, .. }, Spare { elite: to_elite, z, .. }) = (self, spare);
+        for (linear, to) in [(elite, &mut *to_elite), (a, &mut *z)] {
+            to.resize(rows * linear.weights.rows(), 0.0);
+        }
+        let first = [q, elite, a];
+        clock.time(|| product(first, rows), || project(cpu, first, h, rows, [to_q, to_elite, z]))
+    }
+
+    /// Keys and values of the elite pairs and latent vectors in `spare`.
+    pub fn up(
+        &self,
+        (cpu, rows): (&Cpu<'_>, usize),
+        [to_k, to_v]: [&mut Vec<f32>; 2],
+        spare: &mut Spare,
+        clock: &mut Clock,
+    ) -> kvwarp::Result<()> {
+        let Self { b_k, b_v, channels, .. } = self;
+        let Spare { elite, z, rest } = spare;
+        match b_k {
+            None => clock.time(|| product([b_v], rows), || project(cpu, [b_v], z, rows, [to_v]))?,
+            Some(b_k) => {
+                rest.resize(rows * b_k.weights.rows(), 0.0);
+                let up = [b_k, b_v];
+                let expand = || project(cpu, up, z, rows, [&mut *rest, to_v]);
+                clock.time(|| product(up, rows), expand)?;
+            }
+        }
+        let place = || {
+            for (from, channels) in [&*elite, &*rest].into_iter().zip(channels) {
+                let len = channels.len().max(1);
+                let wide = to_k.len() / rows;
+                for (from, k) in from.chunks_exact(len).zip(to_k.chunks_exact_mut(wide)) {
+                    from.iter().zip(channels).for_each(|(x, &channel)| k[channel] = *x);
+                }
+            }
+        };
+        clock.time(|| Launch::of("copy"), place);
+        Ok(())
+    }
+
+    /// Turns elite pairs of keys, a row of `keys` a token of `angles` from `first` on.
+    pub fn rotate(
+        &self,
+        team: &Team,
+        (angles, first): (&Angles, usize),
+        keys: &mut [f32],
+        rows: usize,
+    ) -> kvwarp::Result<()> {
+        let (pairs, d): (&[i8], _) = (bytemuck::cast_slice(&self.pairs), 2 * self.each);
+        let elite = Elite::new(pairs, self.each, self.head_dim() / 2)?;
+        each_row(team, keys, rows, |i, row| elite.rotate(angles, first + i, row, d))
+    }
+
+    /// Its matrices as latents are attended to with them.
+    pub fn absorbed(&self) -> kvwarp::Result<&Absorbed> {
+        if let Some(absorbed) = self.absorbed.get() {
+            return Ok(absorbed);
+        }
+        let absorbed = Absorbed::new(self)?;
+        Ok(self.absorbed.get_or_init(|| absorbed))
+    }
+
+    /// Elite pairs of a head.
+    pub fn pairs(&self) -> usize {
+        self.each
+    }
+
+    /// Key and value heads.
+    pub fn kv_heads(&self) -> usize {
+        self.pairs.len() / self.each
+    }
+
+    /// Channels of a head.
+    pub fn head_dim(&self) -> usize {
+        self.b_v.weights.rows() / self.kv_heads()
     }
 }
 

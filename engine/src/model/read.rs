@@ -101,6 +101,7 @@ impl Model<'_> {
         for (index, layer) in self.layers.iter().enumerate() {
             let n = stream.positions.len();
             cache.stage(row, index, n + room);
+            self.unfold((index, layer), (cache, row), work)?;
             work.observer = policy.as_ref().and_then(|policy| {
                 let first: Vec<_> = cache.lens(row, index).collect();
                 policy.observer(index, n, &first)

@@ -48,10 +48,50 @@ impl Model<'_> {
         cache: &mut Cache,
         work: &mut Work,
     ) -> Result<(), ModelError> {
-        let Piece { x, angles, first, rows, of } = piece;
-        let (cpu, eps) = (self.cpu(matches!(of, Of::Turns(_))), self.config.rms_eps);
+        let (rows, eps, team) = (piece.rows, self.config.rms_eps, &self.team);
         work.resize(self.config, rows);
-        let Work { h, q, k, v, mix, gate, up, add, spare, seen, calibration, clock, .. } = work;
+        let norm = |x: &[f32], weight: &[f32], h: &mut [f32]| {
+            each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), weight, eps, h))
+        };
+        let Work { h, clock, .. } = &mut *work;
+        clock.time(|| Launch::of("rms_norm"), || norm(piece.x, &layer.attn_norm, h))?;
+        match layer.kv.latent().filter(|_| cache.spec().latent) {
+            Some(latent) => {
+                self.attend_to_latents(index, (layer, latent), &piece, cache, work)?;
+            }
+            None => self.attend(index, layer, &piece, cache, work)?,
+        }
+        let Work { h, mix, gate, up, add, clock, .. } = work;
+        let (Piece { x, of, .. }, o) = (piece, &layer.o);
+        let cpu = self.cpu(matches!(of, Of::Turns(_)));
+        clock.time(|| product([o], rows), || matmul(&cpu, &o.weights, mix, rows, add))?;
+        clock.time(|| Launch::of("residual"), || residual(x, add));
+
+        clock.time(|| Launch::of("rms_norm"), || norm(x, &layer.ffn_norm, h))?;
+        let gate_up = [&layer.gate, &layer.up];
+        clock.time(|| product(gate_up, rows), || project(&cpu, gate_up, h, rows, [gate, up]))?;
+        clock.time(
+            || Launch::of("swiglu"),
+            || each_row(team, gate, rows, |i, gate| swiglu::cpu(gate, row(up, i, rows))),
+        )?;
+        let down = &layer.down;
+        clock.time(|| product([down], rows), || matmul(&cpu, &down.weights, gate, rows, add))?;
+        clock.time(|| Launch::of("residual"), || residual(x, add));
+        Ok(())
+    }
+
+    /// Queries of a layer's input `work.h`, keys and values beside them, and what attention gives.
+    fn attend(
+        &self,
+        index: usize,
+        layer: &Layer<'_>,
+        piece: &Piece<'_>,
+        cache: &mut Cache,
+        work: &mut Work,
+    ) -> Result<(), ModelError> {
+        let (Piece { angles, first, rows, of, .. }, team) = (piece, &self.team);
+        let (rows, cpu) = (*rows, self.cpu(matches!(of, Of::Turns(_))));
+        let Work { h, q, k, v, mix, spare, seen, calibration, decode, clock, .. } = &mut *work;
         let (d, turned) = (self.config.head_dim, cache.spec().hadamard);
         let turn_keys = |_, x: &mut [f32]| {
             hadamard::keys(x, d);
@@ -61,12 +101,6 @@ impl Model<'_> {
             hadamard::values(x);
             Ok(())
         };
-
-        let team = &self.team;
-        let norm = |x: &[f32], weight: &[f32], h: &mut [f32]| {
-            each_row(team, h, rows, |i, h| rms_norm::cpu(row(x, i, rows), weight, eps, h))
-        };
-        clock.time(|| Launch::of("rms_norm"), || norm(x, &layer.attn_norm, h))?;
         layer.kv.project((&cpu, rows), (&layer.q, h), [q, k, v], spare, clock)?;
         if let Some(seen) = seen {
             seen.add([h, q, k, v]);
@@ -88,54 +122,51 @@ impl Model<'_> {
                 },
             )?;
         }
-        match of {
+        match *of {
             Of::Prompt(row) => {
                 clock.time(|| Launch::of("kv_pack"), || cache.fill(row, index, k, v, rows));
-                let (views, scratch) = (cache.staged_views(row, index), &mut work.prefill);
-                let (lse, newest) =
-                    (&mut work.lse, work.observer.as_ref().map_or(0, |o| o.rows(rows)));
-                lse.resize(newest * self.config.heads, 0.0);
-                let wanted = (newest > 0).then_some(LseRows { out: lse, rows: newest });
-                let (mask, launch) = (self.mask, || Launch::of("prefill_attn"));
-                clock.time(launch, || {
-                    prefill_attn::cpu(team, q, rows, &views, 0.0, mask, mix, wanted, scratch)
-                })?;
-                if let Some(observer) = &mut work.observer {
-                    let see = || observer.see(team, (q, rows), &work.lse, &views);
-                    clock.time(|| Launch::of("token_score"), see)?;
-                }
+                self.attend_to_staged(index, (cache, row), rows, work)?;
             }
             Of::Turns(turns) => {
                 clock.time(|| Launch::of("kv_pack"), || append(cache, index, turns, k, v))?;
                 let (views, mask) = (views(cache, index, turns), self.mask);
                 clock.time(
                     || attention(&views, mask),
-                    || paged_attn::cpu(team, q, &views, 0.0, mask, mix, &mut work.decode),
+                    || paged_attn::cpu(team, q, &views, 0.0, mask, mix, decode),
                 )?;
                 drop(views);
                 settle(cache, index, turns, &self.team)?;
             }
         }
+        let Work { mix, clock, seen, .. } = work;
         if turned {
             clock.time(|| Launch::of("hadamard"), || each_row(team, mix, rows, turn_values))?;
         }
-        if let Some(seen) = &mut work.seen {
+        if let Some(seen) = seen {
             seen.mix.extend_from_slice(mix);
         }
-        let o = &layer.o;
-        clock.time(|| product([o], rows), || matmul(&cpu, &o.weights, mix, rows, add))?;
-        clock.time(|| Launch::of("residual"), || residual(x, add));
+        Ok(())
+    }
 
-        clock.time(|| Launch::of("rms_norm"), || norm(x, &layer.ffn_norm, h))?;
-        let gate_up = [&layer.gate, &layer.up];
-        clock.time(|| product(gate_up, rows), || project(&cpu, gate_up, h, rows, [gate, up]))?;
-        clock.time(
-            || Launch::of("swiglu"),
-            || each_row(team, gate, rows, |i, gate| swiglu::cpu(gate, row(up, i, rows))),
-        )?;
-        let down = &layer.down;
-        clock.time(|| product([down], rows), || matmul(&cpu, &down.weights, gate, rows, add))?;
-        clock.time(|| Launch::of("residual"), || residual(x, add));
+    /// Attention of the newest `rows` tokens of a prompt, in `work.q`, over the staged layer `index`.
+    pub(super) fn attend_to_staged(
+        &self,
+        index: usize,
+        (cache, row): (&Cache, Row),
+        rows: usize,
+        work: &mut Work,
+    ) -> Result<(), ModelError> {
+        let (views, team, mask) = (cache.staged_views(row, index), &self.team, self.mask);
+        let Work { q, mix, prefill, observer, lse, clock, .. } = work;
+        let newest = observer.as_ref().map_or(0, |o| o.rows(rows));
+        lse.resize(newest * self.config.heads, 0.0);
+        let wanted = (newest > 0).then_some(LseRows { out: lse, rows: newest });
+        let attend = || prefill_attn::cpu(team, q, rows, &views, 0.0, mask, mix, wanted, prefill);
+        clock.time(|| Launch::of("prefill_attn"), attend)?;
+        if let Some(observer) = observer {
+            let see = || observer.see(team, (q, rows), lse, &views);
+            clock.time(|| Launch::of("token_score"), see)?;
+        }
         Ok(())
     }
 }

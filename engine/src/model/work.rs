@@ -2,6 +2,7 @@
 
 use kvwarp::{paged_attn, prefill_attn};
 
+use super::absorb;
 use super::keys::Spare;
 use super::read::ROWS;
 use crate::calibration::Calibration;
@@ -43,6 +44,7 @@ pub struct Work {
     /// Takes what attention is made of.
     pub(crate) seen: Option<Seen>,
     pub(super) spare: Spare,
+    pub(super) absorbed: absorb::Scratch,
 }
 
 /// What went through the attention of a layer, a row a token.

@@ -39,7 +39,7 @@ impl<'m> CpuRunner<'m> {
     #[must_use]
     pub fn with_pools(mut self, slabs: &Slabs) -> Self {
         self.cache.limit(slabs);
-        self.cache.reserve(slabs);
+        self.cache.reserve(&plus(*slabs, self.cache.begun(self.rows, 1)));
         self
     }
 

@@ -38,7 +38,7 @@ pub fn parse(bytes: &[u8]) -> Result<Contents, Fault> {
     let fields = Fields(metadata.metadata().as_ref());
     let (reader, chat) = fields.read()?;
     let tensors = Tensors { metadata: &metadata, data: &bytes[8 + header..] };
-    let [layers, kv_heads, d] = reader.shape;
+    let ([layers, kv_heads], d) = (reader.tables(), reader.shape[2]);
     let numbers = tensors.numbers("heads", &[layers, kv_heads, 3])?;
     let heads = numbers.as_chunks().0.iter().map(|held: &[u32; 3]| {
         let [len, packed, chosen] = held.map(|n| n as usize);
@@ -49,8 +49,9 @@ pub fn parse(bytes: &[u8]) -> Result<Contents, Fault> {
         .map_err(|_| Fault::field("head_dim", d, "one that slabs have"))?;
     let mut slabs = std::array::from_fn(|_| (0..0, 0));
     for format in Format::ALL {
-        let size = pools.layout(format).slab_bytes();
-        let Range { start, end } = tensors.slabs(format, size)?;
+        // Of latents the model knows it.
+        let size = (!reader.spec.latent).then(|| pools.layout(format).slab_bytes());
+        let (Range { start, end }, size) = tensors.slabs(format, size)?;
         slabs[format as usize] = (8 + header + start..8 + header + end, size);
     }
     let tokens = tensors.numbers("tokens", &[])?;
@@ -72,13 +73,20 @@ impl Contents {
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
             return Err(Fault::field("tokens", token, format!("tokens below {vocab}")));
         }
+        if let Some(latents) = &plan.latents {
+            let size: usize = latents.iter().map(|shape| shape.slab_bytes()).sum();
+            let got = self.slabs[Format::F16 as usize].1;
+            if got != size {
+                return Err(Fault::field(slabs_of(Format::F16), format!("{got} bytes"), size));
+            }
+        }
         self.heads.iter().enumerate().try_for_each(|(h, held)| self.check_head(h, held))?;
         self.check_entries(plan)
     }
 
     fn check_head(&self, h: usize, held: &Held) -> Result<(), Fault> {
         let (&Held { len, packed, chosen }, n) = (held, self.document.tokens.len());
-        let (spec, kv_heads) = (&self.reader.spec, self.reader.shape[1]);
+        let (spec, [_, kv_heads]) = (&self.reader.spec, self.reader.tables());
         let wrong = |part: &str, got: usize, expected: String| {
             let name = format!("heads[{}][{}].{part}", h / kv_heads, h % kv_heads);
             Err(Fault::field(name, got, expected))
@@ -247,16 +255,17 @@ impl Tensors<'_> {
         Ok(numbers.map(|bytes| u32::from_le_bytes(*bytes)).collect())
     }
 
-    /// Where in the data the slabs of a format lie, each of `size` bytes.
-    fn slabs(&self, format: Format, size: usize) -> Result<Range<usize>, Fault> {
+    /// Where in the data the slabs of a format lie, and the bytes of each; `size`, where that is known.
+    fn slabs(&self, format: Format, size: Option<usize>) -> Result<(Range<usize>, usize), Fault> {
         let name = slabs_of(format);
-        let Some(info) = self.metadata.info(&name) else { return Ok(0..0) };
+        let Some(info) = self.metadata.info(&name) else { return Ok((0..0, size.unwrap_or(1))) };
         match info.shape[..] {
-            [_, bytes] if bytes == size && info.dtype == Dtype::U8 => {
-                Ok(info.data_offsets.0..info.data_offsets.1)
+            [_, bytes] if bytes == size.unwrap_or(bytes.max(1)) && info.dtype == Dtype::U8 => {
+                Ok((info.data_offsets.0..info.data_offsets.1, bytes))
             }
             _ => {
                 let got = format!("{:?} {:?}", info.dtype, info.shape);
+                let size = size.map_or("bytes".into(), |size| size.to_string());
                 Err(Fault::field(name, got, format!("U8 [slabs, {size}]")))
             }
         }

@@ -1,13 +1,11 @@
 //! Writing a cache file.
 
-use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use kvwarp::kv_pack;
 use kvwarp::pages::Entry;
-use kvwarp::slab::{Format, Layout, TOKENS};
+use kvwarp::slab::{Format, TOKENS};
 use serde_json::{Map, Value, json};
 
 use super::{Document, Reader, StoreError, read};
@@ -71,7 +69,7 @@ impl Writer {
         for format in Format::ALL {
             for (entry, tokens) in of(frozen, format) {
                 watch.step(0)?;
-                to.write_all(&held(cache.slab(entry), tokens, reader.shape[2])).map_err(fail)?;
+                to.write_all(&cache.slab(entry, tokens)).map_err(fail)?;
             }
         }
         to.flush().map_err(fail)?;
@@ -99,15 +97,6 @@ fn of(frozen: &Frozen, format: Format) -> impl Iterator<Item = (Entry, usize)> {
     all.filter(move |(entry, _)| entry.get().is_some_and(|(f, _)| f == format))
 }
 
-/// A slab without what lies behind its tokens, which is none of the document; only f16 slabs are not full.
-fn held(slab: &[u8], tokens: usize, d: usize) -> Cow<'_, [u8]> {
-    let layout = Layout::new(Format::F16, d, 32).ok().filter(|_| tokens < TOKENS);
-    let Some(layout) = layout else { return slab.into() };
-    let (mut slab, zeros) = (slab.to_vec(), vec![0.0; d]);
-    (tokens..TOKENS).for_each(|slot| kv_pack::append(&mut slab, &layout, slot, &zeros, &zeros));
-    slab.into()
-}
-
 /// Keys in order, so that equal caches give equal bytes.
 fn header(reader: &Reader, document: &Document, (cache, frozen): (&Cache, &Frozen)) -> String {
     let (mut tensors, mut at) = (Map::new(), 0);
@@ -116,14 +105,15 @@ fn header(reader: &Reader, document: &Document, (cache, frozen): (&Cache, &Froze
         tensors.insert(name.to_owned(), tensor);
         at += bytes;
     };
-    let [layers, kv_heads, _] = reader.shape;
+    let [layers, kv_heads] = reader.tables();
     put("entries", "U32", &[frozen.entries.len()], 4 * frozen.entries.len());
     put("heads", "U32", &[layers, kv_heads, 3], 12 * layers * kv_heads);
     put("tokens", "U32", &[document.tokens.len()], 4 * document.tokens.len());
     for format in Format::ALL {
-        let (slabs, first) = (of(frozen, format).count(), of(frozen, format).next());
-        let Some(bytes) = first.map(|(entry, _)| cache.slab(entry).len()) else { continue };
-        put(&read::slabs_of(format), "U8", &[slabs, bytes], slabs * bytes);
+        let (slabs, bytes) = (of(frozen, format).count(), cache.slab_bytes_of(format));
+        if slabs > 0 {
+            put(&read::slabs_of(format), "U8", &[slabs, bytes], slabs * bytes);
+        }
     }
     let mut metadata: Map<_, _> =
         reader.fields().into_iter().map(|(name, value)| (name.into(), value.into())).collect();

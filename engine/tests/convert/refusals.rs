@@ -105,12 +105,15 @@ fn a_gpu_refuses_by_name() {
     use kvwarp_engine::gpu::{Options, fit};
     let (source, tokens) = (fixture("llama3"), text(160));
     let staged = converted(&source, &request(&tokens, 8, 32)).staged;
-    let spec = "f16".parse().unwrap();
-    let error = fit(&staged, &spec, None, &Options::new(1, 64), 1 << 30).unwrap_err();
-    assert!(
-        error.to_string().contains("`kvwarp convert elitekv`: it runs on the processor"),
-        "{error}"
-    );
+    for (source, spec, part) in [
+        (&staged, "f16", "`kvwarp convert elitekv`: it runs on the processor"),
+        (&staged, "latent", "`kvwarp convert elitekv`: it runs on the processor"),
+        (&source, "latent", "a cache of `latent`: it is of converted models"),
+    ] {
+        let spec = spec.parse().unwrap();
+        let error = fit(source, &spec, None, &Options::new(1, 64), 1 << 30).unwrap_err();
+        assert!(error.to_string().contains(part), "{error}");
+    }
 }
 
 /// It goes on from where it stopped, and only with what it was.

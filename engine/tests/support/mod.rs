@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod bytes;
+pub mod converted;
 pub mod fake;
 pub mod models;
 pub mod program;

@@ -8,20 +8,25 @@ use crate::cli::place::{Lengths, fit_on_gpu};
 use crate::cli::{Outcome, Usage, open, output};
 use crate::fit::{Fit, on_host};
 use crate::source::Source;
+use crate::spec::CacheSpec;
 
 /// Tells of every cache and length that the arguments name.
 pub fn run(args: &Args, memory: usize) -> anyhow::Result<Outcome> {
-    let (specs, base) = (args.specs()?, args.base());
+    let (mut specs, base) = (args.specs()?, args.base());
     let source = match &args.synthetic {
         Some(shape) => Source::outline(shape)?,
         None => open::source(&ModelArgs { device: Device::Cpu, ..args.base() })?,
     };
+    if specs.is_empty() {
+        specs.push(CacheSpec::of(&source.config));
+    }
     let mut rows = Vec::new();
     for spec in &specs {
         for lengths in lengths(args, &source)? {
             let fit = match base.device {
                 Device::Cpu => {
                     let model = open::model(&base, &source)?;
+                    model.check(spec, lengths.context)?;
                     on_host((&model, &source), spec, (lengths.context, lengths.block), memory)?
                 }
                 Device::Cuda => {

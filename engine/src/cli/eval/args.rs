@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::cli::Usage;
 use crate::cli::args::{ModelArgs, tokens};
+use crate::config::Config;
 use crate::eval::report::count;
 use crate::eval::{Document, Sample, Texts};
 use crate::spec::CacheSpec;
@@ -106,8 +107,9 @@ impl<'a> Plan<'a> {
     }
 
     /// Caches, each once.
-    pub fn specs(&self) -> Vec<CacheSpec> {
-        let default = || CACHES.iter().filter_map(|name| CacheSpec::preset(name)).collect();
+    pub fn specs(&self, config: &Config) -> Vec<CacheSpec> {
+        let presets = || CACHES.iter().filter_map(|name| CacheSpec::preset(name));
+        let default = || presets().chain([CacheSpec::of(config)]).collect();
         let given =
             if self.common.cache.is_empty() { default() } else { self.common.cache.clone() };
         let mut specs = Vec::new();

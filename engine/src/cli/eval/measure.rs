@@ -35,8 +35,9 @@ pub struct Done {
 }
 
 pub fn run(plan: &Plan<'_>) -> anyhow::Result<Done> {
-    let (common, specs) = (plan.common, plan.specs());
+    let common = plan.common;
     let source = open::source(&common.model)?;
+    let specs = plan.specs(&source.config);
     let tokenizer = source.tokenizer()?;
     let (samples, texts) = plan.samples(&tokenizer)?;
     check_lengths(&samples, &source)?;
