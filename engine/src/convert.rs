@@ -123,9 +123,8 @@ pub fn convert(
     let mut state = State::open(beside, of(source, request, rounds), shape)?;
     let mut stages = Vec::new();
     let mut note = |name, of: &Model<'_>, watch: &mut Watch<'_>| {
-        let done = Stage { name, nats: nats(of, request.held, watch)? };
-        stage(&done);
-        stages.push(done);
+        stages.push(Stage { name, nats: nats(of, request.held, watch)? });
+        stages.last().into_iter().for_each(&mut *stage);
         Ok::<_, ConvertError>(())
     };
     note("source", model, watch)?;
@@ -147,8 +146,8 @@ pub fn convert(
         note("distil", &model.like(&staged)?, watch)?;
     }
     let ratio = budget.elements(config) as f64 / (2 * config.kv_heads * config.head_dim) as f64;
-    let tried = state.tried.iter().map(|&(pairs, rank, nats)| (Budget { pairs, rank }, nats));
-    let tried = tried.collect();
+    let budget_of = |&(pairs, rank, nats)| (Budget { pairs, rank }, nats);
+    let tried = state.tried.iter().map(budget_of).collect();
     Ok(Converted { staged, budget, ratio, stages, tried })
 }
 

@@ -54,13 +54,8 @@ fn recovery_on_few_tokens() {
     let state = folder.path().join("state");
     let done = converted(&source, &request, &state);
     std::fs::remove_file(&state).unwrap();
-    let plain = Request {
-        whiten: false,
-        refit: false,
-        distil: 0,
-        tokens: &text[..128],
-        ..request.clone()
-    };
+    let plain =
+        Request { whiten: false, refit: false, distil: 0, tokens: &text[..128], ..request.clone() };
     let plain = converted(&source, &plain, &state).stages[2].nats;
     let [before, pairs, factors, refit, distil] = [0, 1, 2, 3, 4].map(|i| done.stages[i].nats);
     assert!(
