@@ -107,6 +107,7 @@ fn a_real_model_says_the_same() {
         target: Target::Fixed(Budget { pairs: 12, rank: 112 }),
         whiten: true,
         refit: false,
+        distil: 0,
         tokens: &learnt[..512],
         searched: 128,
         window: 512,
