@@ -33,7 +33,7 @@ const APART: usize = 10;
 pub fn work(texts: usize, window: usize, steps: usize) -> usize {
     let seen = if looked_at(texts) > 0 { looked_at(texts) } else { texts };
     let looks = (steps.div_ceil(APART) + 1) * seen;
-    (3 * texts + steps * BATCH + looks) * window
+    (2 * texts + steps * BATCH + looks) * window
 }
 
 /// The newest of so many texts that are only looked at; where there are few, all are trained on.
