@@ -29,7 +29,8 @@ pub use run::Policy;
 
 pub(crate) use choose::Scored;
 pub(crate) use lag::choose as choose_lag;
-pub(crate) use scores::{best_unseen, rank, unseen};
+pub(crate) use run::Keep;
+pub(crate) use scores::{all_unseen, best_unseen, rank};
 
 use std::fmt;
 

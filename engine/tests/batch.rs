@@ -14,7 +14,7 @@ use kvwarp_engine::spec::CacheSpec;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 use support::program::fixture;
-use support::schedule::{alone, requests, run, watched};
+use support::schedule::{alone, fed, requests, run, watched};
 
 const BLOCK: usize = 64;
 const CHOICE: Choice = Choice::GREEDY;
@@ -96,20 +96,6 @@ fn one<'m>(model: &'m Model<'m>, spec: &CacheSpec, n: usize) -> (CpuRunner<'m>, 
     let text = tokens(&mut ChaCha8Rng::seed_from_u64(2), n);
     watched(|watch| runner.read(row, &text, watch)).unwrap();
     (runner, row)
-}
-
-/// What follows each of `tokens`, given in turns of up to `most` and as the runner allows.
-fn fed(runner: &mut CpuRunner<'_>, row: Row, tokens: &[u32], most: usize) -> Vec<u32> {
-    let (mut all, mut out, mut at) = (Vec::new(), Vec::new(), 0);
-    while at < tokens.len() {
-        let n = most.min(1 + runner.drafts(row)).min(tokens.len() - at);
-        let (tokens, draw) = (&tokens[at..at + n], at as i32);
-        let turn = Turn { row, tokens, choice: &CHOICE, draw, recent: &tokens[..1] };
-        runner.step(&[turn], &mut out).unwrap();
-        all.append(&mut out[0]);
-        at += n;
-    }
-    all
 }
 
 #[test]

@@ -11,10 +11,9 @@ mod layer;
 mod tests;
 
 use faer::Mat;
-use kvwarp::rms_norm;
 
 use super::ConvertError;
-use super::learn::{Streams, see};
+use super::learn::{Streams, input, see};
 use super::staged::decoded;
 use crate::model::{Layer, Model, ModelError};
 use crate::source::Source;
@@ -76,8 +75,7 @@ fn examples(
     let o = matrix(&decoded(source, &format!("blk.{n}.attn_output"), config.width, inner)?, inner);
     let mut examples = Vec::new();
     for (before, now) in before.iter_mut().zip(now.iter()) {
-        let mut g = vec![0.0; now.len()];
-        rms_norm::cpu(now, &layer.attn_norm, config.rms_eps, &mut g)?;
+        let g = input(config, &layer, now)?;
         let ahead = matrix(before, config.width) - matrix(now, config.width);
         let mix = matrix(&see(model, &layer, before, watch)?.mix, inner);
         let wanted = mix * o.transpose() + ahead;

@@ -2,11 +2,13 @@
 //! into attention, and which pairs matter.
 
 use faer::Mat;
+use kvwarp::rms_norm;
 
 use super::algebra::{add_product, matrix};
 use super::search::{Heads, Text, search};
 use super::state::State;
 use super::{ConvertError, Request};
+use crate::config::Config;
 use crate::model::{Layer, Model, Seen, Work};
 use crate::source::Source;
 use crate::watch::Watch;
@@ -29,6 +31,13 @@ pub fn see(
     let mut work = Work::seeing();
     model.alone(layer, x, &mut work, watch)?;
     Ok(work.seen.unwrap_or_default())
+}
+
+/// The input of attention in `layer`, of the residual stream `x`.
+pub fn input(config: &Config, layer: &Layer<'_>, x: &[f32]) -> kvwarp::Result<Vec<f32>> {
+    let mut h = vec![0.0; x.len()];
+    rms_norm::cpu(x, &layer.attn_norm, config.rms_eps, &mut h)?;
+    Ok(h)
 }
 
 /// Adds the order of pairs of each layer to `state`, as far as it has none, saving it after each; returns the second

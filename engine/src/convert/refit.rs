@@ -9,10 +9,9 @@
 //!   before, from what attention gives now.
 
 use faer::Mat;
-use kvwarp::rms_norm;
 
 use super::algebra::{add_product, least_squares, matrix, stacked, values};
-use super::learn::{Streams, see};
+use super::learn::{Streams, input, see};
 use super::staged::{Factors, Projections, channels, decoded, put};
 use super::weigh::Weights;
 use super::{Budget, ConvertError};
@@ -36,8 +35,7 @@ pub fn refit(
         let mut fit = Fit::new(&source.config);
         for (x, now) in streams.iter_mut().zip(&now) {
             let seen = see(model, &layer, x, watch)?;
-            let mut g = vec![0.0; now.len()];
-            rms_norm::cpu(now, &layer.attn_norm, source.config.rms_eps, &mut g)?;
+            let g = input(&source.config, &layer, now)?;
             fit.add(&matrix(&g, source.config.width), &matrix(&seen.h, source.config.width));
             mixes.push(seen.mix);
         }

@@ -62,12 +62,14 @@ pub(super) fn scores(
             }
         }
         // Also LagKV of texts too short for two partitions.
-        _ => scores
-            .chunks_exact_mut(n)
-            .flat_map(|row| row.iter_mut().enumerate())
-            .for_each(|(i, score)| *score = unseen(evict, layer, i)),
+        _ => return Ok(all_unseen(evict, layer, heads.len(), n)),
     }
     Ok(scores)
+}
+
+/// `[heads, n]` of a method that looks at no token.
+pub(crate) fn all_unseen(evict: &Evict, layer: usize, heads: usize, n: usize) -> Vec<f32> {
+    (0..n).map(|i| unseen(evict, layer, i)).collect::<Vec<_>>().repeat(heads)
 }
 
 /// kvpress's LagKV: the rank of each token within its partition, as a share.
@@ -95,7 +97,7 @@ pub(crate) fn rank(scores: &mut [f32], lag: usize) {
 }
 
 /// Score of token `i` by a method that looks at no token: the newer, or chance.
-pub(crate) fn unseen(evict: &Evict, layer: usize, i: usize) -> f32 {
+fn unseen(evict: &Evict, layer: usize, i: usize) -> f32 {
     if evict.method() != Method::Random {
         return i as f32;
     }

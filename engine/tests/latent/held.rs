@@ -9,7 +9,7 @@ use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 
 use super::support::models::{model, text};
-use super::support::schedule::{alone, requests, run, watched};
+use super::support::schedule::{alone, fed, requests, run, watched};
 use super::{MODELS, spec, staged};
 
 const F16: usize = Format::F16 as usize;
@@ -66,20 +66,6 @@ fn bytes_are_those_of_the_formula() {
         cache.close(row);
         assert_eq!(cache.free()[F16], cache.free().into_iter().max().unwrap());
     }
-}
-
-/// What follows each of `tokens`, in turns of up to `most` and as the runner allows.
-fn fed(runner: &mut CpuRunner<'_>, row: Row, tokens: &[u32], most: usize) -> Vec<u32> {
-    let (mut all, mut out, mut at) = (Vec::new(), Vec::new(), 0);
-    while at < tokens.len() {
-        let n = most.min(1 + runner.drafts(row)).min(tokens.len() - at);
-        let (tokens, draw) = (&tokens[at..at + n], at as i32);
-        let turn = Turn { row, tokens, choice: &CHOICE, draw, recent: &tokens[..1] };
-        runner.step(&[turn], &mut out).unwrap();
-        all.append(&mut out[0]);
-        at += n;
-    }
-    all
 }
 
 /// A runner with a sequence of `n` tokens.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use kvwarp::sample::Sampling;
 use kvwarp_engine::batch::{Batch, Done, Event, Request};
 use kvwarp_engine::generate::End;
-use kvwarp_engine::runner::{Choice, RunError, Runner, Turn};
+use kvwarp_engine::runner::{Choice, Row, RunError, Runner, Turn};
 use kvwarp_engine::watch::Watch;
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, RngExt};
@@ -16,6 +16,20 @@ use rand::{Rng, RngExt};
 pub fn watched<T>(body: impl FnOnce(&mut Watch<'_>) -> T) -> T {
     let (stop, mut step) = (AtomicBool::new(false), |_| {});
     body(&mut Watch::new(&stop, &mut step))
+}
+
+/// What follows each of `tokens`, given in turns of up to `most` and as the runner allows.
+pub fn fed(runner: &mut impl Runner, row: Row, tokens: &[u32], most: usize) -> Vec<u32> {
+    let (mut all, mut out, mut at) = (Vec::new(), Vec::new(), 0);
+    while at < tokens.len() {
+        let n = most.min(1 + runner.drafts(row)).min(tokens.len() - at);
+        let (tokens, draw) = (&tokens[at..at + n], at as i32);
+        let turn = Turn { row, tokens, choice: &Choice::GREEDY, draw, recent: &tokens[..1] };
+        runner.step(&[turn], &mut out).unwrap();
+        all.append(&mut out[0]);
+        at += n;
+    }
+    all
 }
 
 /// `n` requests of prompts up to `prompt` tokens below 250, most of which begin like others, and short answers.

@@ -6,6 +6,7 @@ use super::block::{Block, Weights};
 use super::matrix;
 use crate::config::{Config, Elite};
 use crate::convert::ConvertError;
+use crate::convert::algebra::{stacked, values};
 use crate::convert::staged::{Factors, Projections, channels, decoded, put};
 use crate::source::Source;
 
@@ -62,10 +63,10 @@ pub fn write(
     }
     staged.weights.put(&name(n, "attn_q"), q.ncols(), &rows)?;
     let wide = |x: &Mat<f32>| Mat::from_fn(x.nrows(), x.ncols(), |i, j| f64::from(x[(i, j)]));
-    let b = crate::convert::algebra::stacked(&[&wide(b_k), &wide(b_v)]);
+    let b = stacked(&[&wide(b_k), &wide(b_v)]);
     let factors = Factors { elite: wide(elite), a: wide(a), b };
     put(staged, n, &Projections::of(source, n)?, &factors)?;
-    let o = crate::convert::algebra::values(&wide(o));
+    let o = values(&wide(o));
     Ok(staged.weights.put(&name(n, "attn_output"), q.nrows(), &o)?)
 }
 

@@ -10,7 +10,7 @@ use super::choose::Choice;
 use crate::gpu::Gpu;
 use crate::gpu::ops::{at, params};
 use crate::gpu::platform::Result;
-use crate::policy::{Evict, Method, Policy, Scored, rank, unseen};
+use crate::policy::{Evict, Keep, Method, Policy, Scored, all_unseen, rank};
 use crate::runner::{Row, RunError};
 use crate::spec::CacheSpec;
 
@@ -154,10 +154,7 @@ impl Gpu {
                 self.read_scores(choice, (&mut all, n), 0..n)?;
                 all.iter_mut().for_each(|norm| *norm = -*norm);
             }
-            _ => all
-                .chunks_exact_mut(n)
-                .flat_map(|head| head.iter_mut().enumerate())
-                .for_each(|(i, score)| *score = unseen(&evict, layer, i)),
+            _ => return Ok(all_unseen(&evict, layer, scored.heads(), n)),
         }
         Ok(all)
     }
@@ -198,9 +195,7 @@ impl Gpu {
 }
 
 /// Notes what heads of settled layers keep: staged layers keep all until then.
-fn note(
-    settled: &mut Vec<Kept>,
-) -> impl FnMut(usize, &mut Scored, Vec<Vec<u32>>, bool) -> Result<(), RunError> {
+fn note(settled: &mut Vec<Kept>) -> impl Keep<RunError> {
     |layer, scored, kept, for_good| {
         match for_good {
             true => settled.push((layer, kept)),
