@@ -1,10 +1,10 @@
 // head_linear: y = W_h x for the query heads of each kv head h: what makes latent queries of EliteKV's queries, and heads
 // of its latent outputs.
 //
-// Math      y[t, h G + g, i] = sum_j W[h, i, j] x[t, h G + g, j], products exact, sums f32; beyond the range of f16
+// Math      y[t, h G + g, i] = b[h, i] + sum_j W[h, i, j] x[t, h G + g, j], products exact, sums f32; beyond the range of f16
 //           +-65504. Absorbed: W = B_K of the head [c, D - 2 r] makes q of lowrank_kv; expanded: W = B_V [D, c] makes
 //           what W_o takes (arXiv:2503.01586)
-// Shapes    weight [H, rows, cols] f16, x [T, H * G, cols] f16 with strides, y [T, H * G, rows] f16
+// Shapes    weight [H, rows, cols] f16, bias [H, rows] f32 or none, x [T, H * G, cols] f16 with strides, y [T, H * G, rows] f16
 // Layout    W is the M = 16 operand of mma.m16n8k16, the T G rows of x that meet it are the N = 8 one
 // Bytes     W once, x, y -> kvw_head_linear_bytes()
 // Launch    grid (row tiles, H, T G / 16), 256 threads. cols <= 256: a warp takes 16 rows; else eight warps share
@@ -88,7 +88,10 @@ PRIM void multiply(const Columns& columns, int row, int column, int first, int s
 
 // Element (row, column) of a C fragment: i of tile n.
 PRIM void store(const Columns& columns, int row, int column, float sum) {
-    if (row < columns.p.rows && column < columns.count()) columns.y(column)[row] = kvw::half_saturated(sum);
+    const Params& p = columns.p;
+    if (row >= p.rows || column >= columns.count()) return;
+    if (p.bias) sum += p.bias[(KVW_FAULT(445) ? 0 : columns.head) * p.rows + row];
+    columns.y(column)[row] = kvw::half_saturated(sum);
 }
 
 template <int TILES> __global__ void __launch_bounds__(THREADS, 2) alone(const __grid_constant__ Params p) {
@@ -132,6 +135,7 @@ kvw_status kvw_head_linear_check(const kvw_head_linear_params* p) {
     KVW_REQUIRED(*p, weight);
     KVW_REQUIRED(*p, x);
     KVW_REQUIRED(*p, y);
+    KVW_OPTIONAL(*p, bias);
     KVW_REQUIRE(p->kv_heads >= 1 && p->kv_heads <= kvw::GRID_YZ_MAX, SHAPE, kv_heads);
     KVW_REQUIRE(p->q_heads >= 1 && p->q_heads % p->kv_heads == 0, SHAPE, q_heads);
     int64_t columns = int64_t(p->tokens) * (p->q_heads / p->kv_heads);
@@ -150,7 +154,8 @@ size_t kvw_head_linear_workspace(const kvw_head_linear_params*) { return 0; }
 size_t kvw_head_linear_bytes(const kvw_head_linear_params* p) {
     if (kvw_head_linear_check(p) != KVW_OK) return 0;
     size_t rows = size_t(p->rows), cols = size_t(p->cols);
-    return 2 * (p->kv_heads * rows * cols + size_t(p->tokens) * p->q_heads * (rows + cols));
+    size_t bias = p->bias ? 4 * p->kv_heads * rows : 0;
+    return bias + 2 * (p->kv_heads * rows * cols + size_t(p->tokens) * p->q_heads * (rows + cols));
 }
 
 kvw_status kvw_head_linear(const kvw_head_linear_params* p, kvw_stream stream) {

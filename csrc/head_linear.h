@@ -9,6 +9,7 @@ typedef struct kvw_head_linear_params {
     const void *weight;    /* [H, rows, cols] f16 */
     const void *x;         /* T rows of x_stride elements, H * G heads of each head_stride apart, cols read; f16 */
     void *y;               /* [T, H * G, rows] f16 */
+    const float *bias;     /* [H, rows], added to every row of its head; or null */
     int64_t x_stride;      /* a multiple of 8 */
     int32_t x_head_stride; /* a multiple of 8 */
     int32_t kv_heads;      /* H */

@@ -1,14 +1,16 @@
-// lowrank_kv: rows of EliteKV's cache written, and the newest token of each sequence attending to them.
+// lowrank_kv: rows of EliteKV's cache written and read, and the newest tokens of each sequence attending to them.
 //
-// Math      APPEND: row[slot] = (z, k). ATTEND: s[t] = scale * (q . z[t] + q_elite . k[t]), q = B_K q_rest absorbed;
-//           out = sum_t w[t] z[t], w = softmax(s): what B_V makes the head's output (arXiv:2503.01586, as in MLA)
-// Shapes    z [T, c], k [T, H, 2 r], q and out [S, H * G, c], q_elite [S, H * G] rows of 2 r, all f16; lse
-//           [S, H * G] f32. Query head h * G + g reads the elite keys of kv head h, and z as every head does
+// Math      APPEND: row[slot] = (z, k); READ: (z, k) = row[slot]. ATTEND: s[t] = scale * (q . z[t] + q_elite . k[t]),
+//           q = B_K q_rest absorbed, of tokens t up to the query's own; out = sum_t w[t] z[t], w = softmax(s): what B_V
+//           makes the head's output (arXiv:2503.01586, as in MLA)
+// Shapes    z [T, c], k [T, H, 2 r], q and out [S, N, H * G, c], q_elite [S, N, H * G] rows of 2 r, all f16; lse
+//           [S, N, H * G] f32; N = q_len. Query head h * G + g reads the elite keys of kv head h, and z as all do
 // Layout    slabs of common/latent.cuh, found through a page table
-// Bytes     APPEND: a row read and written. ATTEND: every row once, q, q_elite and out -> kvw_lowrank_kv_bytes()
-// Launch    APPEND: grid (tiles of 16 tokens, S), 256 threads. ATTEND: grid (shares, groups of heads), 8 warps; then
-//           merge, grid (512 channels, H * G, S), 128 threads. Dynamic shared memory for two tiles where the device has
-//           it, else for one, and rank is refused where that is too much: at c = 2048, r = 12, H = 32 175 KB or 97 KB
+// Bytes     APPEND, READ: a row read and written. ATTEND: every row once, q, q_elite and out -> kvw_lowrank_kv_bytes()
+// Launch    APPEND, READ: grid (tiles of 16 tokens, S), 256 threads. ATTEND: grid (shares, groups of heads), 8 warps;
+//           then merge, grid (512 channels, N * H * G, S), 128 threads. Dynamic shared memory for two tiles where the
+//           device has it, else for one, and rank is refused where that is too much: at c = 2048, r = 12, H = 32
+//           175 KB or 97 KB
 // Workspace of each sequence where its parts begin and how many they are, then two blocks of partial rows a CTA
 // Order     deterministic: warps, then parts, are added in order
 // Oracle    src/lowrank_kv/oracle.rs
@@ -27,9 +29,11 @@
 // 4. Elite keys are channels too. For a tile of 8 query heads the queries are block diagonal there: column h has its
 //    2 r elements where its kv head's lie and zeros elsewhere, so keys of several heads take the mma that one head
 //    would. Items, blocks of such channels, are dealt to the warps.
-// 5. Work is cut as in paged_attn (common/streamk.cuh), in slabs; but a partial row is 4 c bytes a head, 131 KB for
+// 5. Heads of N query tokens are as many heads: those of neighbouring tokens share a CTA and with it the tile, and
+//    only the end of a sequence is not alike for all. A tile of 8 in which two tokens meet has items of all kv heads.
+// 6. Work is cut as in paged_attn (common/streamk.cuh), in slabs; but a partial row is 4 c bytes a head, 131 KB for
 //    16 heads at c = 2048, so parts are merged by a launch of its own that all SMs share, not by the last CTA.
-// 6. Predicted for H100 at c = 1792, r = 4, H = 32 (4096 bytes a token): a tile comes in 2600 clocks to each of two
+// 7. Predicted for H100 at c = 1792, r = 4, H = 32 (4096 bytes a token): a tile comes in 2600 clocks to each of two
 //    groups, 16 * 4096 bytes at 12.5 bytes a clock and SM; its 56 HMMA a warp are 370 clocks of the tensor pipe, two
 //    warps each. SASS of a tile, of the kernel for c to 2048: 474 instructions on sm_80, 473 on sm_89, 497 on sm_90a,
 //    66 of them HMMA (tests/sass.txt), 1000 issue slots of the 2600 for two warps: bound by memory. No run on a GPU yet.
@@ -46,12 +50,13 @@ using namespace kvw;
 using Params = kvw_lowrank_kv_params;
 
 constexpr int THREADS = 32 * LATENT_WARPS, MERGE_THREADS = 128;
-constexpr int MOST_CTAS = 4096, MOST_LEAST = 1 << 16, DEFAULT_LEAST = 8;
+constexpr int MOST_CTAS = 4096, MOST_LEAST = 1 << 16, DEFAULT_LEAST = 8, MOST_ROWS = 16;
 
-// ---- rows into slabs
+// ---- rows into slabs, or out of them
 
-// A tile of 16 slots; ONE: a sequence has one new token at most.
-template <bool ONE> __global__ void __launch_bounds__(THREADS) append(const __grid_constant__ Params p) {
+// A tile of 16 slots; ONE: one token of a sequence at most.
+template <bool ONE, bool READ>
+__global__ void __launch_bounds__(THREADS) rows(const __grid_constant__ Params p) {
     const kvw_latent& c = p.cache;
     int s = int(blockIdx.y), from = p.cu_tokens ? p.cu_tokens[s] : s;
     int n = p.cu_tokens ? p.cu_tokens[s + 1] - from : 1, len = c.lens[s], start = len - n;
@@ -59,7 +64,7 @@ template <bool ONE> __global__ void __launch_bounds__(THREADS) append(const __gr
     if (n <= 0 || start < 0 || tile * TILE_TOKENS >= len) return;
     uint32_t entry = latent_entry(c, s, tile / SLAB_TILES);
     if (entry == NO_SLAB) return;
-    unsigned char* to = latent_tile(c, entry, tile % SLAB_TILES);
+    unsigned char* slots = latent_tile(c, entry, tile % SLAB_TILES);
     int columns = latent_columns(c), of_z = c.rank / COLUMN, rounded = (columns + 1) / 2 * 2;
     for (int i = int(threadIdx.x); i < (ONE ? columns : rounded * TILE_TOKENS); i += THREADS) {
         // 32 bytes of a token's row at once, 256 of a column by a warp.
@@ -68,10 +73,13 @@ template <bool ONE> __global__ void __launch_bounds__(THREADS) append(const __gr
         bool ours = (slot >= start || KVW_FAULT(430)) && slot < len;
         if (column >= columns || !ours) continue;
         int64_t row = from + (slot - start);
-        const __half* x = column < of_z
-                              ? static_cast<const __half*>(p.z) + row * p.z_stride + column * COLUMN
-                              : static_cast<const __half*>(p.k) + row * p.k_stride + (column - of_z) * COLUMN;
-        prim::stg128(to + column * COLUMN_BYTES + token * 16, prim::ldg128_stream(x));
+        __half* x = column < of_z ? static_cast<__half*>(p.z) + row * p.z_stride + column * COLUMN
+                                  : static_cast<__half*>(p.k) + row * p.k_stride + (column - of_z) * COLUMN;
+        unsigned char* held = slots + column * COLUMN_BYTES + token * 16;
+        if (READ)
+            prim::stg128(x, prim::ldg128_stream(held));
+        else
+            prim::stg128(held, prim::ldg128_stream(x));
     }
 }
 
@@ -87,7 +95,8 @@ template <int NT, int BLOCKS>
 PRIM void attend_piece(const Params& p, const Work& work, int head, LatentRing& ring,
                        const Shared<NT>& shared, Attention<NT, BLOCKS>& a) {
     int s = work.head, warp = int(threadIdx.x) / 32, end = work.unit + work.take() + KVW_FAULT(422);
-    TileWalk walk(p.cache, s, work.unit * KVW_SLAB_TOKENS, min(end * KVW_SLAB_TOKENS, p.cache.lens[s]));
+    const int len = p.cache.lens[s];
+    TileWalk walk(p.cache, s, work.unit * KVW_SLAB_TOKENS, min(end * KVW_SLAB_TOKENS, len));
     const bool two = ring.stages == 2;
     int first = -1, ahead = -1; // tokens of the tile at hand, of the one after it
 #pragma unroll 1
@@ -102,11 +111,11 @@ PRIM void attend_piece(const Params& p, const Work& work, int head, LatentRing& 
         if (first < 0) break;
         unsigned char* buffer = ring.take();
         __syncwarp();
-        int live = walk.until - first + KVW_FAULT(413);
+        int live = len - first + KVW_FAULT(413);
         if (live < TILE_TOKENS && !KVW_FAULT(416)) ring.clear_past(buffer, live);
         a.scores(ring, buffer, part);
         if (!KVW_FAULT(411)) __syncthreads();
-        add_parts(shared, unit, live);
+        add_parts(p, head, shared, unit, live);
         if (!KVW_FAULT(412)) __syncthreads();
         uint32_t b[NT][2];
         a.softmax(shared.scores, b);
@@ -212,7 +221,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge(const __grid_constant__ P
                h % plan.heads * (p.cache.rank + ROW_EXTRA);
     };
     Merged sum = merge_rows<0>(row, parts.count - KVW_FAULT(421), ROW_EXTRA + c);
-    size_t at = size_t(s) * p.q_heads + h;
+    size_t at = size_t(s) * query_rows(p) + h;
     put4(static_cast<__half*>(p.out) + at * p.cache.rank + c, false, normalised(sum));
     if (p.lse && c == 0) p.lse[at] = log_sum_exp(sum);
 }
@@ -220,18 +229,18 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge(const __grid_constant__ P
 // Heads a CTA: what the outputs allow, and no more than there are.
 int heads_of(const Params& p) {
     int most = p.cache.rank <= 512 ? 32 : p.cache.rank <= 2048 ? 16 : 8;
-    return p.q_heads <= 16 ? std::min(most, 16) : most;
+    return query_rows(p) <= 16 ? std::min(most, 16) : most;
 }
 
 Plan plan_of(const Params& p) {
     Plan plan{p, heads_of(p), 0, 0, 0, 2, 0};
     int ctas = p.ctas ? p.ctas : plan.heads * p.cache.rank <= 8192 ? 264 : 132; // two CTAs an SM, or one
     if (p.least == 0) plan.p.least = DEFAULT_LEAST;
-    plan.groups = (p.q_heads + plan.heads - 1) / plan.heads;
+    plan.groups = (query_rows(p) + plan.heads - 1) / plan.heads;
     int64_t units = int64_t(p.cache.seqs) * p.max_slabs;
     plan.shares =
         int(std::min<int64_t>(std::max(1, ctas / plan.groups), (units + plan.p.least - 1) / plan.p.least));
-    for (int head = 0; head < p.q_heads; head += plan.heads)
+    for (int head = 0; head < query_rows(p); head += plan.heads)
         plan.items = std::max(plan.items, count_items(p, head, plan.heads / 8));
     int blocks = (p.cache.rank / BLOCK_CHANNELS + LATENT_WARPS - 1) / LATENT_WARPS;
     plan.buffer = (blocks + (plan.items + LATENT_WARPS - 1) / LATENT_WARPS) * BLOCK_BYTES;
@@ -260,9 +269,9 @@ template <int NT, int BLOCKS> kvw_status launch_attend(Plan plan, kvw_stream str
     dim3 grid(unsigned(plan.shares), unsigned(plan.groups));
     KVW_TRY(KVW_LAUNCH((attend<NT, BLOCKS>), grid, THREADS, shared_bytes(plan), stream, plan));
     if (plan.shares == 1) return KVW_OK;
-    dim3 rows(unsigned((c.rank / 4 + MERGE_THREADS - 1) / MERGE_THREADS), unsigned(plan.p.q_heads),
-              unsigned(c.seqs));
-    return KVW_LAUNCH(merge, rows, MERGE_THREADS, 0, stream, plan);
+    dim3 outputs(unsigned((c.rank / 4 + MERGE_THREADS - 1) / MERGE_THREADS), unsigned(query_rows(plan.p)),
+                 unsigned(c.seqs));
+    return KVW_LAUNCH(merge, outputs, MERGE_THREADS, 0, stream, plan);
 }
 
 kvw_status launch_attend(const Plan& plan, kvw_stream stream) {
@@ -275,15 +284,15 @@ kvw_status launch_attend(const Plan& plan, kvw_stream stream) {
     return rank <= 1024 ? launch_attend<2, 8>(plan, stream) : launch_attend<2, 16>(plan, stream);
 }
 
-kvw_status launch_append(const Params& p, kvw_stream stream) {
+template <bool READ> kvw_status launch_rows(const Params& p, kvw_stream stream) {
     dim3 one(1, unsigned(p.cache.seqs));
-    if (p.max_tokens == 1) return KVW_LAUNCH((append<true>), one, THREADS, 0, stream, p);
+    if (p.max_tokens == 1) return KVW_LAUNCH((rows<true, READ>), one, THREADS, 0, stream, p);
     // A run of max_tokens slots touches one aligned tile more than it fills.
     dim3 tiles(unsigned((p.max_tokens + TILE_TOKENS - 2) / TILE_TOKENS + 1), unsigned(p.cache.seqs));
-    return KVW_LAUNCH((append<false>), tiles, THREADS, 0, stream, p);
+    return KVW_LAUNCH((rows<false, READ>), tiles, THREADS, 0, stream, p);
 }
 
-kvw_status check_append(const Params& p) {
+kvw_status check_rows(const Params& p) {
     const kvw_latent& c = p.cache;
     KVW_REQUIRED(p, z);
     KVW_REQUIRED(p, k);
@@ -306,6 +315,7 @@ kvw_status check_attend_numbers(const Params& p) {
     KVW_REQUIRE(p.ctas >= 0 && p.ctas <= MOST_CTAS, SHAPE, ctas);
     KVW_REQUIRE(p.least >= 0 && p.least <= MOST_LEAST, SHAPE, least);
     KVW_REQUIRE(std::isfinite(p.scale) && p.scale > 0.f, SHAPE, scale);
+    KVW_REQUIRE(p.q_len >= 1 && p.q_len <= MOST_ROWS, SHAPE, q_len);
     return KVW_OK;
 }
 } // namespace
@@ -318,9 +328,10 @@ size_t kvw_latent_slab_bytes(int32_t rank, int32_t pairs, int32_t kv_heads) {
 
 kvw_status kvw_lowrank_kv_check(const kvw_lowrank_kv_params* p) {
     KVW_CHECK_PARAMS(p);
-    KVW_REQUIRE(p->op == KVW_LOWRANK_APPEND || p->op == KVW_LOWRANK_ATTEND, SHAPE, op);
+    KVW_REQUIRE(p->op >= KVW_LOWRANK_APPEND && p->op <= KVW_LOWRANK_READ, SHAPE, op);
+    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
     KVW_TRY(check_latent(p->cache));
-    if (p->op == KVW_LOWRANK_APPEND) return check_append(*p);
+    if (p->op != KVW_LOWRANK_ATTEND) return check_rows(*p);
     KVW_TRY(check_attend_numbers(*p));
     KVW_REQUIRED(*p, q);
     KVW_REQUIRED(*p, q_elite);
@@ -333,7 +344,7 @@ kvw_status kvw_lowrank_kv_check(const kvw_lowrank_kv_params* p) {
 
 size_t kvw_lowrank_kv_workspace(const kvw_lowrank_kv_params* p) {
     if (!p || p->struct_size != sizeof *p || p->op != KVW_LOWRANK_ATTEND ||
-        check_latent(p->cache) != KVW_OK || check_attend_numbers(*p) != KVW_OK)
+        check_latent_numbers(p->cache) != KVW_OK || check_attend_numbers(*p) != KVW_OK)
         return 0;
     Plan plan = plan_of(*p);
     size_t rows = size_t(plan.groups) * plan.shares * 2 * plan.heads;
@@ -344,12 +355,14 @@ size_t kvw_lowrank_kv_bytes(const kvw_lowrank_kv_params* p) {
     if (kvw_lowrank_kv_check(p) != KVW_OK) return 0;
     const kvw_latent& c = p->cache;
     size_t row = 2 * size_t(latent_width(c)), seqs = size_t(c.seqs);
-    if (p->op == KVW_LOWRANK_APPEND) return p->tokens * 2 * row;
-    return seqs * p->max_slabs * KVW_SLAB_TOKENS * row + seqs * p->q_heads * 4 * size_t(c.rank + c.pairs);
+    if (p->op != KVW_LOWRANK_ATTEND) return p->tokens * 2 * row;
+    size_t queries = seqs * query_rows(*p);
+    return seqs * p->max_slabs * KVW_SLAB_TOKENS * row + queries * 4 * size_t(c.rank + c.pairs);
 }
 
 kvw_status kvw_lowrank_kv(const kvw_lowrank_kv_params* p, kvw_stream stream) {
     KVW_TRY(kvw_lowrank_kv_check(p));
-    if (p->op == KVW_LOWRANK_APPEND) return launch_append(*p, stream);
+    if (p->op == KVW_LOWRANK_APPEND) return launch_rows<false>(*p, stream);
+    if (p->op == KVW_LOWRANK_READ) return launch_rows<true>(*p, stream);
     return launch_attend(plan_of(*p), stream);
 }

@@ -1,4 +1,4 @@
-/* lowrank_kv.h - EliteKV's cache: one latent for all heads and a few rotated pairs of each, written and attended to.
+/* lowrank_kv.h - EliteKV's cache: one latent for all heads and a few rotated pairs of each, written, read, attended to.
  *
  * A query head's row of D elements is [r first halves of its elite pairs | r second halves | the D - 2 r others]: an
  * engine permutes the rows of W_q when it loads them, and those of W_k that remain, so that rope_select turns the first
@@ -11,7 +11,8 @@
 #include "slab.h"
 
 #define KVW_LOWRANK_APPEND 0 /* write rows of new tokens, one or many a sequence */
-#define KVW_LOWRANK_ATTEND 1 /* attention of the newest token of each sequence */
+#define KVW_LOWRANK_ATTEND 1 /* attention of the newest tokens of each sequence */
+#define KVW_LOWRANK_READ 2   /* rows of tokens that are held, one or many a sequence; those in holes stay as they are */
 
 #define KVW_LATENT_MOST 2432 /* largest rank */
 
@@ -22,7 +23,7 @@ typedef struct kvw_latent {
     int32_t seqs;          /* S >= 1 */
     int32_t kv_heads;      /* H >= 1 */
     int32_t pairs;         /* r elite pairs a head, 1 to 64, r * H a multiple of 4 */
-    int32_t rank;          /* c, a multiple of 16 from 128 to KVW_LATENT_MOST */
+    int32_t rank;          /* c, a multiple of 16 to KVW_LATENT_MOST */
     int32_t table_stride;  /* entries a row */
     int32_t reserved;      /* 0 */
 } kvw_latent;
@@ -31,26 +32,28 @@ typedef struct kvw_lowrank_kv_params {
     uint32_t struct_size;     /* sizeof(kvw_lowrank_kv_params) */
     int32_t op;               /* KVW_LOWRANK_* */
     kvw_latent cache;
-    const void *z;            /* APPEND: [T, c] f16 */
-    const void *k;            /* APPEND: [T, H, 2 r] f16, rotated */
-    const int32_t *cu_tokens; /* APPEND: [S + 1] first row of each sequence, at slots len - n ..; null: one row each */
-    const void *q;            /* ATTEND: [S, H * G, c] f16, latent queries */
+    void *z;                  /* APPEND: [T, c] f16, READ writes it */
+    void *k;                  /* APPEND: [T, H, 2 r] f16, rotated; READ writes it */
+    const int32_t *cu_tokens; /* APPEND, READ: [S + 1] first row of each, at slots len - n ..; null: one row each */
+    const void *q;            /* ATTEND: [S, q_len, H * G, c] f16, latent queries */
     const void *q_elite;      /* ATTEND: 2 r rotated elements a query head, f16 */
-    void *out;                /* ATTEND: [S, H * G, c] f16, sums of p * z; zeros where there are no tokens */
-    float *lse;               /* ATTEND: [S, H * G] natural-log sum of exponentials, or null; -inf where no tokens */
+    void *out;                /* ATTEND: [S, q_len, H * G, c] f16, sums of p * z; zeros where no tokens are seen */
+    float *lse;               /* ATTEND: [S, q_len, H * G] natural-log sum of exponentials, -inf of none; or null */
     void *workspace;          /* ATTEND: kvw_lowrank_kv_workspace() bytes, not for two calls at the same time */
     size_t workspace_bytes;
     int64_t z_stride;         /* elements between tokens of z, a multiple of 8 */
     int64_t k_stride;         /* elements between tokens of k, a multiple of 8 */
-    int64_t q_elite_stride;   /* elements between sequences of q_elite, even */
+    int64_t q_elite_stride;   /* elements between query tokens of q_elite, even */
     int32_t head_stride;      /* elements between heads of q_elite, even: D where they lie in the queries */
-    int32_t tokens;           /* APPEND: T */
-    int32_t max_tokens;       /* APPEND: most new tokens of a sequence */
+    int32_t tokens;           /* APPEND, READ: T */
+    int32_t max_tokens;       /* APPEND, READ: most of these tokens of a sequence */
     int32_t q_heads;          /* ATTEND: H * G, at most 1024 */
     int32_t max_slabs;        /* ATTEND: bound on ceil(len / 64) */
     int32_t ctas;             /* ATTEND: CTAs that share the work, to 4096; 0 = what 132 SMs hold at once */
     int32_t least;            /* ATTEND: slabs a CTA takes at least, to 65536; 0 = 8 */
     float scale;              /* ATTEND: of a score, 1 / sqrt(D) */
+    int32_t q_len;            /* ATTEND: newest tokens of each sequence, 1 to 16; each sees those up to itself */
+    int32_t reserved;         /* 0 */
 } kvw_lowrank_kv_params;
 
 /* 128 (c + 2 r H): 64 rows of f16; 0 for numbers that are refused. */

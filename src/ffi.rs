@@ -35,6 +35,7 @@ pub const KVW_PACK_FILL: i32 = 1;
 pub const KVW_PACK_FLUSH: i32 = 2;
 pub const KVW_LOWRANK_APPEND: i32 = 0;
 pub const KVW_LOWRANK_ATTEND: i32 = 1;
+pub const KVW_LOWRANK_READ: i32 = 2;
 pub const KVW_LATENT_MOST: i32 = 2432;
 pub const KVW_PAGED_ATTN_TICKETS: i32 = 16384;
 pub const KVW_ROPE_INTERLEAVED: i32 = 0;
@@ -237,6 +238,8 @@ pub struct kvw_head_linear_params {
     pub x: *const ::core::ffi::c_void,
     #[doc = " [T, H * G, rows] f16"]
     pub y: *mut ::core::ffi::c_void,
+    #[doc = " [H, rows], added to every row of its head; or null"]
+    pub bias: *const f32,
     #[doc = " a multiple of 8"]
     pub x_stride: i64,
     #[doc = " a multiple of 8"]
@@ -253,7 +256,7 @@ pub struct kvw_head_linear_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_head_linear_params"][::core::mem::size_of::<kvw_head_linear_params>() - 64usize];
+    ["Size of kvw_head_linear_params"][::core::mem::size_of::<kvw_head_linear_params>() - 72usize];
     ["Alignment of kvw_head_linear_params"]
         [::core::mem::align_of::<kvw_head_linear_params>() - 8usize];
     ["Offset of field: kvw_head_linear_params::struct_size"]
@@ -266,20 +269,22 @@ const _: () = {
         [::core::mem::offset_of!(kvw_head_linear_params, x) - 16usize];
     ["Offset of field: kvw_head_linear_params::y"]
         [::core::mem::offset_of!(kvw_head_linear_params, y) - 24usize];
+    ["Offset of field: kvw_head_linear_params::bias"]
+        [::core::mem::offset_of!(kvw_head_linear_params, bias) - 32usize];
     ["Offset of field: kvw_head_linear_params::x_stride"]
-        [::core::mem::offset_of!(kvw_head_linear_params, x_stride) - 32usize];
+        [::core::mem::offset_of!(kvw_head_linear_params, x_stride) - 40usize];
     ["Offset of field: kvw_head_linear_params::x_head_stride"]
-        [::core::mem::offset_of!(kvw_head_linear_params, x_head_stride) - 40usize];
+        [::core::mem::offset_of!(kvw_head_linear_params, x_head_stride) - 48usize];
     ["Offset of field: kvw_head_linear_params::kv_heads"]
-        [::core::mem::offset_of!(kvw_head_linear_params, kv_heads) - 44usize];
+        [::core::mem::offset_of!(kvw_head_linear_params, kv_heads) - 52usize];
     ["Offset of field: kvw_head_linear_params::q_heads"]
-        [::core::mem::offset_of!(kvw_head_linear_params, q_heads) - 48usize];
+        [::core::mem::offset_of!(kvw_head_linear_params, q_heads) - 56usize];
     ["Offset of field: kvw_head_linear_params::rows"]
-        [::core::mem::offset_of!(kvw_head_linear_params, rows) - 52usize];
+        [::core::mem::offset_of!(kvw_head_linear_params, rows) - 60usize];
     ["Offset of field: kvw_head_linear_params::cols"]
-        [::core::mem::offset_of!(kvw_head_linear_params, cols) - 56usize];
+        [::core::mem::offset_of!(kvw_head_linear_params, cols) - 64usize];
     ["Offset of field: kvw_head_linear_params::reserved"]
-        [::core::mem::offset_of!(kvw_head_linear_params, reserved) - 60usize];
+        [::core::mem::offset_of!(kvw_head_linear_params, reserved) - 68usize];
 };
 impl Default for kvw_head_linear_params {
     fn default() -> Self {
@@ -589,7 +594,7 @@ pub struct kvw_latent {
     pub kv_heads: i32,
     #[doc = " r elite pairs a head, 1 to 64, r * H a multiple of 4"]
     pub pairs: i32,
-    #[doc = " c, a multiple of 16 from 128 to KVW_LATENT_MOST"]
+    #[doc = " c, a multiple of 16 to KVW_LATENT_MOST"]
     pub rank: i32,
     #[doc = " entries a row"]
     pub table_stride: i32,
@@ -630,19 +635,19 @@ pub struct kvw_lowrank_kv_params {
     #[doc = " KVW_LOWRANK_*"]
     pub op: i32,
     pub cache: kvw_latent,
-    #[doc = " APPEND: [T, c] f16"]
-    pub z: *const ::core::ffi::c_void,
-    #[doc = " APPEND: [T, H, 2 r] f16, rotated"]
-    pub k: *const ::core::ffi::c_void,
-    #[doc = " APPEND: [S + 1] first row of each sequence, at slots len - n ..; null: one row each"]
+    #[doc = " APPEND: [T, c] f16, READ writes it"]
+    pub z: *mut ::core::ffi::c_void,
+    #[doc = " APPEND: [T, H, 2 r] f16, rotated; READ writes it"]
+    pub k: *mut ::core::ffi::c_void,
+    #[doc = " APPEND, READ: [S + 1] first row of each, at slots len - n ..; null: one row each"]
     pub cu_tokens: *const i32,
-    #[doc = " ATTEND: [S, H * G, c] f16, latent queries"]
+    #[doc = " ATTEND: [S, q_len, H * G, c] f16, latent queries"]
     pub q: *const ::core::ffi::c_void,
     #[doc = " ATTEND: 2 r rotated elements a query head, f16"]
     pub q_elite: *const ::core::ffi::c_void,
-    #[doc = " ATTEND: [S, H * G, c] f16, sums of p * z; zeros where there are no tokens"]
+    #[doc = " ATTEND: [S, q_len, H * G, c] f16, sums of p * z; zeros where no tokens are seen"]
     pub out: *mut ::core::ffi::c_void,
-    #[doc = " ATTEND: [S, H * G] natural-log sum of exponentials, or null; -inf where no tokens"]
+    #[doc = " ATTEND: [S, q_len, H * G] natural-log sum of exponentials, -inf of none; or null"]
     pub lse: *mut f32,
     #[doc = " ATTEND: kvw_lowrank_kv_workspace() bytes, not for two calls at the same time"]
     pub workspace: *mut ::core::ffi::c_void,
@@ -651,13 +656,13 @@ pub struct kvw_lowrank_kv_params {
     pub z_stride: i64,
     #[doc = " elements between tokens of k, a multiple of 8"]
     pub k_stride: i64,
-    #[doc = " elements between sequences of q_elite, even"]
+    #[doc = " elements between query tokens of q_elite, even"]
     pub q_elite_stride: i64,
     #[doc = " elements between heads of q_elite, even: D where they lie in the queries"]
     pub head_stride: i32,
-    #[doc = " APPEND: T"]
+    #[doc = " APPEND, READ: T"]
     pub tokens: i32,
-    #[doc = " APPEND: most new tokens of a sequence"]
+    #[doc = " APPEND, READ: most of these tokens of a sequence"]
     pub max_tokens: i32,
     #[doc = " ATTEND: H * G, at most 1024"]
     pub q_heads: i32,
@@ -669,10 +674,14 @@ pub struct kvw_lowrank_kv_params {
     pub least: i32,
     #[doc = " ATTEND: of a score, 1 / sqrt(D)"]
     pub scale: f32,
+    #[doc = " ATTEND: newest tokens of each sequence, 1 to 16; each sees those up to itself"]
+    pub q_len: i32,
+    #[doc = " 0"]
+    pub reserved: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_lowrank_kv_params"][::core::mem::size_of::<kvw_lowrank_kv_params>() - 184usize];
+    ["Size of kvw_lowrank_kv_params"][::core::mem::size_of::<kvw_lowrank_kv_params>() - 192usize];
     ["Alignment of kvw_lowrank_kv_params"]
         [::core::mem::align_of::<kvw_lowrank_kv_params>() - 8usize];
     ["Offset of field: kvw_lowrank_kv_params::struct_size"]
@@ -721,6 +730,10 @@ const _: () = {
         [::core::mem::offset_of!(kvw_lowrank_kv_params, least) - 176usize];
     ["Offset of field: kvw_lowrank_kv_params::scale"]
         [::core::mem::offset_of!(kvw_lowrank_kv_params, scale) - 180usize];
+    ["Offset of field: kvw_lowrank_kv_params::q_len"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_len) - 184usize];
+    ["Offset of field: kvw_lowrank_kv_params::reserved"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, reserved) - 188usize];
 };
 impl Default for kvw_lowrank_kv_params {
     fn default() -> Self {
@@ -1694,4 +1707,11 @@ unsafe extern "C" {
 unsafe extern "C" {
     #[doc = " LAG and NORM alone."]
     pub fn kvw_sim_evict_cpu(p: *const kvw_sim_evict_params) -> kvw_status;
+}
+unsafe extern "C" {
+    pub fn kvw_token_score_cpu(p: *const kvw_token_score_params) -> kvw_status;
+}
+unsafe extern "C" {
+    #[doc = " No workspace is needed: it may be null."]
+    pub fn kvw_token_select_cpu(p: *const kvw_token_select_params) -> kvw_status;
 }

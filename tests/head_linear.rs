@@ -25,6 +25,7 @@ fn c_checks_need_no_gpu() {
         weight: somewhere::<u8>().cast(),
         x: somewhere::<u8>().cast(),
         y: somewhere(),
+        bias: somewhere::<f32>(),
         x_stride: 1024,
         x_head_stride: 128,
         kv_heads: 4,
@@ -40,6 +41,7 @@ fn c_checks_need_no_gpu() {
             ("weight", |p| p.weight = std::ptr::null(), ffi::KVW_ERR_NULL),
             ("x unaligned", |p| p.x = 8 as _, ffi::KVW_ERR_ALIGN),
             ("y", |p| p.y = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
+            ("bias unaligned", |p| p.bias = 8 as _, ffi::KVW_ERR_ALIGN),
             ("kv_heads", |p| p.kv_heads = 0, ffi::KVW_ERR_SHAPE),
             ("q_heads", |p| p.q_heads = 6, ffi::KVW_ERR_SHAPE),
             ("tokens", |p| p.tokens = 0, ffi::KVW_ERR_SHAPE),
@@ -52,11 +54,14 @@ fn c_checks_need_no_gpu() {
             ("reserved", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
         ],
     );
-    assert_eq!(op!(kvw_head_linear).bytes(&valid), 2 * (4 * 448 * 120 + 3 * 8 * (448 + 120)));
+    assert_eq!(
+        op!(kvw_head_linear).bytes(&valid),
+        2 * (4 * 448 * 120 + 3 * 8 * (448 + 120)) + 4 * 4 * 448
+    );
     assert_eq!(op!(kvw_head_linear).workspace(&valid), 0);
 }
 
-/// `[kv heads, rows, cols]`, query heads a kv head, tokens.
+/// `[kv heads, rows, cols]`, query heads a kv head, tokens; an odd number of which has a bias.
 type Case = (usize, usize, usize, usize, usize);
 
 /// x lies in wider rows, NaN between what is read.
@@ -69,7 +74,9 @@ fn matches(run: &Run, (kv_heads, rows, cols, group, tokens): Case) -> Result<(),
     for (i, x) in x.chunks_exact(cols).enumerate() {
         spread[i / heads * stride + i % heads * head_stride..][..cols].copy_from_slice(x);
     }
+    let bias = noise.values(kv_heads * rows);
     let (dw, dx) = (run.upload("weight", &w), run.upload("x", &spread));
+    let (db, biased) = (run.upload("bias", &bias), tokens % 2 == 1);
     let y = run.alloc::<f16>("y", tokens * heads * rows);
     let params = Params {
         struct_size: size_of::<Params>() as u32,
@@ -77,6 +84,7 @@ fn matches(run: &Run, (kv_heads, rows, cols, group, tokens): Case) -> Result<(),
         weight: dw.ptr().cast(),
         x: dx.ptr().cast(),
         y: y.ptr().cast(),
+        bias: if biased { db.ptr() } else { std::ptr::null() },
         x_stride: stride as i64,
         x_head_stride: head_stride as i32,
         kv_heads: kv_heads as i32,
@@ -90,6 +98,9 @@ fn matches(run: &Run, (kv_heads, rows, cols, group, tokens): Case) -> Result<(),
     let mut want = vec![0.0; tokens * heads * rows];
     for (x, want) in x.chunks(heads * cols).zip(want.chunks_mut(heads * rows)) {
         oracle(&weights, &widen(x), want).unwrap();
+        let bias = |i: usize| bias[i / rows / group * rows + i % rows];
+        let biases = (0..want.len()).filter(|_| biased).map(|i| f64::from(bias(i)));
+        want.iter_mut().zip(biases).for_each(|(want, bias)| *want += bias);
     }
     // Rounding to f16, and f32 sums of terms that may cancel.
     close("head_linear", &widen(&y.download()), &want, 1e-2, 1e-3)
@@ -142,4 +153,5 @@ fn faults_are_caught() {
     assert_caught(442, "columns past the last one count", narrow);
     assert_caught(443, "sums are added before all warps have theirs", wide);
     assert_caught(444, "the last warp's columns are lost", wide);
+    assert_caught(445, "the bias of the first head is everybody's", narrow);
 }

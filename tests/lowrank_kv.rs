@@ -77,6 +77,7 @@ fn valid_params() -> Params {
         q_elite_stride: 8 * 64,
         head_stride: 64,
         q_heads: 8,
+        q_len: 1,
         max_slabs: 10,
         scale: 0.125,
         ..Default::default()
@@ -90,7 +91,7 @@ fn c_checks_need_no_gpu() {
         valid,
         &[
             ("struct_size", |p| p.struct_size += 8, ffi::KVW_ERR_STRUCT),
-            ("op", |p| p.op = 2, ffi::KVW_ERR_SHAPE),
+            ("op", |p| p.op = 3, ffi::KVW_ERR_SHAPE),
             ("pool", |p| p.cache.pool = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
             ("pool unaligned", |p| p.cache.pool = 8 as _, ffi::KVW_ERR_ALIGN),
             ("table", |p| p.cache.table = std::ptr::null(), ffi::KVW_ERR_NULL),
@@ -104,7 +105,7 @@ fn c_checks_need_no_gpu() {
                 ffi::KVW_ERR_SHAPE,
             ),
             ("rank", |p| p.cache.rank = 520, ffi::KVW_ERR_SHAPE),
-            ("rank of 112", |p| p.cache.rank = 112, ffi::KVW_ERR_SHAPE),
+            ("rank of 0", |p| p.cache.rank = 0, ffi::KVW_ERR_SHAPE),
             ("rank of 2448", |p| p.cache.rank = 2448, ffi::KVW_ERR_SHAPE),
             ("table_stride", |p| p.cache.table_stride = 0, ffi::KVW_ERR_SHAPE),
             ("reserved", |p| p.cache.reserved = 1, ffi::KVW_ERR_SHAPE),
@@ -125,6 +126,9 @@ fn c_checks_need_no_gpu() {
             ("least", |p| p.least = -1, ffi::KVW_ERR_SHAPE),
             ("scale", |p| p.scale = 0.0, ffi::KVW_ERR_SHAPE),
             ("scale NaN", |p| p.scale = f32::NAN, ffi::KVW_ERR_SHAPE),
+            ("q_len of 0", |p| p.q_len = 0, ffi::KVW_ERR_SHAPE),
+            ("q_len of 17", |p| p.q_len = 17, ffi::KVW_ERR_SHAPE),
+            ("reserved number", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
         ],
     );
     // Two sequences of ten slabs, queries of c and 2 r, outputs of c.
@@ -134,6 +138,9 @@ fn c_checks_need_no_gpu() {
     let block = 16 * (512 + 4) * 4;
     assert_eq!(op.workspace(&valid), 16 + 3 * 2 * block);
     assert_eq!(op.workspace(&Params { least: 1, ctas: 7, ..valid }), 16 + 7 * 2 * block);
+    // Four query tokens are 32 heads: CTAs of 32 at this rank.
+    let four = Params { least: 1, ctas: 7, q_len: 4, ..valid };
+    assert_eq!(op.workspace(&four), 16 + 7 * 2 * 2 * block);
     let mut large = Params { least: 1, ctas: 9, q_heads: 16, q_elite_stride: 1024, ..valid };
     large.cache.rank = 2432;
     assert_eq!(op.workspace(&large), 16 + 2 * 4 * 2 * 8 * (2432 + 4) * 4);
@@ -175,6 +182,8 @@ fn every_shape_matches_oracle() {
         (8, 2, 4, 1792),
         (20, 1, 12, 2048),
         (8, 1, 64, 2432),
+        (1, 3, 4, 16),
+        (3, 3, 12, 112),
     ];
     for exec in executors(0) {
         for (i, (kv_heads, group, pairs, rank)) in shapes.into_iter().enumerate() {
@@ -182,6 +191,23 @@ fn every_shape_matches_oracle() {
             let shape = Case { kv_heads, group, pairs, rank, lens, holes: 0, ..case() };
             for (ctas, hopper) in [(1, i % 2 == 0), (7, i % 2 == 1)] {
                 let case = Case { ctas, hopper, ..shape.clone() };
+                matches(&exec.start(), &case).unwrap_or_else(|e| panic!("{exec:?}: {case:?}: {e}"));
+            }
+        }
+    }
+}
+
+/// Query tokens of which some see nothing, some the whole; tiles in which two tokens and more meet.
+#[test]
+fn each_query_token_sees_those_up_to_itself() {
+    for exec in executors(2) {
+        for (i, (kv_heads, group, rows)) in
+            [(1, 3, 16), (3, 3, 2), (4, 2, 5), (8, 1, 3), (2, 10, 4)].into_iter().enumerate()
+        {
+            let lens = vec![64 * 3 + 2, 0, 1, 7, 16, 65, 128];
+            let case = Case { kv_heads, group, rows, lens, ..case() };
+            for ctas in [1, 6] {
+                let case = Case { ctas, hopper: i % 2 == 1, ..case.clone() };
                 matches(&exec.start(), &case).unwrap_or_else(|e| panic!("{exec:?}: {case:?}: {e}"));
             }
         }
@@ -246,5 +272,7 @@ fn faults_are_caught() {
     assert_caught(423, "both parts of a CTA go to one place", across);
     let two = with(Case { lens: vec![70, 200], hopper: true, ..case() });
     assert_caught(425, "a bulk copy follows stores without a fence between the proxies", &two);
+    let later = with(Case { rows: 3, ..case() });
+    assert_caught(431, "a query token sees the one after it", &later);
     assert_caught(426, "every round of the ring waits for the first one's phase", &hopper);
 }

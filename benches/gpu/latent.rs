@@ -81,6 +81,7 @@ impl Heads {
                 max_slabs: context.div_ceil(TOKENS) as i32,
                 ctas,
                 scale: (D as f32).powf(-0.5),
+                q_len: 1,
                 ..Default::default()
             };
             // SAFETY: live params; nothing behind their pointers is read.

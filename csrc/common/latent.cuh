@@ -45,21 +45,27 @@ PRIM unsigned char* latent_tile(const kvw_latent& c, uint32_t entry, int tile) {
 // What a slab is made of.
 inline kvw_status check_latent_shape(const kvw_latent& c) {
     KVW_REQUIRE(c.kv_heads >= 1 && c.kv_heads <= 1024, SHAPE, kv_heads);
-    KVW_REQUIRE(c.rank >= 128 && c.rank <= KVW_LATENT_MOST && c.rank % BLOCK_CHANNELS == 0, SHAPE, rank);
+    KVW_REQUIRE(c.rank >= BLOCK_CHANNELS && c.rank <= KVW_LATENT_MOST && c.rank % BLOCK_CHANNELS == 0, SHAPE,
+                rank);
     KVW_REQUIRE(c.pairs >= 1 && c.pairs <= 64 && c.pairs * c.kv_heads % 4 == 0, SHAPE, pairs);
     return KVW_OK;
 }
 
-// A cache's numbers and pointers.
-inline kvw_status check_latent(const kvw_latent& c) {
-    KVW_REQUIRED(c, pool);
-    KVW_REQUIRED(c, table);
-    KVW_REQUIRED(c, lens);
+// A cache's numbers.
+inline kvw_status check_latent_numbers(const kvw_latent& c) {
     KVW_REQUIRE(c.seqs >= 1 && c.seqs <= 65535, SHAPE, seqs);
     KVW_TRY(check_latent_shape(c));
     KVW_REQUIRE(c.table_stride >= 1, SHAPE, table_stride);
     KVW_REQUIRE(c.reserved == 0, SHAPE, reserved);
     return KVW_OK;
+}
+
+// The same and its pointers.
+inline kvw_status check_latent(const kvw_latent& c) {
+    KVW_REQUIRED(c, pool);
+    KVW_REQUIRED(c, table);
+    KVW_REQUIRED(c, lens);
+    return check_latent_numbers(c);
 }
 
 } // namespace kvw

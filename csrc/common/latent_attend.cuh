@@ -42,11 +42,11 @@ template <int NT, int BLOCKS> struct Attention {
         for (int n = 0; n < NT; n++) {
             int h = head + 8 * n + r;
             const uint32_t* row =
-                static_cast<const uint32_t*>(p.q) + (size_t(s) * p.q_heads + h) * (p.cache.rank / 2);
+                static_cast<const uint32_t*>(p.q) + (size_t(s) * query_rows(p) + h) * (p.cache.rank / 2);
 #pragma unroll
             for (int i = 0; i < BLOCKS; i++) {
                 const uint32_t* at = row + 8 * (ring.first + i) + t;
-                bool ok = h < p.q_heads && i < ring.count;
+                bool ok = h < query_rows(p) && i < ring.count;
                 q[i][n] = ok ? make_uint2(at[0], at[4]) : make_uint2(0, 0);
                 o[i][n][0] = o[i][n][1] = o[i][n][2] = o[i][n][3] = 0.f;
             }
@@ -144,8 +144,8 @@ template <int NT, int BLOCKS> struct Attention {
             float inverse = l[n] > 0.f ? 1.f / l[n] : 0.f;
             float even = __shfl_sync(~0u, inverse, 8 * t), odd = __shfl_sync(~0u, inverse, 8 * t + 4);
             int h = head + 8 * n + r;
-            size_t row = size_t(s) * p.q_heads + h;
-            if (p.lse && h < p.q_heads && threadIdx.x < 32 && t == 0)
+            size_t row = size_t(s) * query_rows(p) + h;
+            if (p.lse && h < query_rows(p) && threadIdx.x < 32 && t == 0)
                 p.lse[row] = log_sum_exp({make_float4(0.f, 0.f, 0.f, 0.f), m[n], l[n]});
             uint32_t* out = static_cast<uint32_t*>(p.out) + row * (p.cache.rank / 2);
 #pragma unroll
@@ -157,7 +157,7 @@ template <int NT, int BLOCKS> struct Attention {
                     uint32_t word;
                     memcpy(&word, &pair, 4);
                     word = prim::movmatrix_trans(word); // channels 16 i + 8 side + 2 t, + 1 of head 8 n + r
-                    if (h < p.q_heads) out[8 * (ring.first + i) + 4 * side + t] = word;
+                    if (h < query_rows(p)) out[8 * (ring.first + i) + 4 * side + t] = word;
                 }
             }
         }
@@ -181,8 +181,10 @@ template <int NT, int BLOCKS> struct Attention {
     }
 };
 
-// Adds the warps' parts, in order, and makes scores of them: base 2, minus infinity past the length.
-template <int NT> PRIM void add_parts(const Shared<NT>& shared, float unit, int live) {
+// Adds the warps' parts, in order, and makes scores of them: base 2, minus infinity past the query's own token, of
+// `live` that are held from here on.
+template <int NT>
+PRIM void add_parts(const Lowrank& p, int head, const Shared<NT>& shared, float unit, int live) {
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < Shared<NT>::HEADS * TILE_TOKENS; i += 32 * LATENT_WARPS) {
         int at = i / TILE_TOKENS * PITCH + i % TILE_TOKENS;
@@ -190,7 +192,8 @@ template <int NT> PRIM void add_parts(const Shared<NT>& shared, float unit, int 
 #pragma unroll 4
         for (int w = 0; w < LATENT_WARPS - KVW_FAULT(420); w++)
             sum += shared.parts[w * Shared<NT>::HEADS * PITCH + at];
-        shared.scores[at] = i % TILE_TOKENS < live ? sum * unit : -INFINITY;
+        int later = p.q_len == 1 ? 0 : p.q_len - 1 - (head + i / TILE_TOKENS) / p.q_heads - KVW_FAULT(431);
+        shared.scores[at] = i % TILE_TOKENS < live - later ? sum * unit : -INFINITY;
     }
 }
 
@@ -201,14 +204,16 @@ template <int NT> PRIM void elite_words(const Lowrank& p, int s, int head, const
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < *shared.count * 32; i += 32 * LATENT_WARPS) {
         Item& item = shared.items[i / 32];
-        int r = i % 32 / 4, t = i % 4, h = head + 8 * item.tile() + r, kv = h / group * !KVW_FAULT(419);
-        const __half* q =
-            static_cast<const __half*>(p.q_elite) + s * p.q_elite_stride + int64_t(h) * p.head_stride;
+        int r = i % 32 / 4, t = i % 4, h = head + 8 * item.tile() + r, own = h % p.q_heads;
+        int kv = own / group * !KVW_FAULT(419);
+        int64_t token = int64_t(s) * p.q_len + h / p.q_heads;
+        const __half* q = static_cast<const __half*>(p.q_elite) + token * p.q_elite_stride +
+                          int64_t(own) * p.head_stride;
         uint32_t word[2];
 #pragma unroll
         for (int side = 0; side < 2; side++) {
             int column = item.column() + side, e = column * COLUMN + 2 * t - c.rank - kv * width;
-            bool ok = h < p.q_heads && column >= item.counts_from() && e >= 0 && e < width;
+            bool ok = h < query_rows(p) && column >= item.counts_from() && e >= 0 && e < width;
             word[side] = ok ? *reinterpret_cast<const uint32_t*>(q + e) : 0;
         }
         item.words[i % 32] = make_uint2(word[0], word[1]);

@@ -12,15 +12,20 @@ using Lowrank = kvw_lowrank_kv_params;
 
 constexpr int LATENT_WARPS = 8;
 
+// Heads of all query tokens of a sequence, what kernels take for heads: n is head n % q_heads of token n / q_heads.
+__host__ __device__ inline int query_rows(const Lowrank& p) { return p.q_len * p.q_heads; }
+
 // Columns lo .. hi - 1 of a row hold the keys of query heads head .. head + 7.
 struct EliteColumns {
     int lo, hi;
 
     __host__ __device__ EliteColumns(const Lowrank& p, int head) : lo(0), hi(0) {
         const kvw_latent& c = p.cache;
-        int group = p.q_heads / c.kv_heads, last = (head + 7 < p.q_heads ? head + 7 : p.q_heads - 1);
-        if (head >= p.q_heads) return;
-        lo = (c.rank + head / group * 2 * c.pairs) / COLUMN;
+        int group = p.q_heads / c.kv_heads, rows = query_rows(p);
+        if (head >= rows) return;
+        int first = head % p.q_heads, last = first + (head + 7 < rows ? 7 : rows - 1 - head);
+        if (last >= p.q_heads) first = 0, last = p.q_heads - 1; // two tokens, or more
+        lo = (c.rank + first / group * 2 * c.pairs) / COLUMN;
         hi = (c.rank + (last / group + 1) * 2 * c.pairs + COLUMN - 1) / COLUMN;
     }
 

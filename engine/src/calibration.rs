@@ -198,8 +198,15 @@ impl Calibration {
     }
 
     /// Weights of rounding errors of keys that are turned by Hadamard matrices, `[layers, kv_heads, D, D]`, for positions
-    /// below `context`.
-    pub fn feedback(&self, rope: (&[f32], Pairing), context: usize, team: &Team) -> Vec<f16> {
+    /// below `context`. Where there is an `order` of a head, `[layers * kv_heads][D]`, that is how its channels lie before they
+    /// are turned.
+    pub fn feedback(
+        &self,
+        rope: (&[f32], Pairing),
+        order: &[Vec<usize>],
+        context: usize,
+        team: &Team,
+    ) -> Vec<f16> {
         let (d, (inv_freq, pairing)) = (self.shape[2], rope);
         let positions: Vec<i32> = (0..SHIFTS).map(|i| (context * i / SHIFTS) as i32).collect();
         let angles = Angles::new(&positions, inv_freq);
@@ -214,7 +221,13 @@ impl Calibration {
                 });
                 sum.iter_mut().zip(moved).for_each(|(sum, x)| *sum += x);
             }
-            let turned = both_sides(&sum, d, |row| hadamard::keys(row, d));
+            let turned = both_sides(&sum, d, |rows| {
+                for (row, order) in rows.chunks_exact_mut(d).zip(order.get(i).into_iter().cycle()) {
+                    let as_it_was = row.to_vec();
+                    row.iter_mut().zip(order).for_each(|(to, &channel)| *to = as_it_was[channel]);
+                }
+                hadamard::keys(rows, d);
+            });
             rows.copy_from_slice(&feedback(&turned.map(f64::from).collect::<Vec<_>>()));
         });
         rows

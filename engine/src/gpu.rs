@@ -132,14 +132,6 @@ fn open_planned(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Gpu> {
     let (config, Options { rows, context, block, piece, .. }) = (&source.config, *options);
-    let converted = config.elite.is_some();
-    if converted || spec.latent {
-        let what = match converted {
-            true => "a model converted by `kvwarp convert elitekv`: it runs on the processor",
-            false => "a cache of `latent`: it is of converted models, which run on the processor",
-        };
-        return Err(GpuError::Unsupported(what.into()));
-    }
     if rows == 0 || block == 0 || piece == 0 || context == 0 || context > config.context {
         let (limit, what) = (config.context, "rows, blocks, pieces and a context of 1 to");
         return Err(GpuError::Unsupported(format!("{what} {limit} are needed, not {context}")));
@@ -156,8 +148,7 @@ fn open_planned(
     let config::Config { layers, kv_heads, head_dim, .. } = *config;
     let shape = Shape { layers, kv_heads, head_dim, context };
     let cache = Cache::new(&platform, spec, shape, plan, rows)?;
-    let weights =
-        weights::Weights::new(&platform, source, options.weights, spec.hadamard, progress)?;
+    let weights = weights::Weights::new(&platform, source, options.weights, spec, progress)?;
     let most = Grid { rows: rows.next_power_of_two(), each: TURN };
     let width = [piece.max(most.tokens()), most.tokens()];
     let net = Network::new(&platform, config, weights, spec.hadamard, width)?;
@@ -189,11 +180,8 @@ fn open_planned(
 impl Gpu {
     /// Makes the scratch of attention for steps up to `most`, then the pools.
     fn fund(&mut self, most: Grid, budget: Option<usize>, least: usize) -> Result<()> {
-        let scratch = |each| {
-            let grid = Grid { each, ..most };
-            self.platform.kernels().paged_attn_workspace(&self.attention(grid))
-        };
-        let bytes = (1..=TURN).map(scratch).max().unwrap_or(0);
+        let bytes = (1..=TURN).map(|each| self.workspace(Grid { each, ..most })).max();
+        let bytes = bytes.unwrap_or(0).max(1);
         // Its tickets are zero before the first call, and every call leaves them so.
         self.scratch = Buffer::zeroed(&self.platform, (Use::Scratch, "attention"), bytes)?;
         let (free, _) = self.platform.memory()?;
@@ -216,15 +204,19 @@ impl Gpu {
         Ok(Some(logits))
     }
 
-    /// Bytes of a slab, such as those of a [`crate::runner::Frozen`]; none for a hole.
+    /// Bytes of a slab, such as those of a [`crate::runner::Frozen`], of latents those of each layer after those of the one
+    /// before it; none for a hole.
     ///
     /// # Errors
     /// [`GpuError::Kernel`].
     pub fn slab(&self, entry: Entry) -> Result<Vec<u8>> {
-        let Some((at, len)) = self.cache.slab(entry) else { return Ok(Vec::new()) };
-        let mut bytes = vec![0; len];
-        self.platform.read(at, &mut bytes)?;
-        Ok(bytes)
+        let mut all = Vec::new();
+        for (at, len) in self.cache.slab(entry) {
+            let first = all.len();
+            all.resize(first + len, 0);
+            self.platform.read(at, &mut all[first..])?;
+        }
+        Ok(all)
     }
 
     /// Whether as many sequences as there are rows may all have their whole context at once, and be frozen.
@@ -252,7 +244,12 @@ fn plan(source: &Source, spec: &CacheSpec, calibration: Option<&Calibration>) ->
         let pairing = crate::model::pairing(config);
         let inv_freq = config.rope.frequencies(config.head_dim);
         let team = Team::new(kvwarp::threads::physical_cores());
-        Arc::from(calibration.feedback((&inv_freq, pairing), config.context, &team))
+        let layers =
+            config.elite.iter().flat_map(|elite| (0..config.layers).map(move |n| (elite, n)));
+        let order = layers.flat_map(|(elite, n)| elite.order(n, config.head_dim, pairing));
+        let order: Vec<_> = order.collect();
+        Arc::from(calibration.feedback((&inv_freq, pairing), &order, config.context, &team))
     });
-    Plan::new(spec, config.layers * config.kv_heads, &losers, feedback)
+    let plan = Plan::new(spec, config.layers * config.kv_heads, &losers, feedback);
+    plan.with_latents(spec, config)
 }

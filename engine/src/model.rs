@@ -111,7 +111,8 @@ impl<'a> Model<'a> {
     /// The same, rounding keys that are kept turned by Hadamard matrices as `calibration` says.
     pub fn with_calibration(mut self, calibration: &Calibration) -> Self {
         let rope = (&self.inv_freq[..], self.pairing);
-        self.feedback = Some(calibration.feedback(rope, self.config.context, &self.team).into());
+        self.feedback =
+            Some(calibration.feedback(rope, &[], self.config.context, &self.team).into());
         self.losers = calibration.losers();
         self.calibration = Some(calibration.fingerprint());
         self

@@ -16,9 +16,10 @@ use kvwarp_engine::gpu::Options;
 use kvwarp_engine::gpu::cuda::CudaPlatform;
 use kvwarp_engine::gpu::platform::{Platform, Replay, Result};
 use kvwarp_engine::runner::{Runner, Turn};
-use pair::{GREEDY, Pair, fixture, on_device, on_host, text, watched};
+use pair::{GREEDY, Pair, Seen, fixture, on_device, on_host, text, watched};
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
+use support::converted::{converted, request};
 use support::schedule::{alone, requests, run};
 
 /// Most tokens of a sequence.
@@ -117,6 +118,29 @@ fn models_agree_with_the_cpu_path() {
         assert!(pair.seen.apart < 0.01 && pair.seen.other == 0, "{name}: {:?}", pair.seen);
         (0..2).for_each(|_| pair.leave(0));
         assert_eq!(pair.gpu.used(), [0; 5]);
+    }
+}
+
+/// Latents attended to as they are, and keys and values expanded from them.
+#[test]
+fn converted_models_agree_with_the_cpu_path() {
+    let Some(platform) = platform() else { return };
+    for (name, pairs, rank) in [("llama3", 8, 48), ("qwen2", 6, 96)] {
+        let (source, tokens) = (fixture(name), text(5, 160));
+        let source = converted(&source, &request(&tokens, pairs, rank)).staged;
+        let host = on_host(&source, None);
+        for spec in ["latent", "f16"] {
+            let gpu = on_device(&source, spec, None, &options(2), &platform);
+            let mut pair = Pair::new(gpu, &host);
+            pair.join(&text(7, 200), CONTEXT);
+            pair.join(&text(8, 90), 64);
+            (0..70).for_each(|_| pair.step());
+            println!("{name} {spec}: {:?}", pair.seen);
+            let Seen { apart, other, .. } = pair.seen;
+            assert!(apart < 0.01 && other == 0, "{name} {spec}: {:?}", pair.seen);
+            (0..2).for_each(|_| pair.leave(0));
+            assert_eq!(pair.gpu.used(), [0; 5]);
+        }
     }
 }
 

@@ -7,6 +7,8 @@
 
 #[path = "gpu/blocks.rs"]
 mod blocks;
+#[path = "gpu/latent.rs"]
+mod latent;
 #[path = "gpu/launches.rs"]
 mod launches;
 #[path = "gpu/machine.rs"]

@@ -34,7 +34,7 @@ pub struct Shape {
 
 impl Shape {
     /// `kv_heads` heads with `pairs` elite pairs each (r, 1 to 64; r H a multiple of 4), a latent of `rank` elements
-    /// (c, a multiple of 16 to 2432; the CUDA kernels refuse less than 128).
+    /// (c, a multiple of 16 to 2432).
     ///
     /// # Errors
     /// [`Error::Unsupported`] names what is out of range.

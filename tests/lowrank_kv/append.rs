@@ -87,7 +87,7 @@ fn appends_are_checked() {
     op!(kvw_lowrank_kv).refuses(
         valid,
         &[
-            ("z", |p| p.z = std::ptr::null(), ffi::KVW_ERR_NULL),
+            ("z", |p| p.z = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
             ("k unaligned", |p| p.k = 8 as _, ffi::KVW_ERR_ALIGN),
             ("cu_tokens unaligned", |p| p.cu_tokens = 8 as _, ffi::KVW_ERR_ALIGN),
             ("z_stride", |p| p.z_stride = 504, ffi::KVW_ERR_SHAPE),
@@ -106,4 +106,61 @@ fn faults_of_appends_are_caught() {
     let chunk = |run: &Run| writes(run, &Case { lens: vec![40], ..case() }, &[20], true);
     assert_caught(427, "rows come a slot late", chunk);
     assert_caught(430, "rows before the new ones are written too", chunk);
+}
+
+/// Reads the newest `n[s]` tokens of each sequence; what lies between rows, and rows in holes, must stay.
+fn reads(run: &Run, case: &Case, n: &[usize], ragged: bool) -> Result<(), String> {
+    let cache = Cache::new(case);
+    let device = Device::new(run, &cache, &cache.bytes());
+    let (rank, width) = (case.rank, cache.shape.width());
+    let (stride, tokens) = (width + 8, n.iter().sum::<usize>());
+    let mut rows = vec![0];
+    n.iter().for_each(|n| rows.push(rows.last().unwrap() + *n as i32));
+    let mut want = vec![f16::from_f32(7.0); tokens * stride];
+    let (out, cu_tokens) = (run.upload("rows", &want), run.upload("cu_tokens", &rows));
+    let params = Params {
+        struct_size: size_of::<Params>() as u32,
+        op: ffi::KVW_LOWRANK_READ,
+        cache: device.params(),
+        z: out.ptr().cast(),
+        k: out.ptr().wrapping_add(rank).cast(),
+        cu_tokens: if ragged { cu_tokens.ptr() } else { std::ptr::null() },
+        z_stride: stride as i64,
+        k_stride: stride as i64,
+        tokens: tokens as i32,
+        max_tokens: *n.iter().max().unwrap() as i32,
+        ..Default::default()
+    };
+    run.call(&op!(kvw_lowrank_kv), &params)?;
+    for (s, (&len, &n)) in case.lens.iter().zip(n).enumerate() {
+        for (slot, row) in (len - n..len).zip(rows[s] as usize..) {
+            let Some(slab) = cache.view(s).slab(slot / TOKENS) else { continue };
+            let held = cache.shape.read(slab, slot % TOKENS);
+            let to = &mut want[row * stride..][..width];
+            to.iter_mut().zip(held).for_each(|(to, x)| *to = f16::from_f32(x));
+        }
+    }
+    match out.download().iter().zip(&want).position(|(a, b)| a.to_bits() != b.to_bits()) {
+        None => Ok(()),
+        Some(at) => Err(format!("element {} of row {} differs", at % stride, at / stride)),
+    }
+}
+
+#[test]
+fn read_rows_are_those_held() {
+    for exec in executors(3) {
+        let run = exec.start();
+        let check = |lens: &[usize], n: &[usize], ragged: bool| {
+            let case = Case { lens: lens.to_vec(), ..case() };
+            reads(&run, &case, n, ragged)
+                .unwrap_or_else(|e| panic!("{exec:?} {lens:?} {n:?}: {e}"));
+        };
+        check(&[1, 16, 17, 64, 65, 130], &[1; 6], false);
+        check(&[200, 1, 64, 70], &[200, 1, 64, 70], true);
+        check(&[200, 90, 64, 270], &[37, 0, 1, 269], true);
+        let wide = Case { kv_heads: 8, pairs: 8, rank: 448, holes: 0, lens: vec![70], ..case() };
+        reads(&run, &wide, &[40], true).unwrap();
+    }
+    let late = |run: &Run| reads(run, &Case { lens: vec![40], holes: 0, ..case() }, &[20], true);
+    assert_caught(427, "rows are read a slot late", late);
 }

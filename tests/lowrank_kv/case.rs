@@ -23,6 +23,8 @@ pub struct Case {
     pub least: i32,
     /// The way of sm_90, where the executor can choose.
     pub hopper: bool,
+    /// Query tokens of a sequence.
+    pub rows: usize,
 }
 
 /// Three kv heads whose keys share columns, the last of them alone; warps with one block of z and with two.
@@ -37,6 +39,7 @@ pub fn case() -> Case {
         ctas: 1,
         least: 1,
         hopper: false,
+        rows: 1,
     }
 }
 
@@ -52,9 +55,9 @@ pub struct Cache {
     /// `[S, stride]`
     pub table: Vec<Entry>,
     pub stride: usize,
-    /// `[S][H * G, c]`
+    /// `[S * rows][H * G, c]`
     pub q: Vec<Vec<f32>>,
-    /// `[S][H * G, 2 r]`
+    /// `[S * rows][H * G, 2 r]`
     pub q_elite: Vec<Vec<f32>>,
 }
 
@@ -97,15 +100,26 @@ impl Cache {
         }
         let heads = case.kv_heads * case.group;
         let mut queries = |n: usize| -> Vec<Vec<f32>> {
-            case.lens.iter().map(|_| halves(&mut noise, heads * n, 0.6)).collect()
+            let tokens = 0..case.lens.len() * case.rows;
+            tokens.map(|_| halves(&mut noise, heads * n, 0.6)).collect()
         };
         let (q, q_elite) = (queries(case.rank), queries(2 * case.pairs));
         Self { case: case.clone(), shape, pool, table, stride, q, q_elite }
     }
 
+    /// All that sequence `s` holds.
     pub fn view(&self, s: usize) -> View<'_> {
         let table = &self.table[s * self.stride..][..self.stride];
         View { shape: self.shape, pool: &self.pool, table, len: self.case.lens[s] }
+    }
+
+    /// Each query token: its latent queries, elite queries, and what it sees.
+    pub fn queries(&self) -> impl Iterator<Item = (&[f32], &[f32], View<'_>)> {
+        let (all, rows) = (self.q.iter().zip(&self.q_elite).enumerate(), self.case.rows);
+        all.map(move |(i, (q, q_elite))| {
+            let (view, later) = (self.view(i / rows), rows - 1 - i % rows);
+            (&q[..], &q_elite[..], View { len: view.len.saturating_sub(later), ..view })
+        })
     }
 
     /// The bytes of the pool.
@@ -114,10 +128,12 @@ impl Cache {
         slabs.flat_map(|i| self.pool.slab(i).to_vec()).collect()
     }
 
-    /// `[S, H * G, c]` and `[S, H * G]` of the oracle.
+    /// `[S, rows, H * G, c]` and `[S, rows, H * G]` of the oracle.
     pub fn want(&self) -> (Vec<f64>, Vec<f64>) {
-        let of = |s: usize| oracle(&self.q[s], &self.q_elite[s], &self.view(s), f64::from(SCALE));
-        let (out, lse): (Vec<_>, Vec<_>) = (0..self.case.lens.len()).map(of).unzip();
+        let of = |(q, q_elite, view): (&[f32], &[f32], View<'_>)| {
+            oracle(q, q_elite, &view, f64::from(SCALE))
+        };
+        let (out, lse): (Vec<_>, Vec<_>) = self.queries().map(of).unzip();
         (out.concat(), lse.concat())
     }
 }
@@ -162,7 +178,7 @@ fn bits(x: &[f32]) -> Vec<u16> {
 pub fn attend(run: &Run, cache: &Cache) -> Result<(Vec<f32>, Vec<f32>), String> {
     let (case, heads) = (&cache.case, cache.case.kv_heads * cache.case.group);
     let device = Device::new(run, cache, &cache.bytes());
-    let n = case.lens.len() * heads;
+    let n = case.lens.len() * case.rows * heads;
     // Elite elements lie in rows of whole heads, as rope_select leaves them; the others are none of our business.
     let row = 2 * case.pairs + OTHERS;
     let mut elite = vec![f32::NAN; n * row];
@@ -183,6 +199,7 @@ pub fn attend(run: &Run, cache: &Cache) -> Result<(Vec<f32>, Vec<f32>), String> 
         q_elite_stride: (heads * row) as i64,
         head_stride: row as i32,
         q_heads: heads as i32,
+        q_len: case.rows as i32,
         max_slabs: cache.stride as i32,
         ctas: case.ctas,
         least: case.least,

@@ -155,6 +155,7 @@ fn kernels_absorb_attend_and_expand() {
                 weight: w.ptr().cast(),
                 x: x.ptr().cast(),
                 y: y.ptr().cast(),
+                bias: std::ptr::null(),
                 x_stride: (heads * cols) as i64,
                 x_head_stride: cols as i32,
                 kv_heads: case.kv_heads as i32,
@@ -202,13 +203,16 @@ fn scores_of_elite_pairs_depend_on_distance_alone() {
 }
 
 fn any_case() -> impl Strategy<Value = Case> {
-    let heads = (1usize..6, 1usize..6, 1usize..9, 8usize..24);
-    let rest = (prop::collection::vec(0usize..330, 1..4), 0usize..4, 1i32..9, any::<bool>());
-    (heads, rest).prop_map(|((kv_heads, group, pairs, blocks), (lens, holes, ctas, hopper))| {
-        let pairs = if kv_heads % 4 == 0 { pairs } else { pairs.div_ceil(4) * 4 };
-        let rank = 16 * blocks;
-        Case { kv_heads, group, pairs, rank, lens, holes, ctas, least: 1, hopper }
-    })
+    let heads = (1usize..6, 1usize..6, 1usize..9, 1usize..24);
+    let lens = prop::collection::vec(0usize..330, 1..4);
+    let rest = (lens, 0usize..4, 1i32..9, any::<bool>(), 1usize..5);
+    (heads, rest).prop_map(
+        |((kv_heads, group, pairs, blocks), (lens, holes, ctas, hopper, rows))| {
+            let pairs = if kv_heads % 4 == 0 { pairs } else { pairs.div_ceil(4) * 4 };
+            let rank = 16 * blocks;
+            Case { kv_heads, group, pairs, rank, lens, holes, ctas, least: 1, hopper, rows }
+        },
+    )
 }
 
 proptest! {
@@ -221,9 +225,8 @@ proptest! {
         let mut scratch = kvwarp::lowrank_kv::Scratch::at(Level::detect());
         let (team, (want, _)) = (Team::new(2), cache.want());
         let mut all = Vec::new();
-        for s in 0..case.lens.len() {
-            let mut out = vec![f32::NAN; cache.q[s].len()];
-            let (q, q_elite, view) = (&cache.q[s], &cache.q_elite[s], cache.view(s));
+        for (q, q_elite, view) in cache.queries() {
+            let mut out = vec![f32::NAN; q.len()];
             kvwarp::lowrank_kv::cpu(&team, q, q_elite, &view, SCALE, &mut out, &mut scratch)
                 .unwrap();
             all.extend(out);

@@ -28,7 +28,7 @@ enum What {
 
 /// Arguments of `kvwarp convert elitekv`.
 ///
-/// Every command then reads the folder like any other model (on the processor). Pairs that matter are searched on a text, the
+/// Every command then reads the folder like any other model. Pairs that matter are searched on a text, the
 /// rest of the keys and the values are factorised as the text's activations have it, and what was lost is fitted again
 /// layer by layer, without training. Interrupted, it goes on with what the search has found.
 #[derive(clap::Args)]

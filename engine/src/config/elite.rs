@@ -117,6 +117,19 @@ impl Elite {
         [elite, rest]
     }
 
+    /// Channels of the heads of keys of layer `n`, `[kv_heads][head_dim]`, its elite pairs first: what is together in a tensor.
+    pub fn order(&self, n: usize, head_dim: usize, pairing: Pairing) -> Vec<Vec<usize>> {
+        let (all, heads) = (self.channels(n, head_dim, pairing), self.elite_pairs[n].len());
+        let of = |h: usize| {
+            let parts = all.iter().flat_map(|part| {
+                let each = part.len() / heads;
+                &part[h * each..][..each]
+            });
+            parts.map(|channel| channel - h * head_dim).collect()
+        };
+        (0..heads).map(of).collect()
+    }
+
     /// What a cache of latents holds of a token in each layer.
     ///
     /// # Errors

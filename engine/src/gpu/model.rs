@@ -1,5 +1,7 @@
 //! What a token goes through in a layer before and after attention, the same for prompts and steps.
 
+mod latent;
+
 use std::rc::Rc;
 
 use kvwarp::ffi::{KVW_F16, kvw_cache, kvw_kv_pack_params};
@@ -10,6 +12,7 @@ use super::platform::{Buffer, Result};
 use super::tally::Use;
 use super::weights::{Layer, Weights};
 use crate::config::Config;
+use latent::Spare;
 
 /// Activations, allocated once; `rows` is the most rows of a piece of a prompt or of a step.
 pub struct Work {
@@ -17,7 +20,8 @@ pub struct Work {
     pub x: Buffer,
     /// Normalised residual stream, `[rows, width]` f16.
     h: Buffer,
-    /// Queries, keys and, where one matrix gives them all, values, `[rows, heads + 1 or 2 kv_heads, D]` f16.
+    /// Queries, keys and, where one matrix gives them all, values, `[rows, heads + 1 or 2 kv_heads, D]` f16; of a converted
+    /// layer queries, elite keys and latents.
     qkv: Buffer,
     /// Queries once they are rotated, `[rows, heads, D]` f16.
     q: Buffer,
@@ -31,6 +35,7 @@ pub struct Work {
     act: Buffer,
     /// `[FEW_ROWS, vocab]` f32 of the rows asked for last.
     pub logits: Buffer,
+    spare: Option<Spare>,
     _unpacked: Buffer,
     _zeros: Buffer,
 }
@@ -72,13 +77,14 @@ impl Network {
         let work = Work {
             x: Buffer::new(platform, (Use::Activations, "activations"), step * width * 4)?,
             h: halves(width)?,
-            qkv: halves((heads + 2 * kv_heads) * head_dim)?,
+            qkv: halves(weights.layers.iter().map(|l| l.qkv.matrix.rows).max().unwrap_or(0))?,
             q: halves(heads * head_dim)?,
             v: halves(kv_heads * head_dim)?,
             mix: halves(heads * head_dim)?,
             gate_up: halves(2 * ffn)?,
             act: halves(ffn)?,
             logits: Buffer::new(platform, (Use::Activations, "logits"), logits)?,
+            spare: Spare::new(platform, config, &weights.layers, [rows, step])?,
             _unpacked: unpacked,
             _zeros: zeros,
         };
@@ -98,6 +104,9 @@ impl Network {
 
     /// Rotates queries and keys by `positions`, each row's by its own.
     pub fn rotate(&self, layer: &Layer, positions: u64, tokens: usize) -> Result<()> {
+        if let Some((latent, spare)) = self.converted(layer) {
+            return self.rotate_elite((layer, latent, spare), positions, tokens);
+        }
         let Config { heads, kv_heads, head_dim, .. } = self.config;
         let (row, keys) = (self.row_stride(layer), self.keys());
         let params = params!(kvw_rope_select_params {
@@ -145,15 +154,19 @@ impl Network {
         cache: kvw_cache,
         tokens: usize,
     ) -> kvw_kv_pack_params {
-        let (row, kv) = (self.row_stride(layer), self.config.kv_heads * self.config.head_dim);
+        let kv = self.config.kv_heads * self.config.head_dim;
+        let (k, row) = match self.converted(layer) {
+            Some((_, spare)) => self.expanded(spare),
+            None => (self.keys(), self.row_stride(layer)),
+        };
         let (v, v_stride) = match layer.v {
             Some(_) => (self.work.v.at(), kv as i64),
-            None => (self.keys() + 2 * kv as u64, row),
+            None => (k + 2 * kv as u64, row),
         };
         params!(kvw_kv_pack_params {
             op: op,
             cache: cache,
-            k: at(self.keys()),
+            k: at(k),
             v: at(v),
             k_stride: row,
             v_stride: v_stride,

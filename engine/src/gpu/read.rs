@@ -5,13 +5,14 @@ mod again;
 mod block;
 mod choose;
 mod drop;
+mod latent;
 mod onward;
 mod settle;
 
 use std::ops::Range;
 
 use kvwarp::device::Pieces;
-use kvwarp::ffi::{KVW_F16, KVW_F32, KVW_PACK_FILL, KVW_PACK_FLUSH};
+use kvwarp::ffi::{KVW_F16, KVW_F32, KVW_PACK_FILL, KVW_PACK_FLUSH, kvw_cache};
 use kvwarp::pages::packed_slabs;
 use kvwarp::slab::TOKENS;
 
@@ -69,8 +70,8 @@ impl Gpu {
                     repeat.most(tokens.min(evict.options.chunk.into()))
                 }),
                 piece: self.piece,
-                slab: self.cache.f16_bytes(),
-                ring: self.cache.ring_slabs(),
+                ring: self.cache.staged(),
+                held: if self.cache.has_latents() { self.cache.shape().context } else { 0 },
                 layers: if settle::waits(spec) { config.layers } else { 1 },
                 apart: self.control.apart(),
             },
@@ -102,11 +103,11 @@ impl Gpu {
         watch: &mut Watch<'_>,
     ) -> Result<(), RunError> {
         let (len, n, layers) = (self.cache.len(row), tokens.len(), self.net.config.layers);
-        let before = self.cache.all_held(row);
+        let before = self.before(row);
         let chooses = len == 0 && self.cache.spec().selects();
         let mut policy = self.policy(n).filter(|_| chooses);
         if policy.is_none() {
-            self.extend(row, (chooses, n), &before)?;
+            self.extend(row, (chooses, n))?;
         }
         let pieces = pieces(n, self.piece, self.window(chooses));
         let block = Block {
@@ -114,7 +115,7 @@ impl Gpu {
             read: n,
             before,
             kv_heads: self.net.config.kv_heads,
-            words: Words::of(self.control.apart(), pieces.len(), n),
+            words: Words::after(self.unfolded(len).len(), self.control.apart(), pieces.len(), n),
             pieces,
             told: prompt.words.at(),
             x: prompt.x.at(),
@@ -141,6 +142,7 @@ impl Gpu {
     /// Tells the device of a block of `tokens`, the first of them at `position`, and begins its residual stream.
     fn begin(&self, block: Block, tokens: &[u32], position: usize) -> Result<Block> {
         let mut numbers = block.numbers();
+        self.tell_unfolded(&block, &mut numbers);
         numbers.extend(tokens);
         numbers.resize(block.words.positions, 0);
         numbers.extend((position..position + tokens.len()).map(|position| position as u32));
@@ -160,7 +162,8 @@ impl Gpu {
     ) -> Result<(), RunError> {
         let (net, last) = (&self.net, layer + 1 == self.net.config.layers);
         let weights = &net.weights.layers[layer];
-        if block.said.is_none() {
+        self.unfold(prompt, block, layer)?;
+        if block.said.is_none() && !self.cache.has_latents() {
             let recent = |held: &Held| held.packed..held.len.div_ceil(TOKENS);
             let recent: Vec<_> = block.before(layer).iter().map(recent).collect();
             self.move_slabs((prompt, block.row), layer, &recent, true)?;
@@ -171,7 +174,13 @@ impl Gpu {
             let positions = block.at(block.words.positions) + 4 * rows.start as u64;
             net.rotate(weights, positions, rows.len())?;
             let piece = Piece { prompt, block, layer, number };
-            self.fill(&piece)?;
+            self.put(&piece)?;
+            if last && self.cache.has_latents() {
+                watch.step(rows.len())?;
+                continue;
+            }
+            net.expand(weights, rows.len())?;
+            self.fill(layer, self.staged(&piece), (piece.firsts(), rows.len()))?;
             let watched = self.watched(&piece);
             if !last || watched > 0 {
                 self.attend_piece(&piece, watched)?;
@@ -187,6 +196,9 @@ impl Gpu {
 
     /// What a staged layer comes to: what has left the window packed, the rest in the row's ring; or what is kept of it.
     fn settle_layer(&self, prompt: &Prompt, block: &Block, layer: usize) -> Result<(), RunError> {
+        if self.cache.has_latents() {
+            return Ok(());
+        }
         let heads = block.held(layer);
         if let Some(cut) = self.cut((block.chooses, block.read), layer, heads[0]) {
             return Ok(self.drop_staged(prompt, block.row, layer, (heads[0], cut))?);
@@ -201,20 +213,17 @@ impl Gpu {
     }
 
     /// The layer as a kernel sees it once a piece is written.
-    fn staged(
-        &self,
-        &Piece { prompt, block, layer, number }: &Piece<'_>,
-    ) -> kvwarp::ffi::kvw_cache {
+    fn staged(&self, &Piece { prompt, block, layer, number }: &Piece<'_>) -> kvw_cache {
         let told = [block.words.len(layer, number), block.words.packed(layer)];
         let ring = (prompt.ring(layer), prompt.slabs);
-        self.cache.staged(layer, block.row, told.map(|word| block.at(word)), ring)
+        self.cache.staged_view(layer, block.row, told.map(|word| block.at(word)), ring)
     }
 
-    fn fill(&self, piece: &Piece<'_>) -> Result<()> {
-        let weights = &self.net.weights.layers[piece.layer];
-        let rows = piece.rows();
-        let mut params = self.net.packing(weights, KVW_PACK_FILL, self.staged(piece), rows);
-        params.cu_tokens = at(piece.firsts());
+    /// Writes keys and values of `rows` rows of a layer, the newest that `cache` holds; `firsts` as the op has it.
+    fn fill(&self, layer: usize, cache: kvw_cache, (firsts, rows): (u64, usize)) -> Result<()> {
+        let weights = &self.net.weights.layers[layer];
+        let mut params = self.net.packing(weights, KVW_PACK_FILL, cache, rows);
+        params.cu_tokens = at(firsts);
         params.max_tokens = rows as i32;
         self.net.ops.run(|k| &k.kv_pack, &params)
     }

@@ -1,13 +1,12 @@
 //! A step of all sequences that are being continued: the same launches whatever their lengths are.
 
 use kvwarp::ffi::{KVW_F16, KVW_PACK_APPEND, KVW_PACK_FILL};
-use kvwarp::slab::TOKENS;
 
 use super::Gpu;
 use super::control::{Grid, Placed, Places, edit};
 use super::ops::{FEW_ROWS, at, params};
 use super::platform::Result;
-use crate::runner::{RunError, Turn};
+use crate::runner::{Row, RunError, Turn};
 
 impl Gpu {
     /// Turns of `each` tokens; returns each one's choices.
@@ -25,8 +24,8 @@ impl Gpu {
                 self.cache.extend(turn.row, h, held.len + each, &mut edits)?;
             }
             let after = self.cache.all_held(turn.row);
-            let (apart, kv_heads) = (self.control.apart(), self.net.config.kv_heads);
-            let heads = apart.pick(&before, kv_heads).zip(apart.pick(&after, kv_heads));
+            let (apart, heads) = (self.control.apart(), self.cache.heads());
+            let heads = apart.pick(&before, heads).zip(apart.pick(&after, heads));
             let heads = heads.map(|(b, a)| (b.len, [b.packed, a.packed])).collect();
             placed.push(Placed { turn, position: self.cache.len(turn.row), heads });
         }
@@ -74,11 +73,21 @@ impl Gpu {
         )?;
         for (index, layer) in net.weights.layers.iter().enumerate() {
             net.project(layer, x, tokens)?;
-            if grid.each > 1 {
+            if grid.each > 1 || layer.latent.is_some() {
                 net.rotate(layer, place(places.positions), tokens)?;
             }
-            self.append(index, grid, &places)?;
-            self.attend(index, grid, &places)?;
+            match self.cache.latents(index, Row(0), grid.rows, place(places.lens(index))) {
+                Some(latents) => {
+                    net.put(layer, latents, place(places.firsts), [tokens, grid.each])?;
+                    let slabs = self.cache.table_slabs();
+                    net.attend_to_latents(layer, latents, [grid.each, slabs], &self.scratch)?;
+                }
+                None => {
+                    net.expand(layer, tokens)?;
+                    self.append(index, grid, &places)?;
+                    self.attend(index, grid, &places)?;
+                }
+            }
             net.finish(layer, x, tokens)?;
         }
         let row_bytes = 4 * net.config.width;
@@ -97,7 +106,7 @@ impl Gpu {
         let op = if grid.each == 1 { KVW_PACK_APPEND } else { KVW_PACK_FILL };
         let weights = &self.net.weights.layers[layer];
         let mut params = self.net.packing(weights, op, cache, grid.tokens());
-        if grid.each == 1 {
+        if grid.each == 1 && weights.latent.is_none() {
             self.net.rotating(weights, &mut params, self.control.at(places.positions));
         }
         params.cu_tokens = at(self.control.at(places.firsts));
@@ -127,13 +136,26 @@ impl Gpu {
         self.net.ops.run(|k| &k.paged_attn, &params)
     }
 
+    /// Scratch bytes of a step's attention, in any layer.
+    pub(super) fn workspace(&self, grid: Grid) -> usize {
+        let (kernels, shape) = (self.platform.kernels(), [grid.each, self.cache.table_slabs()]);
+        let of_latents = |layer| {
+            let latents = self.cache.latents(layer, Row(0), grid.rows, self.control.at(0))?;
+            Some(kernels.lowrank_kv_workspace(&self.net.latent_attention(latents, shape)))
+        };
+        match (0..self.net.config.layers).map(of_latents).max().flatten() {
+            Some(bytes) => bytes,
+            None => kernels.paged_attn_workspace(&self.attention(grid)),
+        }
+    }
+
     /// Numbers of a step's attention; its pointers are null.
-    pub(super) fn attention(&self, grid: Grid) -> kvwarp::ffi::kvw_paged_attn_params {
+    fn attention(&self, grid: Grid) -> kvwarp::ffi::kvw_paged_attn_params {
         params!(kvw_paged_attn_params {
             q_heads: self.net.config.heads as i32,
             cache: self.cache.view(0, grid.rows, [self.control.at(0), 0]),
             q_len: grid.each as i32,
-            max_slabs: self.cache.shape().context.div_ceil(TOKENS) as i32,
+            max_slabs: self.cache.table_slabs() as i32,
             sliding_window: self.sliding_window(),
             dtype: KVW_F16,
         })

@@ -3,9 +3,12 @@
 //! f16 and bf16 stay as they are, f32 becomes f16. Matrices in blocks stay in blocks, in the kernels' planes, or become
 //! f16 ([`Stored`]). Projections of the same input are one matrix: q above k above v, gate above up.
 //!
+//! A converted layer has latents in place of k and v ([`Latent`]).
+//!
 //! Where the cache keeps values turned by Hadamard matrices of 32 ([`kvwarp::hadamard::values`]), the turn is in the rows of
 //! v and in the columns of o: in f32, before they are rounded to f16.
 
+mod latent;
 mod turned;
 
 use std::rc::Rc;
@@ -20,6 +23,8 @@ use super::tally::Use;
 use crate::config::Config;
 use crate::model::matrix;
 use crate::source::Source;
+use crate::spec::CacheSpec;
+pub use latent::Latent;
 use turned::{Turned, decoded};
 
 /// Elements that are turned into f16 and sent together.
@@ -56,6 +61,8 @@ pub struct Layer {
     pub qkv: Linear,
     /// v where it has elements of its own.
     pub v: Option<Linear>,
+    /// Of a converted layer, in place of k and v.
+    pub latent: Option<Latent>,
     pub o: Matrix,
     pub ffn_norm: Buffer,
     /// Rows of gate, then of up.
@@ -73,20 +80,20 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Uploads those of `source`; `turned` as its cache has values. `progress` is given bytes of the file that are done
-    /// and those in all.
+    /// Uploads those of `source` as its cache has keys and values. `progress` is given bytes of the file that are done and
+    /// those in all.
     pub fn new(
         platform: &Rc<Metered>,
         source: &Source,
         stored: Stored,
-        turned: bool,
+        spec: &CacheSpec,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self> {
         let total = source.weights.iter().map(|tensor| tensor.bytes.len()).sum();
         let mut upload = Upload { platform, source, stored, done: 0, total, progress };
         let Config { vocab, width, layers, tied_embeddings, .. } = source.config;
         let embedding = Rc::new(upload.matrix(&["token_embd"], &[vocab], width, &[Turned::No])?);
-        let layers = (0..layers).map(|n| upload.layer(n, turned)).collect::<Result<_>>()?;
+        let layers = (0..layers).map(|n| upload.layer(n, spec)).collect::<Result<_>>()?;
         let output = match tied_embeddings {
             true => Rc::clone(&embedding),
             false => Rc::new(upload.matrix(&["output"], &[vocab], width, &[Turned::No])?),
@@ -115,30 +122,47 @@ struct Upload<'a> {
 }
 
 impl Upload<'_> {
-    fn layer(&mut self, n: usize, turned: bool) -> Result<Layer> {
-        let Config { width, ffn, heads, kv_heads, head_dim, .. } = self.source.config;
-        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+    fn layer(&mut self, n: usize, spec: &CacheSpec) -> Result<Layer> {
+        let Config { width, ffn, heads, head_dim, .. } = self.source.config;
+        let (q, turned) = (heads * head_dim, spec.hadamard);
         let name = |part: &str| format!("blk.{n}.{part}");
         let side = |turned_side| if turned { turned_side } else { Turned::No };
-        let names = [name("attn_q"), name("attn_k"), name("attn_v")];
-        let (rows, sides) = ([q, kv, kv], [Turned::No, Turned::No, side(Turned::Rows)]);
-        let kept = [0, 1, 2].map(|i| self.kept(&names[i], sides[i]));
-        let joined = if kept.iter().all(|dtype| *dtype == kept[0]) { 3 } else { 2 };
-        let mut some = |i: std::ops::Range<usize>| {
-            self.linear(&names[i.clone()], &rows[i.clone()], width, &sides[i])
+        let (qkv, v, latent) = match &self.source.config.elite {
+            None => {
+                let (qkv, v) = self.projections(n, side(Turned::Rows))?;
+                (qkv, v, None)
+            }
+            Some(elite) => {
+                let (down, latent) = self.converted((n, elite), turned, spec.latent)?;
+                (down, None, Some(latent))
+            }
         };
-        let (qkv, v) = (some(0..joined)?, (joined < 3).then(|| some(joined..3)).transpose()?);
         let (gate_up, no) = ([name("ffn_gate"), name("ffn_up")], [Turned::No; 2]);
         let gate_up = gate_up.each_ref().map(String::as_str);
         Ok(Layer {
             attn_norm: self.vector(&name("attn_norm"), width)?,
             qkv,
             v,
+            latent,
             o: self.matrix(&[&name("attn_output")], &[width], q, &[side(Turned::Columns)])?,
             ffn_norm: self.vector(&name("ffn_norm"), width)?,
             gate_up: Linear { matrix: self.matrix(&gate_up, &[ffn, ffn], width, &no)?, bias: None },
             down: self.matrix(&[&name("ffn_down")], &[width], ffn, &no[..1])?,
         })
+    }
+
+    /// q above k, above v where all three have the same elements; and v where it has its own, `turned` or not.
+    fn projections(&mut self, n: usize, turned: Turned) -> Result<(Linear, Option<Linear>)> {
+        let Config { width, heads, kv_heads, head_dim, .. } = self.source.config;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        let names = ["attn_q", "attn_k", "attn_v"].map(|part| format!("blk.{n}.{part}"));
+        let (rows, sides) = ([q, kv, kv], [Turned::No, Turned::No, turned]);
+        let kept = [0, 1, 2].map(|i| self.kept(&names[i], sides[i]));
+        let joined = if kept.iter().all(|dtype| *dtype == kept[0]) { 3 } else { 2 };
+        let mut some = |i: std::ops::Range<usize>| {
+            self.linear(&names[i.clone()], &rows[i.clone()], width, &sides[i])
+        };
+        Ok((some(0..joined)?, (joined < 3).then(|| some(joined..3)).transpose()?))
     }
 
     /// Type of the elements that a matrix has on the device; `None` for a matrix that no kernel knows.

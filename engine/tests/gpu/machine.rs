@@ -82,9 +82,11 @@ macro_rules! ops {
 
 ops! {
     kvw_embed: kvw_embed_params;
+    kvw_head_linear: kvw_head_linear_params;
     kvw_kv_gather: kvw_kv_gather_params;
     kvw_kv_pack: kvw_kv_pack_params;
     kvw_linear: kvw_linear_params;
+    kvw_lowrank_kv: kvw_lowrank_kv_params;
     kvw_page_table: kvw_page_table_params;
     kvw_paged_attn: kvw_paged_attn_params;
     kvw_prefill_attn: kvw_prefill_attn_params;
@@ -270,8 +272,7 @@ impl Platform for Machine {
         }
         self.records.set(self.records.get() + 1);
         RECORDING.set(Some(Vec::new()));
-        let done = body();
-        let list = RECORDING.take().unwrap_or_default();
+        let (done, list) = (body(), RECORDING.take().unwrap_or_default());
         done.map(|()| Some(Box::new(Recording(list)) as Box<dyn Replay>))
     }
 
@@ -285,8 +286,7 @@ impl Platform for Machine {
     }
 
     fn stamps(&self) -> Result<Vec<Duration>> {
-        let stamps = self.stamps.take();
-        Ok(stamps.windows(2).map(|pair| pair[1] - pair[0]).collect())
+        Ok(self.stamps.take().windows(2).map(|pair| pair[1] - pair[0]).collect())
     }
 }
 

@@ -7,17 +7,23 @@ use kvwarp_engine::gpu::{self, Options};
 use kvwarp_engine::runner::Runner;
 use kvwarp_engine::source::Source;
 
+use crate::latent::staged;
 use crate::machine::Machine;
 use crate::options;
 use crate::pair::{GREEDY, fixture, text, watched};
 use crate::simt::Simt;
 
 /// Whether a machine of so much memory holds `rows` whole sequences at once; what it takes by use then, and in all.
-fn holds(spec: &str, options: Options, memory: usize) -> Option<(gpu::tally::Bytes, usize)> {
-    let (source, machine) = (fixture("qwen2"), Machine::new(Simt::plain(), memory, true));
+fn holds(
+    source: &Source,
+    spec: &str,
+    options: Options,
+    memory: usize,
+) -> Option<(gpu::tally::Bytes, usize)> {
+    let machine = Machine::new(Simt::plain(), memory, true);
     let platform = machine.clone();
     let spec = spec.parse().unwrap();
-    let gpu = gpu::open(&source, &spec, None, &options, platform, &mut |_, _| {}).ok()?;
+    let gpu = gpu::open(source, &spec, None, &options, platform, &mut |_, _| {}).ok()?;
     gpu.holds_all().then(|| (gpu.taken(), machine.most()))
 }
 
@@ -26,13 +32,13 @@ fn as_many_fit_as_on_paper() {
     if !kvwarp::device::HAS_KERNELS {
         return;
     }
-    let source = fixture("qwen2");
+    let (plain, halved) = (fixture("qwen2"), staged(("qwen2", 6, 96)));
     let mut found = Vec::new();
-    for spec in ["f16", "q2"] {
+    for (source, spec) in [(&plain, "f16"), (&plain, "q2"), (&halved, "latent")] {
         let (memory, options) = (24 << 20, Options { block: 300, ..options(1) });
-        let fit = gpu::fit(&source, &spec.parse().unwrap(), None, &options, memory).unwrap();
+        let fit = gpu::fit(source, &spec.parse().unwrap(), None, &options, memory).unwrap();
         let rows = fit.sequences;
-        let (taken, most) = holds(spec, Options { rows, ..options }, memory).unwrap();
+        let (taken, most) = holds(source, spec, Options { rows, ..options }, memory).unwrap();
         assert_eq!(taken.iter().sum::<usize>(), most, "{spec}: every byte is counted once");
         let own = taken[Use::Pools as usize] + taken[Use::Rings as usize];
         assert_eq!(fit.shared, most - own, "{spec}");
@@ -40,12 +46,13 @@ fn as_many_fit_as_on_paper() {
             own >= rows * fit.sequence && own < (rows + 1) * fit.sequence,
             "{spec}: {fit:?} {own}"
         );
-        assert!(holds(spec, Options { rows: rows + 1, ..options }, memory).is_none(), "{spec}");
-        let none = gpu::fit(&source, &spec.parse().unwrap(), None, &options, 1 << 20).unwrap();
+        let more = Options { rows: rows + 1, ..options };
+        assert!(holds(source, spec, more, memory).is_none(), "{spec}");
+        let none = gpu::fit(source, &spec.parse().unwrap(), None, &options, 1 << 20).unwrap();
         assert_eq!((none.sequences, none.sequence), (0, fit.sequence), "{spec}");
         found.push(rows);
     }
-    assert!(found[1] > found[0], "{found:?}");
+    assert!(found[1] > found[0] && found[2] > found[0], "{found:?}");
 }
 
 #[test]

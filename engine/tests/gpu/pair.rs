@@ -194,6 +194,30 @@ impl<'m> Pair<'m> {
         [device, layers.flat_map(|layer| self.cache.lens(host, layer)).collect()]
     }
 
+    /// Compares the latents that sequence `i` holds, all slabs of all layers; of the first, tokens alone make them.
+    pub fn compare_latents(&mut self, i: usize) {
+        let (row, host, _) = self.rows[i];
+        let frozen = self.gpu.freeze(row).unwrap();
+        for (slab, &entry) in frozen.entries.iter().enumerate() {
+            let mut bytes = &self.gpu.slab(entry).unwrap()[..];
+            for layer in 0..self.gpu.config().layers {
+                let view = self.cache.latent(host, layer, 0).unwrap();
+                assert_eq!((view.len, view.slabs()), (frozen.len, frozen.entries.len()));
+                let (own, others) = bytes.split_at(view.shape.slab_bytes());
+                bytes = others;
+                let rows = 0..TOKENS.min(view.len - slab * TOKENS);
+                let read = |slab: &[u8]| -> Vec<f32> {
+                    rows.clone().flat_map(|token| view.shape.read(slab, token)).collect()
+                };
+                let off = relative(&read(own), &read(view.slab(slab).unwrap()));
+                let seen = &mut self.seen.slabs[usize::from(layer > 0)];
+                *seen = seen.max(off);
+            }
+            assert!(bytes.is_empty());
+        }
+        self.gpu.melt(frozen);
+    }
+
     /// Compares what sequence `i` holds, slab by slab.
     pub fn compare_slabs(&mut self, i: usize) {
         let (row, host, _) = self.rows[i];

@@ -4,7 +4,7 @@ use kvwarp::pages::{Entry, packed_slabs};
 use kvwarp::slab::{Format, TOKENS};
 
 use super::{Cache, Edit};
-use crate::cache::CacheStats;
+use crate::cache::{CacheStats, Shape};
 use crate::gpu::platform::Buffer;
 use crate::runner::{Held, Row, RunError};
 
@@ -51,7 +51,8 @@ impl Cache {
     /// What head `h` holds, counted over all layers.
     pub fn held(&self, row: Row, h: usize) -> Held {
         let Line { len, chosen, entries } = self.line(row, h);
-        Held { len: *len, packed: entries.len(), chosen: *chosen }
+        let packed = if self.has_latents() { len / TOKENS } else { entries.len() };
+        Held { len: *len, packed, chosen: *chosen }
     }
 
     /// What every head holds, `[layers * kv_heads]`.
@@ -119,7 +120,12 @@ impl Cache {
         edits: &mut Vec<Edit>,
     ) -> Result<(), RunError> {
         let sinks = self.spec.sinks.div_ceil(TOKENS);
-        for slab in self.held(row, h).packed..packed_slabs(len, self.spec.window) {
+        // What is not full of latents lies in the table too.
+        let slabs = match self.has_latents() {
+            true => len.div_ceil(TOKENS),
+            false => packed_slabs(len, self.spec.window),
+        };
+        for slab in self.line(row, h).entries.len()..slabs {
             let format = if slab < sinks { Format::F16 } else { self.stores[h] };
             let entry = self.take(format)?;
             edits.push([self.table_index(row, h, slab), entry.0]);
@@ -139,9 +145,12 @@ impl Cache {
             packed + size_of::<Entry>()
         };
         let slabs: usize = entries.map(slab).sum();
-        let used_bytes = slabs + heads * self.ring_slabs() * self.f16_bytes();
+        let rings =
+            if self.has_latents() { 0 } else { heads * self.ring_slabs() * self.f16_bytes() };
+        let used_bytes = slabs + rings;
         let pools: usize = self.pools.iter().flatten().map(Buffer::bytes).sum();
-        let elements = 2 * len * heads * self.shape.head_dim;
+        let Shape { layers, kv_heads, head_dim, .. } = self.shape;
+        let elements = 2 * len * layers * kv_heads * head_dim;
         CacheStats {
             tokens: len,
             used_bytes,

@@ -15,19 +15,21 @@ impl Cache {
         let full = self.whole(self.shape.context);
         let (bytes, one) =
             (self.slabs_of(&full), self.slabs_of(&self.whole(least.min(self.shape.context))));
-        let budget = budget.unwrap_or(free.min(self.rows * bytes));
+        let aside = self.beside(Format::F16 as usize) * self.f16_bytes();
+        let budget = budget.unwrap_or(free.saturating_sub(aside).min(self.rows * bytes));
         if budget < one {
             let what = "keys and values of one sequence";
             return Err(GpuError::Memory { what, need: one, free: budget });
         }
         for (f, &need) in full.iter().enumerate().filter(|(_, need)| **need > 0) {
             let slabs = (need as f64 * (budget as f64 / bytes as f64)) as usize;
-            let slabs = slabs.min(Slots::MOST);
-            self.pools[f] = Some(Buffer::new(
-                &self.platform,
-                (Use::Pools, "keys and values"),
-                slabs * self.slab_bytes[f],
-            )?);
+            let slabs = slabs.min(Slots::MOST - self.beside(f)) + self.beside(f);
+            let (what, size) = ((Use::Pools, "keys and values"), slabs * self.slab_bytes[f]);
+            // Slabs of latents are read whole while they are partly written.
+            self.pools[f] = Some(match self.has_latents() {
+                true => Buffer::zeroed(&self.platform, what, size)?,
+                false => Buffer::new(&self.platform, what, size)?,
+            });
             self.slots[f] = Slots::new(slabs);
         }
         Ok(())
@@ -36,12 +38,14 @@ impl Cache {
     /// Bytes that a sequence of the whole context takes: slabs, their copies once it is frozen, rings, page tables.
     pub fn sequence_bytes(&self) -> usize {
         let rows = [&self.rings, &self.table].map(|buffer| buffer.bytes() / self.rows);
-        self.slabs_of(&self.whole(self.shape.context)) + rows.iter().sum::<usize>()
+        let begun = if self.has_latents() { self.f16_bytes() } else { 0 };
+        self.slabs_of(&self.whole(self.shape.context)) + begun + rows.iter().sum::<usize>()
     }
 
     /// [`super::Gpu::holds_all`]
     pub fn holds_all(&self) -> bool {
-        let most = self.slots.each_ref().map(|slots| slots.available() + slots.used());
+        let of = |f: usize| self.slots[f].available() + self.slots[f].used() - self.beside(f);
+        let most = std::array::from_fn(of);
         check(&self.whole(self.shape.context).map(|slabs| slabs * self.rows), &most).is_ok()
     }
 

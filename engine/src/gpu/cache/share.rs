@@ -25,7 +25,10 @@ impl Cache {
                     entry
                 } else {
                     let entry = self.take(Format::F16)?;
-                    copies.push((self.slab_at(entry), self.recent_at(row, h, slab)));
+                    match self.has_latents() {
+                        true => self.copy_slot(entry, self.line(row, h).entries[slab])?,
+                        false => copies.push((self.slab_at(entry), self.recent_at(row, h, slab))),
+                    }
                     entry
                 });
             }
@@ -47,10 +50,18 @@ impl Cache {
                 self.share(entry);
                 edits.push([self.table_index(row, h, slab), entry.0]);
             }
+            let mut entries = entries.to_vec();
             for (slab, &entry) in (packed..).zip(recent) {
-                copies.push((self.recent_at(row, h, slab), self.slab_at(entry)));
+                if !self.has_latents() {
+                    copies.push((self.recent_at(row, h, slab), self.slab_at(entry)));
+                    continue;
+                }
+                let own = self.take(Format::F16)?;
+                self.copy_slot(own, entry)?;
+                edits.push([self.table_index(row, h, slab), own.0]);
+                entries.push(own);
             }
-            heads.push(Line { len, chosen, entries: entries.to_vec() });
+            heads.push(Line { len, chosen, entries });
         }
         self.sequences[row.0] = Some(Sequence { len: frozen.len, heads });
         self.copy_all(&copies)?;
@@ -68,8 +79,16 @@ impl Cache {
         }
     }
 
-    /// Address of a slab in its pool, and its bytes.
-    pub fn slab(&self, entry: Entry) -> Option<(u64, usize)> {
+    /// Addresses of a slab in its pool, of latents in each layer, and its bytes there; none of a hole.
+    pub fn slab(&self, entry: Entry) -> Vec<(u64, usize)> {
+        if self.has_latents() {
+            self.slabs_of_slot(entry)
+        } else {
+            self.kv_slab(entry).into_iter().collect()
+        }
+    }
+
+    fn kv_slab(&self, entry: Entry) -> Option<(u64, usize)> {
         let (format, slot) = entry.get()?;
         let bytes = self.slab_bytes[format as usize];
         let pool = self.pools[format as usize].as_ref()?;
@@ -77,7 +96,7 @@ impl Cache {
     }
 
     fn slab_at(&self, entry: Entry) -> u64 {
-        self.slab(entry).map_or(0, |(at, _)| at)
+        self.kv_slab(entry).map_or(0, |(at, _)| at)
     }
 
     /// Address of a slab of head `h`, counted over all layers, in the ring.

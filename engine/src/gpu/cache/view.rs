@@ -1,7 +1,6 @@
 //! The cache as kernels see it.
 
 use kvwarp::ffi::kvw_cache;
-use kvwarp::pages::Entry;
 
 use super::Cache;
 use crate::cache::Shape;
@@ -14,11 +13,10 @@ impl Cache {
     /// that is 0, as lengths have it.
     pub fn view(&self, layer: usize, seqs: usize, [lens, packed]: [u64; 2]) -> kvw_cache {
         let Shape { kv_heads, head_dim, .. } = self.shape;
-        let row = layer * self.rows * kv_heads;
         kvw_cache {
             pools: std::array::from_fn(|f| at(self.pools[f].as_ref().map_or(0, Buffer::at))),
             ring: at(self.ring_at(layer, Row(0), 0)),
-            table: at(self.table.at() + (row * self.stride * size_of::<Entry>()) as u64),
+            table: at(self.table_at(layer, Row(0))),
             lens: at(lens),
             packed: at(packed),
             seqs: seqs as i32,
@@ -37,16 +35,15 @@ impl Cache {
 
     /// The same of one row.
     pub fn view_of(&self, layer: usize, row: Row, told: [u64; 2]) -> kvw_cache {
-        let line = u64::from(self.table_index(row, layer * self.shape.kv_heads, 0));
         kvw_cache {
-            table: at(self.table.at() + line * size_of::<Entry>() as u64),
+            table: at(self.table_at(layer, row)),
             ring: at(self.ring_at(layer, row, 0)),
             ..self.view(layer, 1, told)
         }
     }
 
     /// The same of one row, whose recent tokens lie in another ring of `slabs` slabs a head.
-    pub fn staged(
+    pub fn staged_view(
         &self,
         layer: usize,
         row: Row,

@@ -40,9 +40,10 @@ pub struct Room {
     pub said: usize,
     /// Rows that pass through a layer together.
     pub piece: usize,
-    /// Bytes of an f16 slab, and slabs of a row's ring.
-    pub slab: usize,
-    pub ring: usize,
+    /// Bytes of an f16 slab, and slabs of tokens before it.
+    pub ring: (usize, usize),
+    /// Most tokens of latents that are expanded before it.
+    pub held: usize,
     /// Layers that are staged at once.
     pub layers: usize,
     pub apart: Apart,
@@ -52,6 +53,7 @@ pub struct Room {
 #[derive(Clone, Copy)]
 pub struct Words {
     pieces: usize,
+    held: usize,
     apart: Apart,
     lens: usize,
     packed: usize,
@@ -62,11 +64,17 @@ pub struct Words {
 impl Words {
     /// For `tokens` tokens in so many pieces.
     pub fn of(apart: Apart, pieces: usize, tokens: usize) -> Self {
+        Self::after(0, apart, pieces, tokens)
+    }
+
+    /// The same after others, latents that are expanded in `held` pieces.
+    pub fn after(held: usize, apart: Apart, pieces: usize, tokens: usize) -> Self {
         let (lens, each) = (WORD * pieces, apart.heads.next_multiple_of(WORD));
         let packed = lens + each * apart.layers * pieces;
-        let ids = packed + each * apart.layers;
+        let expanded = packed + each * apart.layers;
+        let ids = expanded + 2 * WORD * held;
         let positions = ids + tokens.next_multiple_of(WORD);
-        Self { pieces, apart, lens, packed, ids, positions }
+        Self { pieces, held: expanded, apart, lens, packed, ids, positions }
     }
 
     pub fn total(&self, tokens: usize) -> usize {
@@ -86,6 +94,12 @@ impl Words {
     /// Slabs of the heads of layer `layer` in the table before the block.
     pub fn packed(&self, layer: usize) -> usize {
         self.packed + self.each() * self.apart.line(layer)
+    }
+
+    /// First row of the only sequence, and of the next, in piece `piece` of what was held before; and how many tokens that and
+    /// the pieces before it are.
+    pub fn held(&self, piece: usize) -> [usize; 2] {
+        [0, WORD].map(|word| self.held + 2 * WORD * piece + word)
     }
 
     fn each(&self) -> usize {
@@ -179,11 +193,12 @@ impl Prompt {
     /// Room for a prompt after whatever a row holds.
     pub fn new(
         (platform, width, kv_heads): (&Rc<Metered>, usize, usize),
-        Room { tokens, said, piece, slab, ring, layers, apart }: Room,
+        Room { tokens, said, piece, ring: (slab, ring), held, layers, apart }: Room,
     ) -> Result<Self> {
         let slabs = ring + (tokens + said).div_ceil(TOKENS) + 1;
         let most = tokens.max(said);
-        let words = Words::of(apart, most.div_ceil(piece), most).total(most);
+        let words = Words::after(held.div_ceil(piece), apart, most.div_ceil(piece), most);
+        let words = words.total(most);
         let buffer = |what, bytes| Buffer::new(platform, (Use::Activations, what), bytes);
         let layer = kv_heads * slabs * slab;
         Ok(Self {

@@ -43,22 +43,17 @@ impl Gpu {
     }
 
     /// Takes the slabs that a read of `n` tokens leaves in the table, where that is known before there are scores.
-    pub(super) fn extend(
-        &mut self,
-        row: Row,
-        (chooses, n): (bool, usize),
-        before: &[Held],
-    ) -> Result<(), RunError> {
-        let (mut edits, mut through, kv_heads) = (Vec::new(), n, self.net.config.kv_heads);
-        for (layer, heads) in before.chunks_exact(kv_heads).enumerate() {
+    pub(super) fn extend(&mut self, row: Row, (chooses, n): (bool, usize)) -> Result<(), RunError> {
+        let (mut edits, mut through, each) = (Vec::new(), n, self.cache.heads());
+        for (layer, heads) in self.cache.all_held(row).chunks_exact(each).enumerate() {
             for (h, &held) in heads.iter().enumerate() {
                 let len = held.len + through;
                 let cut = self.cut((chooses, n), layer, Held { len, ..held });
                 let stays = cut.map_or(len, |cut| cut.stays());
                 let chosen = cut.filter(|_| self.cache.spec().lag().is_some());
                 let chosen = chosen.map_or(held.chosen, |cut| cut.chosen());
-                self.cache.extend(row, layer * kv_heads + h, stays, &mut edits)?;
-                self.cache.keep(row, layer * kv_heads + h, (stays, chosen));
+                self.cache.extend(row, layer * each + h, stays, &mut edits)?;
+                self.cache.keep(row, layer * each + h, (stays, chosen));
             }
             through = self.onward((chooses, n), layer, through).map_or(through, |o| o.kept);
         }
@@ -144,7 +139,7 @@ impl Gpu {
         let told = |words: [usize; 2]| words.map(|word| choice.number(word));
         if !on_host && cut.k > 0 {
             let ring = (prompt.ring(layer), prompt.slabs);
-            let cache = self.cache.staged(layer, row, told(numbers.before), ring);
+            let cache = self.cache.staged_view(layer, row, told(numbers.before), ring);
             self.score(choice, (&cut, &numbers), cache)?;
             self.best(choice, (&cut, &numbers))?;
             choice.place(&self.platform, heads, &frame)?;

@@ -1,0 +1,134 @@
+//! Converted models: latents attended to as they are, and keys and values expanded from them.
+
+use kvwarp_engine::gpu::Options;
+use kvwarp_engine::runner::{Runner, Turn};
+use kvwarp_engine::source::Source;
+
+use super::pair::{Pair, on_device, on_host, relative, text, watched};
+use super::simt::Simt;
+use super::support::converted::{converted, request};
+use super::{EXACT, GIB, GREEDY, Machine, calibrated, fixture, logits, machine, options};
+
+/// Fixtures, pairs and ranks: one kv head and two, biases, every scaling, fewer channels than a warp has, pairs that are no
+/// multiple of 4, every pair elite.
+const MODELS: [(&str, usize, usize); 4] =
+    [("llama3", 8, 48), ("qwen2", 6, 96), ("llama_linear", 4, 112), ("llama3", 32, 64)];
+
+pub fn staged((name, pairs, rank): (&str, usize, usize)) -> Source {
+    let (source, tokens) = (fixture(name), text(5, 160));
+    converted(&source, &request(&tokens, pairs, rank)).staged
+}
+
+/// Prompts read at once and in blocks that begin within a tile, steps that fill slabs, and more said after them.
+#[test]
+fn latents_are_attended_to_as_they_are() {
+    for model in MODELS {
+        let (machine, source) = (machine(), staged(model));
+        let host = on_host(&source, None);
+        let small = Options { piece: 48, ..options(3) };
+        let mut pair = Pair::new(on_device(&source, "latent", None, &small, &machine), &host);
+        pair.join(&text(7, 126), 512);
+        pair.join(&text(3, 90), 41);
+        (0..5).for_each(|_| pair.step());
+        pair.tell(1, &text(8, 77));
+        pair.join(&text(4, 2), 64);
+        (0..3).for_each(|_| pair.step());
+        (0..3).for_each(|i| pair.compare_latents(i));
+        eprintln!("{model:?}: {:?}", pair.seen);
+        assert!(pair.seen.apart < EXACT && pair.seen.other == 0, "{model:?}: {:?}", pair.seen);
+        assert!(pair.seen.slabs[0] < 2e-3 && pair.seen.slabs[1] < EXACT, "{:?}", pair.seen);
+        assert_eq!(machine.records(), 2, "of two rows and of four");
+        (0..3).for_each(|_| pair.leave(0));
+        assert_eq!(pair.gpu.used(), [0; 5]);
+        drop(pair);
+        assert_eq!(machine.taken(), 0, "all memory is given back");
+    }
+}
+
+#[test]
+fn keys_and_values_are_expanded() {
+    for (model, spec, with, share) in [
+        (MODELS[0], "f16", false, 0.0),
+        (MODELS[1], "f16", false, 0.0),
+        (MODELS[1], "q4,hadamard=off", false, 0.5),
+        // Channels lie in another order before they are turned, so codes are others.
+        (MODELS[1], "q4", false, 1.5),
+        (MODELS[2], "q2,keep=50", true, 1.5),
+        (MODELS[0], "q8,evict=lagkv:0.5:lag=16,window=16", false, 0.5),
+    ] {
+        let (machine, source) = (machine(), staged(model));
+        let calibration = with.then(|| calibrated(&source));
+        let host = on_host(&source, calibration.as_ref());
+        let gpu = on_device(&source, spec, calibration.as_ref(), &options(1), &machine);
+        let mut pair = Pair::new(gpu, &host);
+        pair.join(&text(7, 200), 512);
+        (0..70).for_each(|_| pair.step());
+        let seen = &pair.seen;
+        eprintln!("{model:?} {spec}: {seen:?}");
+        let most = EXACT.max(share * seen.moved);
+        assert!(seen.apart < most && seen.other == 0, "{model:?} {spec}: {seen:?}");
+    }
+}
+
+#[test]
+fn drafts_are_as_steps_and_leave_no_trace() {
+    for model in MODELS {
+        let (machine, source) = (machine(), staged(model));
+        let mut gpu = on_device(&source, "latent", None, &options(1), &machine);
+        let (row, next) = (gpu.open().unwrap(), text(8, 11));
+        watched(|w| gpu.read(row, &text(2, 180), w)).unwrap();
+        assert_eq!(gpu.drafts(row), 10, "192 tokens fill a slab");
+        let turn = Turn { row, tokens: &next, choice: &GREEDY, draw: 0, recent: &[] };
+        gpu.step(&[turn], &mut Vec::new()).unwrap();
+        let together: Vec<_> = (0..11).map(|i| gpu.logits(row, i).unwrap().unwrap()).collect();
+        gpu.rollback(row, 11).unwrap();
+        assert!(gpu.rollback(row, 53).is_err());
+        for (a, b) in logits(&mut gpu, row, &next).iter().zip(&together) {
+            assert!(relative(a, b) < EXACT, "{model:?}: {}", relative(a, b));
+        }
+    }
+}
+
+#[test]
+fn frozen_sequences_go_on_the_same() {
+    let (machine, source) = (machine(), staged(MODELS[1]));
+    for held in [192, 250] {
+        let mut gpu = on_device(&source, "latent", None, &options(3), &machine);
+        let (free, row, next) = (gpu.free(), gpu.open().unwrap(), text(8, 12));
+        watched(|w| gpu.read(row, &text(2, held), w)).unwrap();
+        assert_eq!(free[0] - gpu.free()[0], held / 64, "what is not full is beside the limit");
+        let frozen = gpu.freeze(row).unwrap();
+        let expected = logits(&mut gpu, row, &next);
+        gpu.close(row);
+        for _ in 0..2 {
+            let rows = [(); 3].map(|()| gpu.thaw(&frozen).unwrap());
+            assert!(gpu.thaw(&frozen).is_err());
+            for row in rows {
+                assert_eq!(gpu.len(row), held);
+                // Products are summed in another order where a step has more rows.
+                let again = logits(&mut gpu, row, &next).concat();
+                let far = relative(&again, &expected.concat());
+                assert!(far < 1e-3 && (row.0 > 0 || far == 0.0), "{row:?}: {far}");
+            }
+            rows.into_iter().for_each(|row| gpu.close(row));
+        }
+        gpu.melt(frozen);
+        assert_eq!((gpu.used(), gpu.free()), ([0; 5], free));
+    }
+}
+
+#[test]
+#[ignore = "the checked build of the executor takes minutes to compile; run with --ignored"]
+fn every_access_to_latents_is_in_bounds_written_and_ordered() {
+    let source = staged(MODELS[1]);
+    let host = on_host(&source, None);
+    for spec in ["latent", "q2,window=0"] {
+        let machine = Machine::new(Simt::checked(), GIB, true);
+        let gpu = on_device(&source, spec, None, &options(2), &machine);
+        let mut pair = Pair::new(gpu, &host);
+        pair.join(&text(9, 126), 50);
+        pair.join(&text(9, 20), 512);
+        (0..3).for_each(|_| pair.step());
+        eprintln!("checked, {spec}: {:?}", pair.seen);
+    }
+}
