@@ -77,7 +77,7 @@ unsafe fn run(p: Given<'_, Params>) -> Checked<()> {
 /// As [`run`].
 unsafe fn ranges(p: Given<'_, Params>, s: usize) -> Checked<Vec<Range<usize>>> {
     if p.seen.is_null() {
-        return Ok(vec![0..usize::MAX]);
+        return Ok(std::iter::once(0..usize::MAX).collect());
     }
     let words = 2 * p.ranges as usize;
     // SAFETY: the caller's promise.
