@@ -14,6 +14,8 @@
 #include "rms_norm.h"
 #include "rope_select.h"
 #include "sim_evict.h"
+#include "token_score.h"
+#include "token_select.h"
 
 #define KVW_ERR_CPU (-8) /* the CPU path does not take this field; a fault of the library where it is params */
 
@@ -27,5 +29,8 @@ KVW_API kvw_status kvw_rms_norm_cpu(const kvw_rms_norm_params *p);
 KVW_API kvw_status kvw_rope_select_cpu(const kvw_rope_select_params *p);
 /* LAG and NORM alone. */
 KVW_API kvw_status kvw_sim_evict_cpu(const kvw_sim_evict_params *p);
+KVW_API kvw_status kvw_token_score_cpu(const kvw_token_score_params *p);
+/* No workspace is needed: it may be null. */
+KVW_API kvw_status kvw_token_select_cpu(const kvw_token_select_params *p);
 
 #endif

@@ -1708,3 +1708,10 @@ unsafe extern "C" {
     #[doc = " LAG and NORM alone."]
     pub fn kvw_sim_evict_cpu(p: *const kvw_sim_evict_params) -> kvw_status;
 }
+unsafe extern "C" {
+    pub fn kvw_token_score_cpu(p: *const kvw_token_score_params) -> kvw_status;
+}
+unsafe extern "C" {
+    #[doc = " No workspace is needed: it may be null."]
+    pub fn kvw_token_select_cpu(p: *const kvw_token_select_params) -> kvw_status;
+}

@@ -42,5 +42,7 @@ pub mod swiglu;
 pub mod threads;
 pub mod token_score;
 pub mod token_select;
+#[cfg(any(feature = "cudarc", feature = "cust"))]
+pub mod view;
 
 pub use error::{Error, Result};

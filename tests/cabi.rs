@@ -19,6 +19,8 @@ fn function(op: &str) -> *const c_void {
         "kvw_rms_norm" => ffi::kvw_rms_norm_cpu as *const c_void,
         "kvw_rope_select" => ffi::kvw_rope_select_cpu as *const c_void,
         "kvw_sim_evict" => ffi::kvw_sim_evict_cpu as *const c_void,
+        "kvw_token_score" => ffi::kvw_token_score_cpu as *const c_void,
+        "kvw_token_select" => ffi::kvw_token_select_cpu as *const c_void,
         _ => panic!("{op} has no CPU entry"),
     }
 }
@@ -138,6 +140,83 @@ fn what_leads_outside_is_refused_by_name() {
     assert!(text(none).starts_with("params"), "{}", text(none));
     let evict = ffi::kvw_sim_evict_params { struct_size: 8, ..Default::default() };
     assert!(call("kvw_sim_evict", &evict).unwrap_err().starts_with("struct_size"));
+}
+
+#[test]
+fn scores_and_selections_name_what_leads_outside() {
+    let (spec, run) = (Spec { lens: vec![300], ..Spec::default() }, Exec::Cpu.start());
+    let cache = Cache::new(&spec, 9);
+    let device = cache.upload(&run);
+    let room = run.alloc::<f32>("room", 4 * 64);
+    let below = run.upload("below", &[-1]);
+    let (rows, many) = (run.upload("rows", &[0, 1]), run.upload("rows", &[0, 2]));
+    let twice = run.upload("seen", &[0, 9, 40, 60, 8, 20]);
+    let valid = ffi::kvw_token_score_params {
+        struct_size: size_of::<ffi::kvw_token_score_params>() as u32,
+        op: ffi::KVW_SCORE_LSE,
+        cache: device.params(),
+        q: room.ptr().cast(),
+        lse: room.ptr(),
+        cu_tokens: rows.ptr(),
+        q_heads: 2,
+        tokens: 1,
+        max_tokens: 1,
+        lse_rows: 1,
+        dtype: ffi::KVW_F16,
+        ..Default::default()
+    };
+    type Score<'a> = (&'a dyn Fn(&mut ffi::kvw_token_score_params), &'a str);
+    let cases: [Score<'_>; 5] = [
+        (&|p| p.dtype = ffi::KVW_F32, "dtype"),
+        (&|p| p.first = below.ptr(), "first"),
+        (&|p| p.cu_tokens = many.ptr(), "cu_tokens"),
+        (&|p| (p.seen, p.ranges) = (twice.ptr(), 3), "seen"),
+        (&|p| p.cache.lens = below.ptr(), "lens"),
+    ];
+    call("kvw_token_score", &valid).unwrap();
+    for (change, field) in cases {
+        let mut params = valid;
+        change(&mut params);
+        let why = call("kvw_token_score", &params).unwrap_err();
+        assert_eq!(why.split(':').next(), Some(field), "{why}");
+    }
+
+    // A segment of more scores than one CTA takes asks the kernel for a workspace, the processor for none.
+    let scores = run.upload("scores", &vec![0.5f32; 70_000]);
+    let (k, kept, count) =
+        (run.upload("k", &[3]), run.upload("kept", &[7; 4]), run.upload("count", &[7]));
+    let select = ffi::kvw_token_select_params {
+        struct_size: size_of::<ffi::kvw_token_select_params>() as u32,
+        op: ffi::KVW_SELECT_TOP_K,
+        scores: scores.ptr(),
+        k: k.ptr(),
+        indices: kept.ptr(),
+        counts: count.ptr(),
+        rows: 1,
+        n: 70_000,
+        segment: 1,
+        index_stride: 4,
+        ..Default::default()
+    };
+    call("kvw_token_select", &select).unwrap();
+    assert_eq!((kept.download(), count.download()), (vec![0, 1, 2, 7], vec![3]));
+    let gather = ffi::kvw_token_select_params {
+        op: ffi::KVW_SELECT_GATHER,
+        positions: k.ptr(),
+        out_positions: kept.ptr(),
+        first: below.ptr(),
+        counts: std::ptr::null_mut(),
+        index_stride: 1,
+        ..select
+    };
+    let zero = run.upload("indices", &[0]);
+    let why =
+        call("kvw_token_select", &ffi::kvw_token_select_params { indices: zero.ptr(), ..gather });
+    assert!(why.as_ref().is_err_and(|why| why.starts_with("indices: ")), "{why:?}");
+    let one = run.upload("indices", &[1]);
+    let gather = ffi::kvw_token_select_params { indices: one.ptr(), ..gather };
+    call("kvw_token_select", &gather).unwrap();
+    assert_eq!(kept.download(), [3, 1, 2, 7]);
 }
 
 #[test]

@@ -127,6 +127,20 @@ fn python_needs_its_standard_library_alone() {
     }
 }
 
+/// Against a driver that serves memory from the heap: cust links one, cudarc looks for one.
+#[test]
+fn cudarc_and_cust_pass_what_they_have() {
+    let driver = room("driver");
+    run(Command::new("csrc/link/stub").arg(&driver).arg("tests/driver.c"));
+    let mut cargo = Command::new("cargo");
+    cargo.args(["test", "--release", "-p", "kvwarp", "--test", "view", "--features", "cust"]);
+    // Another build of the crate, of which little is run.
+    cargo.args(["--config", "profile.release.package.kvwarp.opt-level=0"]);
+    cargo.env("KVW_SKIP_NVCC", "1").env("KVW_STAND_IN", "1").env("CUDA_LIBRARY_PATH", &driver);
+    let text = run(cargo.env("LD_LIBRARY_PATH", driver.join("lib64/stubs")));
+    assert!(text.contains("4 passed; 0 failed; 0 ignored"), "{text}");
+}
+
 #[test]
 fn the_header_is_cpp_too() {
     let mut cpp = Command::new("c++");

@@ -4,7 +4,7 @@ mod kernel;
 
 use crate::cache::Spec;
 use crate::cases::somewhere;
-use crate::exec::{Run, assert_caught, executors, op};
+use crate::exec::{Run, assert_caught, everyone, op};
 use half::f16;
 use kernel::{Call, lse_matches, matches};
 use kvwarp::ffi::{self, kvw_token_score_params as Params};
@@ -154,7 +154,7 @@ fn all(run: &Run, spec: &Spec, call: &Call) -> Result<(), String> {
 
 #[test]
 fn executors_match_oracle() {
-    for exec in executors(3) {
+    for exec in everyone(3) {
         let run = exec.start();
         let check = |what: &str, spec: &Spec, call: &Call| {
             all(&run, spec, call).unwrap_or_else(|e| panic!("{exec:?}: {what}: {e}"));
@@ -189,7 +189,7 @@ fn executors_match_oracle() {
 
 #[test]
 fn every_shape_matches_oracle() {
-    for exec in executors(0) {
+    for exec in everyone(0) {
         let run = exec.start();
         let check = |spec: &Spec, call: &Call| {
             let (d, group, meta, g) = (spec.head_dim, spec.group, spec.meta, call.g);

@@ -4,7 +4,7 @@ mod kernel;
 
 use crate::cases::{Noise, somewhere};
 use crate::cpu_select::hard;
-use crate::exec::{Exec, Run, assert_caught, executors, op};
+use crate::exec::{Exec, Run, assert_caught, everyone, op};
 use kernel::{Select, gather_matches, pool_matches};
 use kvwarp::ffi::{self, kvw_token_select_params as Params};
 use kvwarp::token_select::{Pool, oracle_pool, oracle_top_k};
@@ -147,7 +147,7 @@ fn large() -> Vec<Vec<f32>> {
 
 #[test]
 fn executors_match_oracle() {
-    for exec in executors(2) {
+    for exec in everyone(2) {
         let run = exec.start();
         for n in [1, 31, 32, 33, 700] {
             selects(&run, &ragged(n), n).unwrap_or_else(|e| panic!("{exec:?}, {n} scores: {e}"));
@@ -184,7 +184,7 @@ fn executors_match_oracle() {
 
 #[test]
 fn ctas_share_large_segments() {
-    for exec in executors(1) {
+    for exec in everyone(1) {
         let (run, rows) = (exec.start(), large());
         let all: usize = rows.iter().map(Vec::len).sum();
         let ks = if exec == Exec::SimtPlain {

@@ -14,6 +14,8 @@ mod rope_select;
 mod rows;
 mod sim_evict;
 mod team;
+mod token_score;
+mod token_select;
 
 use crate::error::Error;
 use crate::ffi::{self, kvw_status};
@@ -70,13 +72,36 @@ const fn field_number(name: &str) -> i32 {
     1 + ((hash ^ hash >> 20) & 0xF_FFFF) as i32
 }
 
+/// What an op's `_check` is.
+type Check<P> = unsafe extern "C" fn(*const P) -> kvw_status;
+
+/// The check of what `change` makes of the params; params of another size, or none, are left to the check.
+///
+/// # Safety
+/// `p` is null or points to params.
+unsafe fn changed<P: Copy>(
+    p: *const P,
+    check: Check<P>,
+    change: impl FnOnce(&mut P),
+) -> kvw_status {
+    // SAFETY: the caller's promise: params begin with their size, and the check follows no other pointer.
+    unsafe {
+        if p.is_null() || p.cast::<u32>().read() as usize != size_of::<P>() {
+            return check(p);
+        }
+        let mut params = *p;
+        change(&mut params);
+        check(&params)
+    }
+}
+
 /// The status of `body` after `check`; a panic becomes one too.
 ///
 /// # Safety
 /// `p` is null or points to params whose pointers are as the op's header says, in host memory.
 unsafe fn entry<P>(
     p: *const P,
-    check: unsafe extern "C" fn(*const P) -> kvw_status,
+    check: Check<P>,
     body: impl FnOnce(Given<'_, P>) -> Checked<()>,
 ) -> kvw_status {
     // SAFETY: the check reads the struct alone, and accepts null.

@@ -4,7 +4,7 @@ use super::cache::Views;
 use super::memory::{Given, Halves, Shared};
 use super::rows::{Rows, mask};
 use super::team::team;
-use super::{Checked, Refusal, entry};
+use super::{Checked, Refusal, changed, entry};
 use crate::ffi::{self, kvw_paged_attn_params as Params, kvw_status};
 use crate::paged_attn::{Scratch, cpu};
 use std::cell::RefCell;
@@ -28,16 +28,11 @@ pub unsafe extern "C" fn kvw_paged_attn_cpu(p: *const Params) -> kvw_status {
 /// # Safety
 /// `p` is null or points to params.
 unsafe extern "C" fn check(p: *const Params) -> kvw_status {
-    // SAFETY: the caller's promise; the check follows no other pointer.
+    // SAFETY: the caller's promise.
     unsafe {
-        match p.as_ref() {
-            Some(params) if params.struct_size as usize == size_of::<Params>() => {
-                let workspace = std::ptr::without_provenance_mut(16);
-                let with = Params { workspace, workspace_bytes: usize::MAX, ..*params };
-                ffi::kvw_paged_attn_check(&with)
-            }
-            _ => ffi::kvw_paged_attn_check(p),
-        }
+        changed(p, ffi::kvw_paged_attn_check, |p| {
+            (p.workspace, p.workspace_bytes) = (std::ptr::without_provenance_mut(16), usize::MAX)
+        })
     }
 }
 

@@ -24,11 +24,17 @@ fn failed(what: impl Into<String>) -> Error {
     Error::Cuda { op: "cublas", code: 999, what: what.into() }
 }
 
+/// Whether the library is there, also where another crate of the graph has cudarc link it: without it cudarc panics.
+fn present() -> bool {
+    let names = ["libcublas.so", "libcublas.so.13", "libcublas.so.12"];
+    // SAFETY: opens the library, which cudarc would open too, and closes it again.
+    names.iter().any(|name| unsafe { libloading::Library::new(name) }.is_ok())
+}
+
 impl Blas {
     /// [`Error::Cuda`] where there is no libcublas.
     pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
-        // SAFETY: opens the library and closes it again.
-        if !unsafe { sys::is_culib_present() } {
+        if !present() {
             return Err(failed(
                 "libcublas.so.13 or .12 is not found; prompts need it (CUDA toolkit, or pip's nvidia-cublas)",
             ));

@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUmemorytype, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, result};
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, result};
 
 use super::blas::Blas;
 use super::staging::{STAGE, Staging};
 use super::{Gemm, Pieces};
 use crate::range::range;
+pub(super) use crate::view::cudarc::failed;
 use crate::{Error, Result, ffi};
 
 /// A GPU's primary context and one stream.
@@ -36,10 +37,6 @@ pub struct Graph(CudaGraph);
 
 /// The moment at which what had been enqueued was done.
 pub struct Stamp(CudaEvent);
-
-pub(super) fn failed(e: DriverError) -> Error {
-    Error::Cuda { op: "device", code: e.0 as i32, what: e.to_string() }
-}
 
 impl Memory {
     /// `bytes` that nobody has written, at a multiple of 256.
