@@ -21,32 +21,26 @@ def main(packages):
     needed = {name for p in libraries for name in re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", p))}
     missing = sorted(name for name in needed - own if re.match(r"lib(cu(?!da\.)|nv|nccl)", name))
 
-    versions = {"": set()}  # names of symbols by version
+    functions, versions = set(), set()  # (name, version) of what is called, and versions alone
     for library in libraries:
-        of_missing = set()
-        for file, names in re.findall(r"File: (\S+) .*\n((?:.*  Name: .*\n)*)", output("readelf", "-VW", library)):
-            if file in missing:
-                of_missing.update(re.findall(r"Name: (\S+)", names))
-        versions.update({v: versions.get(v, set()) for v in of_missing})
+        files = re.findall(r"File: (\S+) .*\n((?:.*  Name: .*\n)*)", output("readelf", "-VW", library))
+        own_versions = {v for file, names in files if file in missing for v in re.findall(r"Name: (\S+)", names)}
+        versions |= own_versions
         for name, version in re.findall(r" U (\w+)@?(\S*)$", output("nm", "-D", "-u", library), re.M):
-            if version in of_missing or (not version and re.match(r"(cuFile|cu[a-z]+[A-Z]|nccl|nv)", name)):
-                versions[version].add(name)
+            if version in own_versions or (not version and re.match(r"(cuFile|cu[a-z]+[A-Z]|nccl|nv)", name)):
+                functions.add((name, version))
 
+    lines = ["void abort(void);"]
+    for i, (name, version) in enumerate(sorted(functions)):
+        lines.append(f"void {f'none{i}' if version else name}(void) {{ abort(); }}")
+        if version:
+            lines.append(f'__asm__(".symver none{i}, {name}@@{version}");')
     with tempfile.TemporaryDirectory() as room:
         source, script = Path(room) / "none.c", Path(room) / "none.map"
-        lines, nodes, number = ["void abort(void);"], [], 0
-        for version, names in versions.items():
-            number = number + 1
-            for name in sorted(names):
-                lines.append(f"void none_{number}_{name}(void) {{ abort(); }}")
-                lines.append(f'__asm__(".symver none_{number}_{name}, {name}@@{version}");' if version else
-                             f"void {name}(void) {{ abort(); }}")  # fmt: skip
-            if version:
-                nodes.append(f"{version} {{ }};")
         source.write_text("\n".join(lines))
-        script.write_text("\n".join(nodes))
-        subprocess.run(["cc", "-shared", "-fPIC", "-w", source, "-o", folder / "libnone.so", f"-Wl,--version-script={script}"],
-                       check=True)  # fmt: skip
+        script.write_text("\n".join(f"{version} {{ }};" for version in sorted(versions)))
+        options = ["-shared", "-fPIC", "-w", f"-Wl,--version-script={script}", "-o", folder / "libnone.so"]
+        subprocess.run(["cc", *options, source], check=True)
     for name in missing:
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to("libnone.so")

@@ -24,6 +24,8 @@ class Layer:
             raise Error("head_dim", f"{head_dim}; supported: 64, 96, 128, 256")
         self.spec, self.shape, self.head_dim, self.device = spec, (seqs, heads), head_dim, torch.device(device)
         self.stores = stores or [spec.format] * heads
+        if len(self.stores) != heads:
+            raise Error("stores", f"a calibration of {len(self.stores)} kv heads; here are {heads}")
         self.rounding = {"range": spec.range / 100, "feedback": None if feedback is None else feedback.to(device)}
         self.f16_bytes = self._bytes(F16)
         self.slabs = self._slabs(self._ring(abi.ring_slabs(spec.window)))

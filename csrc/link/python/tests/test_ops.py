@@ -1,4 +1,5 @@
 """Ops and tables on torch tensors, against attention written in torch; every refusal by the argument's name."""
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -111,6 +112,61 @@ def test_vllm_and_flashinfer_tables():
     assert positions.tolist() == [0, 73, 199, -1, -1]
 
 
+@pytest.mark.parametrize("spec, most", [("f16", 1e-3), ("q8,window=0", 0.02)])
+def test_a_ragged_batch_in_shuffled_pages(spec, most):
+    # As vLLM and FlashInfer have it: pages in no order, and past a sequence's pages whatever was there before.
+    torch.manual_seed(3)
+    lens, spec = [256, 64, 448, 128], Spec.parse(spec)
+    held, used = [tokens(n)[:2] for n in lens], [n // 64 for n in lens]
+    page_of = torch.randperm(24)[: sum(used)].int().split(used)
+    pool = torch.full((24, HEADS, abi.slab_bytes(spec.format, D)), 0xFF, dtype=torch.uint8)
+    for (k, v), pages in zip(held, page_of):
+        layer = Layer(spec, 1, HEADS, D, "cpu")
+        layer.extend(k, v, random(len(k), HEADS * GROUP, D), [len(k)], 0.125)
+        mine = layer.slabs.pools[spec.format].view(HEADS, -1, pool.shape[2])
+        pool[pages.long()] = mine[:, : len(pages)].transpose(0, 1)
+    q, name = random(4, 1, HEADS * GROUP, D), spec.preset
+    want = torch.stack([attention(x, k, v, 0.125) for x, (k, v) in zip(q, held)])
+    ring = torch.zeros((4, HEADS, 1, layer.f16_bytes), dtype=torch.uint8)
+    seq_lens = torch.tensor(lens, dtype=torch.int32)
+
+    block_table = torch.full((4, 9), 1 << 20, dtype=torch.int32)
+    for row, pages in zip(block_table, page_of):
+        row[: len(pages)] = pages
+    vllm = ops.Slabs(ring, tables.from_vllm(block_table, format=name), seq_lens, D, {spec.format: pool.flatten(0, 1)},
+                     tables.all_in_pages(seq_lens))  # fmt: skip
+    got = ops.paged_attn(q, 7, 0.125, 0, *vllm.tensors(), vllm.numbers())
+    assert relative(got, want) < most
+
+    indptr = torch.tensor([0, *itertools.accumulate(used)], dtype=torch.int32)
+    last = torch.full((4,), 64, dtype=torch.int32)
+    table, starts, found = tables.from_flashinfer(indptr, torch.cat(page_of), last, format=name)
+    assert found.tolist() == lens
+    csr = ops.Slabs(ring, table, found, D, {spec.format: pool.flatten(0, 1)}, tables.all_in_pages(found), starts)
+    assert torch.equal(ops.paged_attn(q, 7, 0.125, 0, *csr.tensors(), csr.numbers()), got)
+
+    # A slot of each page and a padded one, of sequences in any order.
+    seq_of = torch.tensor([2, 0, 3, 1, 2])
+    slots = torch.tensor([page_of[2][6] * 64 + 5, page_of[0][1] * 64, page_of[3][1] * 64 + 63, page_of[1][0] * 64 + 9, -1])
+    assert tables.positions_of(slots, block_table, seq_of).tolist() == [389, 64, 127, 9, -1]
+
+
+@pytest.mark.parametrize("argument, call", [
+    ("block_table", lambda: tables.from_vllm(torch.zeros(2, 3, dtype=torch.int64))),
+    ("block_table", lambda: tables.from_vllm(torch.zeros(6, dtype=torch.int32))),
+    ("page_size", lambda: tables.from_vllm(torch.zeros(2, 3, dtype=torch.int32), page_size=16)),
+    ("format", lambda: tables.from_vllm(torch.zeros(2, 3, dtype=torch.int32), format="q3")),
+    ("indptr", lambda: tables.from_flashinfer(*[torch.zeros(3)] * 3)),
+    ("last_page_len", lambda: tables.from_flashinfer(*[torch.zeros(3, dtype=torch.int32)] * 3)),
+    ("slot_mapping", lambda: tables.positions_of(*[torch.zeros(3, dtype=torch.int32)] * 3)),
+    ("seq_of", lambda: tables.positions_of(torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2))),
+])  # fmt: skip
+def test_refusals_of_tables_name_the_argument(argument, call):
+    with pytest.raises(Error) as raised:
+        call()
+    assert raised.value.argument == argument
+
+
 def valid():
     layer = Layer(Spec.parse("q2-kivi"), 1, HEADS, D, torch.device("cpu"))
     k, v, q = tokens(300)
@@ -212,6 +268,11 @@ def test_specs_are_refused_by_part(argument, spec):
     with pytest.raises(Error) as raised:
         Spec.parse(spec)
     assert raised.value.argument == argument
+
+
+def test_a_calibration_of_more_heads_is_refused():
+    with pytest.raises(Error, match="^stores: "):
+        Layer(Spec.parse("q2"), 1, HEADS, D, "cpu", stores=[ops.Q4] * 2 * HEADS)
 
 
 def test_rotations_are_their_own_inverse():
