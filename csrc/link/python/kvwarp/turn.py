@@ -11,6 +11,7 @@ BLOCK = 32
 
 
 @lru_cache(maxsize=None)
+@torch.inference_mode(False)  # whoever asks first, all may use it
 def keys(d, device):
     """[d, d] in f32, symmetric and its own inverse."""
     if d % 96 == 0:
@@ -20,6 +21,7 @@ def keys(d, device):
 
 
 @lru_cache(maxsize=None)
+@torch.inference_mode(False)  # whoever asks first, all may use it
 def values(d, device):
     """[d, d] in f32, symmetric and its own inverse."""
     return torch.kron(torch.eye(d // BLOCK), _sylvester(BLOCK)).to(device)

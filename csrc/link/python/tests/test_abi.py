@@ -89,7 +89,8 @@ def aligned(kind, count):
 
 def rows(tokens, width=64):
     """Params that normalise rows of threes, and the arrays that they point to, the last of them the output."""
-    x, weight, out = aligned(ctypes.c_float, tokens * width), aligned(ctypes.c_float, width), aligned(ctypes.c_uint16, tokens * width)
+    x, weight = aligned(ctypes.c_float, tokens * width), aligned(ctypes.c_float, width)
+    out = aligned(ctypes.c_uint16, tokens * width)
     x[:], weight[:] = [3.0] * (tokens * width), [1.0] * width
     at = lambda array: ctypes.addressof(array)
     return abi.params("rms_norm", eps=1e-6, x=at(x), weight=at(weight), out=at(out), tokens=tokens, width=width), x, weight, out

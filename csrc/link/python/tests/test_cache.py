@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from kvwarp import Error, KvwarpCache
+from kvwarp import Error, KvwarpCache, turn
 from test_hf import greedy
 
 CONFIGS = {
@@ -146,6 +146,17 @@ def test_a_prefix_is_read_once():
     whole.reset()
     assert whole.get_seq_length() == 0 and whole.bytes() == 0
     assert greedy(network, ids, whole, 10) == greedy(network, ids, KvwarpCache("q4"), 10)
+
+
+def test_gradients_are_refused_when_they_are_asked_for():
+    network, ids = small(), torch.randint(0, 300, (1, 100))
+    turn.keys.cache_clear()
+    with torch.inference_mode():
+        want = network(ids, past_key_values=KvwarpCache("q4")).logits
+    got = network(ids, past_key_values=KvwarpCache("q4")).logits
+    assert torch.equal(got, want)
+    with pytest.raises(RuntimeError, match="backward through kvwarp.prefill_attn"):
+        got.sum().backward()
 
 
 def test_a_prompt_in_chunks():

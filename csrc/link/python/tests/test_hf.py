@@ -141,7 +141,8 @@ def calibrated(network, ids, path):
         Layer.extend = extend
     config, moments = network.config, torch.stack(seen).float()
     losses = torch.arange(moments.shape[0] * moments.shape[1]).float().view(moments.shape[:2]) % 3
-    numbers = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    numbers = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+               config.head_dim)  # fmt: skip
     fingerprint = hashlib.sha256(b"".join(n.to_bytes(8, "little") for n in numbers))
     for layer in network.model.layers:
         fingerprint.update(layer.self_attn.q_proj.weight.detach().numpy().tobytes()[:4096])
