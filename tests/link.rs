@@ -141,6 +141,24 @@ fn cudarc_and_cust_pass_what_they_have() {
     assert!(text.contains("4 passed; 0 failed; 0 ignored"), "{text}");
 }
 
+/// The package from its wheel, the programs of its pages, and two processes of one model.
+#[test]
+fn python_works_with_torch_and_transformers() {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    if !target.join("python/ready").exists() && std::env::var_os("KVW_REQUIRE_PYTHON").is_none() {
+        eprintln!("skipped: `csrc/link/python/test setup` makes the environment, from 600 MB");
+        return;
+    }
+    let mut test = Command::new("csrc/link/python/test");
+    let text = run(test.env("CARGO_TARGET_DIR", target).env("KVWARP_TREE", tree()));
+    let summary = text.lines().last().unwrap_or_default();
+    assert!(summary.contains(" passed"), "{text}");
+    assert!(
+        !summary.contains("skipped") || std::env::var_os("KVW_REQUIRE_MODEL").is_none(),
+        "{text}"
+    );
+}
+
 #[test]
 fn the_header_is_cpp_too() {
     let mut cpp = Command::new("c++");

@@ -2,87 +2,38 @@
 from __future__ import annotations
 
 import itertools
-import re
-from dataclasses import dataclass
+import math
 
 import torch
 
-from . import abi, ops
+from . import abi, ops, turn
 from .errors import Error
-from .ops import APPEND, F16, FILL, FORMATS, TOKENS, Slabs
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a cache holds: `"q2,window=128,sinks=64,group=32,meta=u8,range=88,evict=lagkv:0.25:lag=128:sink=16"`.
-
-    Formats are f16, q8, q4 and q2, quantised as KIVI does, keys as they are: without the rotations and the calibration of the
-    program's presets, so that `q2` is what the program calls `q2-kivi`.
-    """
-
-    format: int
-    window: int = 128
-    sinks: int = 0
-    group: int = 32
-    meta: int = 0
-    range: float = 0.0
-    evict: tuple | None = None  # share kept of a partition, tokens a partition, first tokens kept
-
-    @classmethod
-    def parse(cls, text):
-        name, *parts = text.split(",")
-        name = name.removesuffix("-kivi")
-        if name not in FORMATS or name == "fp8":
-            raise Error("spec", f"no store {name!r}; supported: f16, q8, q4, q2")
-        given = {}
-        for part in parts:
-            key, _, value = part.partition("=")
-            if key in ("window", "sinks", "group") and re.fullmatch(r"\d+", value):
-                given[key] = int(value)
-            elif key == "range" and re.fullmatch(r"\d+", value) and 1 <= int(value) <= 100:
-                given[key] = int(value) / 100
-            elif key == "meta" and value in ("f16", "u8"):
-                given[key] = int(value == "u8")
-            elif key == "evict":
-                given[key] = cls._evict(value)
-            else:
-                raise Error(key, f"{part!r} is not a part of a spec; supported: window=N, sinks=N, group=N, "
-                                 "meta=f16|u8, range=PERCENT, evict=lagkv:SHARE[:lag=N][:sink=N]")  # fmt: skip
-        spec = cls(FORMATS[name], **given)
-        if spec.sinks % TOKENS:
-            raise Error("sinks", f"{spec.sinks}; supported: multiples of {TOKENS}")
-        if name == "f16" and "meta" in given:
-            raise Error("meta", "f16 slabs have none")
-        abi.slab_bytes(spec.format, 64, spec.group, spec.meta)
-        return spec
-
-    @staticmethod
-    def _evict(text):
-        method, *options = text.split(":")
-        if method != "lagkv":
-            raise Error("evict", f"{method!r}: only lagkv needs neither attention's weights nor the prompt a second time")
-        if not options or not re.fullmatch(r"0?\.\d+|1|1\.0", options[0]):
-            raise Error("evict", f"{text!r}; supported: lagkv:SHARE with a share up to 1")
-        rest = dict(option.partition("=")[::2] for option in options[1:])
-        if rest.keys() - {"lag", "sink"} or not all(value.isdigit() for value in rest.values()):
-            raise Error("evict", f"{text!r}; supported options: lag=N, sink=N")
-        lag = int(rest.get("lag", 128))
-        if lag % 16 or not 16 <= lag <= 1024:
-            raise Error("evict", f"lag={lag}; supported: multiples of 16 from 16 to 1024")
-        return float(options[0]), lag, int(rest.get("sink", 16))
+from .ops import APPEND, F16, FILL, TOKENS, Slabs
 
 
 class Layer:
-    """Tokens of S sequences, which may differ in number: `held` of each, fewer than were read where some were dropped."""
+    """Tokens of S sequences, which may differ in number: `held` of each, fewer than were read where some were dropped; the
+    first `packed` slabs are found through the table, and among the first `chosen` tokens is not chosen again.
 
-    def __init__(self, spec, seqs, heads, head_dim, device):
+    `stores` is the format of each head's history where it is not that of the spec, `feedback` [H, D, D] f16 weights of
+    rounding errors of keys: both come from a calibration.
+    """
+
+    def __init__(self, spec, seqs, heads, head_dim, device, stores=None, feedback=None):
         if head_dim not in (64, 96, 128, 256):
             raise Error("head_dim", f"{head_dim}; supported: 64, 96, 128, 256")
-        self.spec, self.shape, self.head_dim, self.device = spec, (seqs, heads), head_dim, device
-        self.f16_bytes = abi.slab_bytes(F16, head_dim)
+        self.spec, self.shape, self.head_dim, self.device = spec, (seqs, heads), head_dim, torch.device(device)
+        self.stores = stores or [spec.format] * heads
+        if len(self.stores) != heads:
+            raise Error("stores", f"a calibration of {len(self.stores)} kv heads; here are {heads}")
+        self.rounding = {"range": spec.range / 100, "feedback": None if feedback is None else feedback.to(device)}
+        self.f16_bytes = self._bytes(F16)
         self.slabs = self._slabs(self._ring(abi.ring_slabs(spec.window)))
-        self.held = [0] * seqs
+        self.held, self.packed, self.chosen = [0] * seqs, [0] * seqs, [0] * seqs
         self.capacity = 0
+
+    def _bytes(self, format):
+        return abi.slab_bytes(format, self.head_dim, self.spec.group, self.spec.meta)
 
     def _ring(self, slabs):
         return torch.zeros((*self.shape, max(slabs, 1), self.f16_bytes), dtype=torch.uint8, device=self.device)
@@ -95,106 +46,180 @@ class Layer:
         holes, lens = self._int([[[-1]] * heads] * seqs), self._int([0] * seqs)
         return Slabs(ring, holes, lens, self.head_dim, window=spec.window, group=spec.group, meta=spec.meta)
 
-    def _packed(self, length):
-        return max(0, length - self.spec.window) // TOKENS
+    def _due(self):
+        """Slabs of each sequence that have left the window."""
+        return [max(p, (n - self.spec.window) // TOKENS) for n, p in zip(self.held, self.packed)]
+
+    def _pieces(self, capacity):
+        """Formats in use, and of which heads and columns of the table they are."""
+        sinks = capacity if self.spec.format == F16 else self.spec.sink_slabs
+        if sinks:
+            yield F16, list(range(self.shape[1])), 0, sinks
+        for format in sorted(set(self.stores) - {F16}):
+            yield format, [h for h, store in enumerate(self.stores) if store == format], sinks, capacity
 
     def reserve(self, slabs):
-        """Room in the pools for so many slabs a head: the first `sinks` tokens in f16, the others in the format."""
+        """Room in the pools for so many slabs a head: the first `sinks` tokens in f16, the others in their heads' formats."""
         if slabs <= self.capacity:
             return
-        spec, rows = self.spec, self.shape[0] * self.shape[1]
-        capacity = max(slabs, 2 * self.capacity, 8 + spec.sinks // TOKENS)
-        sinks = capacity if spec.format == F16 else spec.sinks // TOKENS
-        table = torch.empty((rows, capacity), dtype=torch.int32, device=self.device)
-        for format, start, end in ((F16, 0, sinks), (spec.format, sinks, capacity)):
-            columns, size = end - start, abi.slab_bytes(format, self.head_dim, spec.group, spec.meta)
-            if columns == 0:
-                continue
-            pool = torch.zeros((rows, columns, size), dtype=torch.uint8, device=self.device)
+        seqs = self.shape[0]
+        capacity = max(slabs, 2 * self.capacity, 8 + self.spec.sink_slabs)
+        for format, of, start, end in self._pieces(capacity):
+            columns, size = end - start, self._bytes(format)
+            pool = torch.zeros((seqs, len(of), columns, size), dtype=torch.uint8, device=self.device)
             if format in self.slabs.pools:
-                old = self.slabs.pools[format].view(rows, -1, size)
-                pool[:, : old.shape[1]] = old
+                old = self.slabs.pools[format].view(seqs, len(of), -1, size)
+                pool[:, :, : old.shape[2]] = old
             self.slabs.pools[format] = pool.view(-1, size)
-            index = torch.arange(rows * columns, dtype=torch.int32, device=self.device)
-            table[:, start:end] = index.view(rows, columns) | format << 28
-        self.slabs.table, self.capacity = table.view(*self.shape, capacity), capacity
+        self._index(capacity)
 
-    def append(self, k, v, q, scale, sliding_window):
+    def _index(self, capacity):
+        """The table of pools that have `capacity` slabs a head."""
+        table = torch.empty((*self.shape, capacity), dtype=torch.int32, device=self.device)
+        for format, of, start, end in self._pieces(capacity):
+            shape = self.shape[0], len(of), end - start
+            index = torch.arange(math.prod(shape), dtype=torch.int32, device=self.device)
+            table[:, of, start:end] = index.view(shape) | format << 28
+        self.slabs.table, self.capacity = table, capacity
+
+    def append(self, k, v, q, scale, sliding_window=0):
         """One token a sequence, k and v [S, H, D], q [S, 1, q_heads, D]: its attention over what is held then."""
-        self._grow([1] * self.shape[0])
-        self.reserve(max(self._packed(n) for n in self.held))
-        s = self.slabs
-        s.lens = self._int(self.held)
-        ops.kv_pack(APPEND, k, v, None, 0, *s.tensors(), s.numbers(), self.spec.range)
-        most = max(1, max((n + TOKENS - 1) // TOKENS for n in self.held))
-        return ops.paged_attn(q, most, scale, sliding_window, *s.tensors(), s.numbers())
+        dtype, (k, v, q) = q.dtype, self._enter(k, v, q)
+        self.held = [n + 1 for n in self.held]
+        due, s = self._due(), self.slabs
+        self.reserve(max(due))
+        s.lens, s.packed = self._int(self.held), self._int(self.packed)
+        ops.kv_pack(APPEND, k, v, None, 0, *s.tensors(), s.numbers(), **self.rounding)
+        if due != self.packed:
+            self.packed, s.packed = due, self._int(due)
+        most = max((n + TOKENS - 1) // TOKENS for n in self.held)
+        out = ops.paged_attn(q, most, scale, sliding_window, *s.tensors(), s.numbers())
+        ready = [i for i in range(self.shape[0]) if self._parts(i)]
+        if ready:
+            source = s.ring.clone()
+            for i in ready:
+                self._drop(i, s, source)
+            s.lens, s.packed = self._int(self.held), self._int(self.packed)
+        return self._leave(out, dtype)
 
-    def _grow(self, counts):
-        self.held = [n + c for n, c in zip(self.held, counts)]
-
-    def extend(self, k, v, q, counts, scale, sliding_window):
-        """`counts` tokens of each sequence, k and v [T, H, D], q [T, q_heads, D]: their attention; what leaves the
-        window is packed after it, and a first read loses what `evict` drops."""
-        before, first_read = list(self.held), not any(self.held)
-        done = [self._packed(n) for n in before]
-        self._grow(counts)
-        after = [self._packed(n) for n in self.held]
-        self.reserve(max(after))
+    def extend(self, k, v, q, counts, scale, sliding_window=0):
+        """`counts` tokens of each sequence, k and v [T, H, D], q [T, q_heads, D]: their attention. After it LagKV drops
+        tokens, and what has left the window is packed."""
+        dtype, (k, v, q) = q.dtype, self._enter(k, v, q)
+        before, done = self.held, self.packed
+        self.held = [n + c for n, c in zip(before, counts)]
         slots = [(n + TOKENS - 1) // TOKENS - d for n, d in zip(self.held, done)]
         # All that is f16 in one ring: slabs that may leave the window, and those that stay.
         stage = self._slabs(self._ring(max(*slots, abi.ring_slabs(self.spec.window), 1) + 1))
         stage.pools, stage.table, stage.lens = self.slabs.pools, self.slabs.table, self._int(self.held)
-        stage.packed, self.slabs.lens = self._int(done), stage.lens
-        self._move(self.slabs.ring, stage.ring, done, before)
+        stage.packed = self._int(done)
+        self._move(self.slabs.ring, stage.ring, before)
         starts = self._int([0, *itertools.accumulate(counts)])
         most = max(counts)
-        ops.kv_pack(FILL, k, v, starts, most, *stage.tensors(), stage.numbers(), self.spec.range)
+        ops.kv_pack(FILL, k, v, starts, most, *stage.tensors(), stage.numbers())
         out = ops.prefill_attn(q, starts, most, scale, sliding_window, *stage.tensors(), stage.numbers())
-        if first_read and self.spec.evict and self._evict(stage):
-            return out
-        if any(a > d for a, d in zip(after, done)):
-            stage.packed = None
-            first = self._int(done)
-            most = max(a - d for a, d in zip(after, done))
-            ops.kv_flush(first, most, *stage.tensors(), stage.numbers(), self.spec.range)
-        self._move(stage.ring, self.slabs.ring, after, self.held)
-        return out
+        self.reserve(max(self._due()))
+        dropped = [self._parts(i) > 0 for i in range(self.shape[0])]
+        for i in (i for i, lost in enumerate(dropped) if lost):
+            self._drop(i, stage, stage.ring)
+        due = self._due()
+        most = max(0 if lost else b - a for a, b, lost in zip(done, due, dropped))
+        stage.pools, stage.table, stage.lens = self.slabs.pools, self.slabs.table, self._int(self.held)
+        if most:
+            # Of those that have dropped tokens nothing is left to pack.
+            stage.packed, first = None, self._int([b if lost else a for a, b, lost in zip(done, due, dropped)])
+            ops.kv_flush(first, most, *stage.tensors(), stage.numbers(), **self.rounding)
+        self.packed = due
+        self._move(stage.ring, self.slabs.ring, self.held, skip=dropped)
+        self.slabs.lens, self.slabs.packed = stage.lens, self._int(due)
+        return self._leave(out, dtype)
 
-    @staticmethod
-    def _move(source, to, packed, lens):
-        """Slabs of each sequence from `packed` on between rings of different sizes."""
-        for s, (first, n) in enumerate(zip(packed, lens)):
+    def _enter(self, k, v, q):
+        """In 16 bits, turned where the spec says so."""
+        if self.spec.hadamard:
+            of_keys, of_values = turn.keys(self.head_dim, self.device), turn.values(self.head_dim, self.device)
+            k, v, q = k.float() @ of_keys, v.float() @ of_values, q.float() @ of_keys
+        if k.dtype not in (torch.float16, torch.bfloat16):
+            k, v, q = (x.clamp(-65504, 65504).to(torch.float16) for x in (k, v, q))
+        return k.contiguous(), v.contiguous(), q.contiguous()
+
+    def _leave(self, out, dtype):
+        if self.spec.hadamard:
+            out = out.float() @ turn.values(self.head_dim, self.device)
+        return out.to(dtype)
+
+    def _move(self, source, to, lens, skip=None):
+        """Slabs of each sequence that are not packed between rings of different sizes."""
+        for s, (first, n) in enumerate(zip(self.packed, lens)):
+            if skip and skip[s]:
+                continue
             for i in range(first, (n + TOKENS - 1) // TOKENS):
                 to[s, :, i % to.shape[2]] = source[s, :, i % source.shape[2]]
 
-    def _evict(self, stage):
-        """Of each partition but the last the tokens with the best scores of LagKV; False where there are no two."""
-        share, lag, sink = self.spec.evict
-        if min(self.held) != max(self.held):
-            raise Error("evict", "prompts of different lengths in one batch")
-        n = self.held[0]
-        partitions = (n - sink) // lag - 1
-        if partitions < 1 or share >= 1:
-            return False
-        scores = ops.lag_scores(sink, lag, partitions, *stage.tensors(), stage.numbers())
-        keep = max(1, int(share * lag))
+    def _parts(self, s):
+        """Partitions of sequence `s` that LagKV has not chosen among, and that a whole one follows."""
+        evict, lag = self.spec.evict, self.spec.lag
+        return max(0, (self.held[s] - max(self.chosen[s], evict.sink)) // lag - 1) if lag else 0
+
+    def _alone(self, slabs, s, packed):
+        """Sequence `s` of some slabs."""
+        table, lens = slabs.table[s : s + 1].clone(), self._int([self.held[s]])
+        return Slabs(slabs.ring[s : s + 1], table, lens, self.head_dim, slabs.pools, self._int([packed]), None,
+                     *slabs.numbers()[1:])  # fmt: skip
+
+    def _drop(self, s, held, source):
+        """LagKV: of those partitions of sequence `s` the best tokens stay, and go from the ring `source`, that of `held` or
+        its copy, to the slabs where they are to be."""
+        evict, heads, n, parts = self.spec.evict, self.shape[1], self.held[s], self._parts(s)
+        lag, keep, begin, first = evict.lag, evict.of(evict.lag), max(self.chosen[s], evict.sink), self.packed[s]
+        alone = self._alone(held, s, first)
+        scores = ops.lag_scores(begin, lag, parts, *alone.tensors(), alone.numbers())
         # Ties to the lower index, as everywhere: a stable sort.
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
-        first = sink + lag * torch.arange(partitions, device=self.device)
-        chosen = (best + first[:, None]).flatten(2)
-        always = torch.arange(n, device=self.device).expand(*self.shape, n)
-        slots = torch.cat([always[..., :sink], chosen, always[..., sink + partitions * lag :]], dim=-1).int().contiguous()
-        kept = slots.shape[2]
-        self.held = [kept] * self.shape[0]
-        self.slabs.lens = self._int(self.held)
-        most = (kept + TOKENS - 1) // TOKENS
+        best = (best + begin + lag * torch.arange(parts, device=self.device)[:, None]).flatten(2)
+        every = torch.arange(n, device=self.device).expand(1, heads, n)
+        slots = [every[..., first * TOKENS : begin], best, every[..., begin + parts * lag :]]
+        slots = torch.cat(slots, dim=-1).int().contiguous()
+        self.held[s], self.chosen[s] = first * TOKENS + slots.shape[2], begin + parts * keep
+        to = self._alone(self.slabs, s, self._due()[s])
+        most = max(1, (self.held[s] + TOKENS - 1) // TOKENS - first)
+        ops.kv_gather(source[s : s + 1], slots, most, *to.tensors(), to.numbers(), first=self._int([first]), **self.rounding)
+
+    def crop(self, n):
+        """Forgets the newest `n` tokens of every sequence."""
+        if self.spec.lag and n:
+            raise Error("crop", "LagKV has chosen among these tokens")
+        exact = max(self.packed) if self.spec.format == F16 else self.spec.sink_slabs
+        spare = min(held - (p * TOKENS if p > exact else 0) for held, p in zip(self.held, self.packed))
+        if n > spare:
+            raise Error("crop", f"{n} tokens, of which all but {spare} are quantised")
         s = self.slabs
-        ops.kv_gather(stage.ring, slots, most, *s.tensors(), s.numbers(), self.spec.range)
-        return True
+        self.held = [held - n for held in self.held]
+        for i, held in enumerate(self.held):
+            while self.packed[i] * TOKENS > held:
+                # A whole f16 slab goes back to the ring, of which the new last tokens will be written.
+                p = self.packed[i] = self.packed[i] - 1
+                pool = s.pools[F16].view(*self.shape, -1, self.f16_bytes)
+                s.ring[i, :, p % s.ring.shape[2]] = pool[i, :, p]
+        s.lens, s.packed = self._int(self.held), self._int(self.packed)
+
+    def select(self, indices):
+        """Keeps the sequences `indices`, in that order, each as often as it is named: they are copied."""
+        indices, s = [int(i) for i in indices], self.slabs
+        pick, old = torch.tensor(indices, device=self.device), self.shape[0]
+        self.held, self.packed, self.chosen = ([x[i] for i in indices] for x in (self.held, self.packed, self.chosen))
+        pools = {format: pool.view(old, -1, pool.shape[1])[pick].flatten(0, 1) for format, pool in s.pools.items()}
+        ring, capacity, self.capacity = s.ring[pick], self.capacity, 0
+        self.shape = (len(indices), self.shape[1])
+        self.slabs = self._slabs(ring)
+        self.slabs.pools, self.slabs.lens, self.slabs.packed = pools, self._int(self.held), self._int(self.packed)
+        if capacity:
+            self._index(capacity)
 
     def bytes(self):
         """Of slabs and rings that are in use."""
-        size = abi.slab_bytes(self.spec.format, self.head_dim, self.spec.group, self.spec.meta)
-        sinks = self.spec.sinks // TOKENS
-        packed = sum(self.f16_bytes * min(self._packed(n), sinks) + size * max(0, self._packed(n) - sinks) for n in self.held)
-        return self.shape[1] * packed + self.slabs.ring.numel()
+        total = self.slabs.ring.numel()
+        for packed in self.packed:
+            exact = min(packed, self.spec.sink_slabs)
+            total += sum(exact * self.f16_bytes + (packed - exact) * self._bytes(store) for store in self.stores)
+        return total

@@ -6,15 +6,15 @@
 Importing this module registers `attn_implementation="kvwarp"`. Llama, Mistral and Qwen2, and what else computes attention
 with rotary keys, causal, without soft caps. A batch may be padded on the left.
 """
-from functools import partial
-
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
-from .cache import Layer, Spec
+from .cache import Layer
 from .errors import Error
+from .ops import F16
+from .spec import Spec
 
 
 class KvwarpLayer(CacheLayerMixin):
@@ -23,13 +23,17 @@ class KvwarpLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, spec):
+    def __init__(self, spec, plan=None):
         super().__init__()
-        self.spec, self.layer, self.length = spec, None, 0
+        self.spec, self.plan, self.layer, self.length = spec, plan or {}, None, 0
+        # Of q2-small any token may be the last of a quantised slab.
+        self.is_croppable = not spec.lag and (spec.format == F16 or spec.window >= 64)
 
     def lazy_initialization(self, key_states, value_states):
         batch, heads, _, head_dim = key_states.shape
-        self.layer = Layer(self.spec, batch, heads, head_dim, key_states.device)
+        if value_states.shape[-1] != head_dim:
+            raise Error("value_states", f"heads of {value_states.shape[-1]} channels, those of keys have {head_dim}")
+        self.layer = Layer(self.spec, batch, heads, head_dim, key_states.device, **self.plan)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -52,28 +56,40 @@ class KvwarpLayer(CacheLayerMixin):
     def reset(self):
         self.layer, self.length, self.is_initialized = None, 0, False
 
-    def reorder_cache(self, beam_idx):
-        raise Error("num_beams", "beam search reorders sequences, which slabs do not")
-
     def crop(self, tokens_to_remove):
-        raise Error("assistant_model", "assisted generation takes tokens back, which packed slabs do not give")
+        if tokens_to_remove > 0:
+            raise Error("tokens_to_remove", f"{tokens_to_remove}; supported: minus the number of tokens to forget")
+        if self.layer is not None:
+            self.layer.crop(-tokens_to_remove)
+            self.length += tokens_to_remove
+
+    def reorder_cache(self, beam_idx):
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats):
-        raise Error("num_return_sequences", "sequences of a KvwarpCache cannot be repeated")
+        if self.layer is not None:
+            self.layer.select(i for i in range(self.layer.shape[0]) for _ in range(repeats))
 
     def batch_select_indices(self, indices):
-        raise Error("indices", "sequences of a KvwarpCache cannot be taken out")
+        if self.layer is not None:
+            self.layer.select(indices)
 
     def offload(self):
         raise Error("offloading", "a KvwarpCache stays where its model is")
 
 
 class KvwarpCache(Cache):
-    """The cache of a model, by a spec such as `"q2,window=128"`: see `kvwarp.cache.Spec`."""
+    """The cache of a model, by a spec such as `"q2,window=128"` (`kvwarp.spec`) and, where there is one, a
+    `kvwarp.calibration.Calibration`."""
 
-    def __init__(self, spec="q2"):
+    def __init__(self, spec="q2", calibration=None):
         self.spec = spec if isinstance(spec, Spec) else Spec.parse(spec)
-        super().__init__(layer_class_to_replicate=partial(KvwarpLayer, self.spec))
+        self.calibration = calibration
+        super().__init__(layer_class_to_replicate=self._next_layer)
+
+    def _next_layer(self):
+        plan = self.calibration.plan(self.spec, len(self.layers)) if self.calibration else None
+        return KvwarpLayer(self.spec, plan)
 
     def bytes(self):
         """Of all layers: slabs and rings in use."""
@@ -95,26 +111,20 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     scale = head_dim**-0.5 if scaling is None else scaling
     window = sliding_window or 0
     real = _real(attention_mask, seqs, count)
-    # [S, T, heads, D] in 16 bits.
-    q, k, v = (x.transpose(1, 2).to(_narrow(x.dtype)).contiguous() for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [S, T, heads, D]
     if count == 1 and (real is None or bool(real.all())):
-        out = layer.append(k[:, 0], v[:, 0], q, scale, window)
-        return out.to(query.dtype), None
+        return layer.append(k[:, 0], v[:, 0], q, scale, window), None
     if real is None:
         counts, rows = [count] * seqs, slice(None)
     else:
         counts, rows = real.sum(dim=1).tolist(), real.flatten()
     if min(counts) == 0:
         raise Error("attention_mask", "a sequence without tokens")
-    k, v, q = (x.flatten(0, 1)[rows].contiguous() for x in (k, v, q))
+    k, v, q = (x.flatten(0, 1)[rows] for x in (k, v, q))
     some = layer.extend(k, v, q, counts, scale, window)
     out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-    out.flatten(0, 1)[rows] = some.to(query.dtype)
+    out.flatten(0, 1)[rows] = some
     return out, None
-
-
-def _narrow(dtype):
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
 def _real(attention_mask, seqs, count):

@@ -84,9 +84,7 @@ def _cache(ring, pools, table, lens, packed, indptr, numbers):
     if lens.shape[0] != seqs or (lens.dim() == 2 and lens.shape[1] != heads):
         raise Error("lens", f"shape is {tuple(lens.shape)}; the ring is of {seqs} sequences, {heads} heads")
     if packed is not None:
-        cache.packed = expect("packed", packed, int32, lens.dim(), device)
-        if packed.shape != lens.shape:
-            raise Error("packed", f"shape is {tuple(packed.shape)}, that of lens {tuple(lens.shape)}")
+        cache.packed = _like("packed", packed, lens)
     if indptr is not None:
         cache.indptr = expect("indptr", indptr, int32, 1, device)
         if indptr.shape[0] != seqs + 1:
@@ -101,7 +99,46 @@ def _cache(ring, pools, table, lens, packed, indptr, numbers):
         cache.pools[format] = expect("pools", pool, torch.uint8, 2, device)
         if pool.shape[1] != abi.slab_bytes(format, head_dim, group, meta):
             raise Error("pools", f"slabs of {pool.shape[1]} bytes in the pool of format {format}")
+    if device.type == "cpu":
+        _inside(pools, table, lens, indptr, heads)
     return cache
+
+
+def _inside(pools, table, lens, indptr, heads):
+    """Refuses a table that leads out of the pools: the library knows their addresses alone. On the CPU; on a device that
+    would wait for it."""
+    if indptr is not None:
+        if int(indptr[-1]) > table.numel():
+            raise Error("indptr", f"ends at {int(indptr[-1])} of a table of {table.numel()}")
+        entries = table
+    else:
+        # What lies past a sequence's tokens is never read.
+        slabs = (lens.view(lens.shape[0], -1, 1) + TOKENS - 1) // TOKENS
+        entries = torch.where(torch.arange(table.shape[2]) < slabs, table, -1)
+    each = 1 if table.dim() == 3 and table.shape[1] == heads else heads
+    for format, pool in enumerate(pools):
+        if pool.numel() == 0 or entries.numel() == 0:
+            continue
+        most = int(torch.where(entries >> 28 == format, entries & 0x0FFFFFFF, -1).max())
+        if (most + 1) * each > pool.shape[0]:
+            raise Error("table", f"slab {most} of format {format}; the pool holds {pool.shape[0] // each}")
+
+
+def _like(name, x, lens):
+    at = expect(name, x, torch.int32, lens.dim(), lens.device)
+    if x.shape != lens.shape:
+        raise Error(name, f"shape is {tuple(x.shape)}, that of lens {tuple(lens.shape)}")
+    return at
+
+
+def _feedback(feedback, cache, device):
+    """Address of weights of K's rounding errors, or None."""
+    if feedback is None:
+        return None
+    at = expect("feedback", feedback, torch.float16, 3, device)
+    if tuple(feedback.shape) != (cache.kv_heads, cache.head_dim, cache.head_dim):
+        raise Error("feedback", f"shape is {tuple(feedback.shape)}; the cache has {cache.kv_heads} heads of {cache.head_dim}")
+    return at
 
 
 def _call(op, args, device):
@@ -124,7 +161,7 @@ def _rows(name, x, heads, head_dim, device):
 @torch.library.custom_op("kvwarp::kv_pack", mutates_args=("ring", "pools"))
 def kv_pack(op: int, k: Tensor, v: Tensor, cu_tokens: Optional[Tensor], max_tokens: int, ring: Tensor, pools: list[Tensor],
             table: Tensor, lens: Tensor, packed: Optional[Tensor], indptr: Optional[Tensor], numbers: list[int],
-            range: float = 0.0) -> None:  # fmt: skip
+            range: float = 0.0, feedback: Optional[Tensor] = None) -> None:  # fmt: skip
     """APPEND: a token a sequence. FILL: rows `cu_tokens` of k, v, [T, H, D], into the ring."""
     cache = _cache(ring, pools, table, lens, packed, indptr, numbers)
     args = abi.params("kv_pack", op=op, cache=cache, max_tokens=max_tokens, range=range, tokens=k.shape[0])
@@ -137,16 +174,19 @@ def kv_pack(op: int, k: Tensor, v: Tensor, cu_tokens: Optional[Tensor], max_toke
         args.cu_tokens = expect("cu_tokens", cu_tokens, torch.int32, 1, ring.device)
         if cu_tokens.shape[0] != cache.seqs + 1:
             raise Error("cu_tokens", f"{cu_tokens.shape[0]} elements for {cache.seqs} sequences")
+    args.feedback = _feedback(feedback, cache, ring.device)
     _call("kv_pack", args, ring.device)
 
 
 @torch.library.custom_op("kvwarp::kv_flush", mutates_args=("ring", "pools"))
 def kv_flush(first: Tensor, max_slabs: int, ring: Tensor, pools: list[Tensor], table: Tensor, lens: Tensor,
-             packed: Optional[Tensor], indptr: Optional[Tensor], numbers: list[int], range: float = 0.0) -> None:  # fmt: skip
+             packed: Optional[Tensor], indptr: Optional[Tensor], numbers: list[int], range: float = 0.0,
+             feedback: Optional[Tensor] = None) -> None:  # fmt: skip
     """Packs slabs from `first` on that have left the window, from the ring into the table's."""
     cache = _cache(ring, pools, table, lens, packed, indptr, numbers)
     args = abi.params("kv_pack", op=FLUSH, cache=cache, max_tokens=max_slabs, range=range)
-    args.first = expect("first", first, torch.int32, lens.dim(), ring.device)
+    args.first = _like("first", first, lens)
+    args.feedback = _feedback(feedback, cache, ring.device)
     _call("kv_pack", args, ring.device)
 
 
@@ -201,8 +241,10 @@ def lag_scores(first: int, lag: int, partitions: int, ring: Tensor, pools: list[
 
 @torch.library.custom_op("kvwarp::kv_gather", mutates_args=("ring", "pools"))
 def kv_gather(source: Tensor, slots: Tensor, max_slabs: int, ring: Tensor, pools: list[Tensor], table: Tensor, lens: Tensor,
-              packed: Optional[Tensor], indptr: Optional[Tensor], numbers: list[int], range: float = 0.0) -> None:  # fmt: skip
-    """Tokens in `slots`, int32 [S, H, n] ascending, of the f16 slabs of `source`, shaped as a ring, into the cache."""
+              packed: Optional[Tensor], indptr: Optional[Tensor], numbers: list[int], range: float = 0.0,
+              first: Optional[Tensor] = None, feedback: Optional[Tensor] = None) -> None:  # fmt: skip
+    """Tokens in `slots`, int32 [S, H, n] ascending, of the f16 slabs of `source`, shaped as a ring, into the cache from slab
+    `first` on."""
     cache = _cache(ring, pools, table, lens, packed, indptr, numbers)
     at = expect("source", source, torch.uint8, 4, ring.device)
     if source.shape[:2] != ring.shape[:2] or source.shape[3] != ring.shape[3]:
@@ -211,6 +253,11 @@ def kv_gather(source: Tensor, slots: Tensor, max_slabs: int, ring: Tensor, pools
     args = abi.params("kv_gather", cache=cache, slots=chosen, slots_stride=slots.shape[2], from_slabs=source.shape[2],
                       max_slabs=max_slabs, range=range)  # fmt: skip
     setattr(args, "from", at)
+    if tuple(slots.shape[:2]) != tuple(ring.shape[:2]):
+        raise Error("slots", f"shape is {tuple(slots.shape)}; the ring is of {ring.shape[0]} sequences, {ring.shape[1]} heads")
+    if first is not None:
+        args.first = _like("first", first, lens)
+    args.feedback = _feedback(feedback, cache, ring.device)
     _call("kv_gather", args, ring.device)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+PAGES = Path(__file__).parents[2]
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -1,9 +1,12 @@
-"""Ops and tables on torch tensors, against attention written in torch; every refusal by the argument's name."""
+"""Ops on torch tensors, against attention written in torch; every refusal by the argument's name."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from kvwarp import Error, abi, ops, tables
-from kvwarp.cache import Layer, Spec
+from kvwarp import Error, abi, ops, turn
+from kvwarp.cache import Layer
+from kvwarp.spec import Spec
 
 HEADS, GROUP, D = 2, 3, 64
 
@@ -33,7 +36,7 @@ def tokens(n, dtype=torch.float16):
 @pytest.mark.parametrize("sliding_window", [0, 100])
 def test_f16_is_attention(dtype, sliding_window):
     torch.manual_seed(0)
-    layer = Layer(Spec.parse("f16,window=64"), 2, HEADS, D, torch.device("cpu"))
+    layer = Layer(Spec("f16", ops.F16, window=64), 2, HEADS, D, torch.device("cpu"))
     held = [[torch.empty(0, HEADS, D, dtype=dtype)] * 2 for _ in range(2)]
     for counts in ([150, 70], [3, 90], None, None, [64, 1]):
         parts = [tokens(n, dtype) for n in counts or [1, 1]]
@@ -49,7 +52,7 @@ def test_f16_is_attention(dtype, sliding_window):
 
 def test_bits_bound_the_error():
     errors = {}
-    for spec in ("q8", "q4,sinks=64", "q2,group=64,meta=u8,range=88", "q2", "q2,evict=lagkv:0.5:lag=64"):
+    for spec in ("f16", "q8", "fp8", "q4,sinks=100", "q2", "q2-small", "q2-kivi", "q2,evict=lagkv:0.5:lag=64"):
         torch.manual_seed(1)
         layer = Layer(Spec.parse(spec), 1, HEADS, D, torch.device("cpu"))
         k, v, q = tokens(700)
@@ -61,54 +64,12 @@ def test_bits_bound_the_error():
         if "evict" in spec:
             # 16 first, halves of nine partitions of 64, the rest, and the new one.
             assert layer.held == [16 + 9 * 32 + (700 - 16 - 9 * 64) + 1]
-    assert errors["q8"] < 0.02 < errors["q4,sinks=64"] < 0.2 < errors["q2"] < 0.8, errors
-
-
-def pages(k, v, page_of, count):
-    """Pools of f16 slabs in which the tokens of one sequence lie in pages `page_of`."""
-    layer = Layer(Spec.parse(f"f16,window={len(k)}"), 1, HEADS, D, torch.device("cpu"))
-    layer.extend(k, v, random(len(k), HEADS * GROUP, D), [len(k)], 0.125, 0)
-    pool = torch.full((count, HEADS, layer.f16_bytes), 0xFF, dtype=torch.uint8)
-    for i, page in enumerate(page_of):
-        pool[page] = layer.slabs.ring[0, :, i]
-    return pool.view(count * HEADS, -1)
-
-
-def test_vllm_and_flashinfer_tables():
-    torch.manual_seed(2)
-    k, v, _ = tokens(200)
-    page_of, q = [5, 2, 7, 1], random(1, 1, HEADS * GROUP, D)
-    pool = pages(k, v, page_of, 8)
-    lens = torch.tensor([200], dtype=torch.int32)
-    ring = torch.zeros((1, HEADS, 1, pool.shape[1]), dtype=torch.uint8)
-    want = attention(q[0], k, v, 0.125)
-
-    block_table = torch.tensor([[5, 2, 7, 1, 0, -1]], dtype=torch.int32)
-    table = tables.from_vllm(block_table)
-    cache = ops.Slabs(ring, table, lens, D, {ops.F16: pool}, tables.all_in_pages(lens))
-    out = ops.paged_attn(q, 4, 0.125, 0, *cache.tensors(), cache.numbers())
-    assert relative(out[0], want) < 1e-3
-
-    # Pages of 128 tokens: 5 and 2 are halves of none, so the pool is laid out anew.
-    pool = pages(k, v, [6, 7, 2, 3], 8)
-    table = tables.from_vllm(torch.tensor([[3, 1]], dtype=torch.int32), page_size=128)
-    cache = ops.Slabs(ring, table, lens, D, {ops.F16: pool}, tables.all_in_pages(lens))
-    assert relative(ops.paged_attn(q, 4, 0.125, 0, *cache.tensors(), cache.numbers())[0], want) < 1e-3
-
-    pool = pages(k, v, page_of, 8)
-    indptr, last = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
-    table, starts, found = tables.from_flashinfer(indptr, torch.tensor(page_of, dtype=torch.int32), last)
-    assert found.tolist() == [200]
-    cache = ops.Slabs(ring, table, found, D, {ops.F16: pool}, tables.all_in_pages(found), starts)
-    assert relative(ops.paged_attn(q, 4, 0.125, 0, *cache.tensors(), cache.numbers())[0], want) < 1e-3
-
-    slots = torch.tensor([5 * 64, 2 * 64 + 9, 1 * 64 + 7, -1, 3 * 64])
-    positions = tables.positions_of(slots, block_table, torch.zeros(5, dtype=torch.int64))
-    assert positions.tolist() == [0, 73, 199, -1, -1]
+    assert errors["f16"] < 1e-3 < errors["q8"] < 0.02 < errors["q4,sinks=100"] < 0.2 < errors["q2-kivi"] < 0.8, errors
+    assert errors["q8"] < errors["fp8"] < 0.1 and errors["q4,sinks=100"] < errors["q2"] < errors["q2-small"] < 0.8, errors
 
 
 def valid():
-    layer = Layer(Spec.parse("q2"), 1, HEADS, D, torch.device("cpu"))
+    layer = Layer(Spec.parse("q2-kivi"), 1, HEADS, D, torch.device("cpu"))
     k, v, q = tokens(300)
     layer.extend(k, v, q, [300], 0.125, 0)
     return layer.slabs, random(1, 1, HEADS * GROUP, D)
@@ -144,14 +105,101 @@ def replace(cache, **changes):
     return replace(cache, **changes)
 
 
+def test_slabs_outside_the_pools_are_refused():
+    cache, q = valid()
+    for name, table in (("table", cache.table + 9), ("table", cache.table.max(cache.table | 0xFFFFFFF)),
+                        ("table", cache.table[:, :1].contiguous() + 4)):  # fmt: skip
+        with pytest.raises(Error, match=f"^{name}: slab"):
+            ops.paged_attn(q, 5, 0.125, 0, *replace(cache, table=table).tensors(), cache.numbers())
+    ends = torch.tensor([0, 9], dtype=torch.int32)
+    csr = replace(cache, table=cache.table[0, 0, :5].contiguous(), indptr=ends)
+    with pytest.raises(Error, match="^indptr: ends at 9"):
+        ops.paged_attn(q, 5, 0.125, 0, *csr.tensors(), csr.numbers())
+
+
+@pytest.mark.parametrize("argument, changes", [
+    ("k", {"k": random(3, HEADS, D).float()}),
+    ("k", {"k": random(3, D, HEADS).transpose(1, 2)}),
+    ("k", {"k": random(3, HEADS, 2 * D)}),
+    ("v", {"v": random(2, HEADS, D)}),
+    ("v", {"v": random(3, HEADS, D, dtype=torch.bfloat16)}),
+    ("v", {"v": random(3 * HEADS * D + 1)[1:].view(3, HEADS, D)}),
+    ("cu_tokens", {"cu_tokens": torch.tensor([0, 3])}),
+    ("cu_tokens", {"cu_tokens": torch.tensor([0, 1, 3], dtype=torch.int32)}),
+    ("cu_tokens", {"cu_tokens": torch.tensor([0, 4], dtype=torch.int32)}),
+    ("max_tokens", {"max_tokens": -1}),
+    ("feedback", {"feedback": random(HEADS, D, D).float()}),
+    ("feedback", {"feedback": random(HEADS, D, 8)}),
+])  # fmt: skip
+def test_refusals_of_writing_name_the_argument(argument, changes):
+    cache, _ = valid()
+    args = {"k": random(3, HEADS, D), "v": random(3, HEADS, D), "cu_tokens": torch.tensor([0, 3], dtype=torch.int32),
+            "max_tokens": 3, "feedback": None, **changes}  # fmt: skip
+    with pytest.raises(Error) as raised:
+        ops.kv_pack(ops.FILL, args["k"], args["v"], args["cu_tokens"], args["max_tokens"], *cache.tensors(), cache.numbers(),
+                    feedback=args["feedback"])  # fmt: skip
+    assert raised.value.argument == argument, raised.value
+
+
+@pytest.mark.parametrize("argument, changes", [
+    ("source", {"source": lambda ring: ring[..., :-128]}),
+    ("source", {"source": lambda ring: ring.int()}),
+    ("slots", {"slots": torch.zeros(1, 1, 64, dtype=torch.int32)}),
+    ("slots", {"slots": torch.zeros(1, HEADS, 64, dtype=torch.int64)}),
+    ("slots", {"slots": torch.full((1, HEADS, 300), 1 << 20, dtype=torch.int32)}),
+    ("first", {"first": torch.zeros(2, dtype=torch.int32)}),
+])  # fmt: skip
+def test_refusals_of_gathering_name_the_argument(argument, changes):
+    cache, _ = valid()
+    slots = changes.get("slots", torch.arange(300, dtype=torch.int32).expand(1, HEADS, 300).contiguous())
+    source = changes.get("source", lambda ring: ring)(cache.ring.clone())
+    with pytest.raises(Error) as raised:
+        ops.kv_gather(source, slots, 5, *cache.tensors(), cache.numbers(), first=changes.get("first"))
+    assert raised.value.argument == argument, raised.value
+
+
 @pytest.mark.parametrize("argument, spec", [
-    ("spec", "q3"), ("window", "q2,window=x"), ("evict", "q2,evict=snapkv:0.5"), ("evict", "q2,evict=lagkv:2"),
-    ("sinks", "q2,sinks=5"), ("hadamard", "q2,hadamard=on"), ("head_dim", "q8,meta=u8"),
+    ("preset", "q3"), ("preset", "latent"), ("window", "q2,window=x"), ("window", "q2,window=64,window=64"),
+    ("window", "f16,window=64"), ("evict", "q2,evict=snapkv:0.5"), ("evict", "q2,evict=lagkv:2"),
+    ("evict", "q2,evict=lagkv:0.5:lag=20"), ("evict", "q2,evict=lagkv:0.5:pool=3"), ("hadamard", "q2,hadamard=yes"),
+    ("meta", "q8,meta=u8"), ("meta", "q2,group=128"), ("range", "q4,range=90"), ("keep", "q2,keep=101"),
+    ("group", "fp8,group=32"), ("kivi_exact", "q2-kivi,kivi_exact"), ("budget", "q2,budget=uniform"),
+    ("colour", "q2,colour=red"),
 ])  # fmt: skip
 def test_specs_are_refused_by_part(argument, spec):
     with pytest.raises(Error) as raised:
         Spec.parse(spec)
     assert raised.value.argument == argument
+
+
+def test_a_calibration_of_more_heads_is_refused():
+    with pytest.raises(Error, match="^stores: "):
+        Layer(Spec.parse("q2"), 1, HEADS, D, "cpu", stores=[ops.Q4] * 2 * HEADS)
+
+
+def test_rotations_are_their_own_inverse():
+    for d in (64, 96, 128, 256):
+        for matrix in (turn.keys(d, "cpu"), turn.values(d, "cpu")):
+            assert torch.allclose(matrix @ matrix, torch.eye(d), atol=1e-6)
+            assert torch.equal(matrix, matrix.T)
+
+
+def test_threads_work_side_by_side():
+    def decode(seed):
+        make = torch.Generator().manual_seed(seed)
+        normal = lambda n: [torch.randn(n, heads, D, generator=make).half() for heads in (HEADS, HEADS, HEADS * GROUP)]
+        layer = Layer(Spec.parse("q2"), 1, HEADS, D, "cpu")
+        k, v, q = normal(200)
+        layer.extend(k, v, q, [200], 0.125)
+        for _ in range(80):
+            k, v, q = normal(1)
+            out = layer.append(k, v, q[:, None], 0.125)
+        return out
+
+    alone = [decode(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(decode, range(4)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
 def test_ops_have_fakes():
