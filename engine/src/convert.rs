@@ -12,7 +12,10 @@ mod algebra;
 pub mod budget;
 mod distil;
 mod error;
+mod factorise;
+mod kept;
 mod learn;
+mod recover;
 mod refit;
 pub mod search;
 mod staged;
@@ -22,22 +25,20 @@ mod write;
 
 use std::path::Path;
 
-use faer::Mat;
-use sha2::{Digest, Sha256};
-
-use crate::calibration::fingerprint;
 use crate::config::Config;
 use crate::model::Model;
 use crate::perplexity::{Reading, score};
 use crate::source::Source;
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
-use algebra::factors;
 pub use budget::Budget;
+use distil::Distil;
 pub use error::ConvertError;
-use staged::{Factors, Projections, channels, put};
+use factorise::Learnt;
+use kept::Kept;
+use recover::recover;
+use refit::Refit;
 use state::{Of, State};
-use weigh::Weights;
 pub use write::{Elements, write};
 
 /// Tokens of a piece of a text whose perplexity is measured.
@@ -57,6 +58,8 @@ pub enum Target {
 pub struct Request<'a> {
     /// How much is to stay.
     pub target: Target,
+    /// Layers share what all latent vectors have together as their projections ask; else each has as much.
+    pub by_layer: bool,
     /// Factors follow activations; else weights alone.
     pub whiten: bool,
     /// Closed-form recovery.
@@ -78,7 +81,7 @@ pub struct Request<'a> {
 /// What a stage costs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stage {
-    /// `source`, `pairs`, `factors`, `refit` or `distil`.
+    /// `source`, `pairs`, `factors`, `ranks` where layers differ, `refit` or `distil`.
     pub name: &'static str,
     /// Log-perplexity of the held text.
     pub nats: f64,
@@ -88,7 +91,7 @@ pub struct Stage {
 pub struct Converted {
     /// It; [`write()`] makes files of it.
     pub staged: Source,
-    /// What was kept.
+    /// What was kept, a layer's mean.
     pub budget: Budget,
     /// Elements of the cache against those of the source.
     pub ratio: f64,
@@ -98,8 +101,8 @@ pub struct Converted {
     pub tried: Vec<(Budget, f64)>,
 }
 
-/// Converts the model of `source`; `beside` is the file that an interrupted conversion goes on from, and stays until
-/// [`finish`]. `stage` is told of each stage that is done.
+/// Converts the model of `source`; `beside` is the file that an interrupted conversion goes on from, with a folder of layers
+/// beside it, and stays until [`finish`]. `stage` is told of each stage that is done.
 ///
 /// # Errors
 /// [`ConvertError`].
@@ -117,10 +120,10 @@ pub fn convert(
             return Err(ConvertError::Refused(format!("the model has `{part}`: {why}")));
         }
     }
-    let budgets = budgets(config, request.target)?;
+    let budgets = budgets(config, request)?;
     let rounds = budgets.iter().map(|budget| budget.pairs).max().unwrap_or(0);
     let shape = [config.kv_heads, config.head_dim / 2];
-    let mut state = State::open(beside, of(source, request, rounds), shape)?;
+    let mut state = State::open(beside, Of::new(source, request, rounds), shape)?;
     let mut stages = Vec::new();
     let mut note = |name, of: &Model<'_>, watch: &mut Watch<'_>| {
         stages.push(Stage { name, nats: nats(of, request.held, watch)? });
@@ -135,14 +138,22 @@ pub fn convert(
     note("pairs", &model.like(&learnt.factorised(&state.orders, full)?)?, watch)?;
     let mut staged = learnt.factorised(&state.orders, budget)?;
     note("factors", &model.like(&staged)?, watch)?;
+    if request.by_layer {
+        staged = learnt.by_layer(&staged, &state.orders, budget)?;
+        note("ranks", &model.like(&staged)?, watch)?;
+    }
+    let streams = || learn::streams(model, request.tokens, request.window);
+    let (of, steps) = (state.of(), request.distil);
     if request.refit {
-        let streams = learn::streams(model, request.tokens, request.window)?;
-        refit::refit((source, model), &mut staged, budget, streams, watch)?;
+        let (kept, refit) = (Kept::new(beside, "refit", &staged, &of), Refit(source, model));
+        recover(&refit, (source, model), &mut staged, &kept, streams()?, watch)?;
         note("refit", &model.like(&staged)?, watch)?;
     }
-    if request.distil > 0 {
-        let streams = learn::streams(model, request.tokens, request.window)?;
-        distil::distil((source, model), &mut staged, request.distil, streams, watch)?;
+    if steps > 0 {
+        let of = format!("{of} {} {steps}", request.refit);
+        let (kept, distil) =
+            (Kept::new(beside, "distil", &staged, &of), Distil(source, model, steps));
+        recover(&distil, (source, model), &mut staged, &kept, streams()?, watch)?;
         note("distil", &model.like(&staged)?, watch)?;
     }
     let ratio = budget.elements(config) as f64 / (2 * config.kv_heads * config.head_dim) as f64;
@@ -156,21 +167,28 @@ pub fn convert(
 /// # Errors
 /// [`ConvertError::State`].
 pub fn finish(beside: &Path) -> Result<(), ConvertError> {
-    match std::fs::remove_file(beside) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(ConvertError::State { path: beside.into(), why: e.to_string() })
+    let layers = kept::folder(beside);
+    for (path, removed) in [
+        (layers.as_path(), std::fs::remove_dir_all(&layers)),
+        (beside, std::fs::remove_file(beside)),
+    ] {
+        match removed {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(ConvertError::State { path: path.into(), why: e.to_string() });
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 /// Budgets among which the best is to be found.
-fn budgets(config: &Config, target: Target) -> Result<Vec<Budget>, ConvertError> {
+fn budgets(config: &Config, request: &Request<'_>) -> Result<Vec<Budget>, ConvertError> {
     if config.elite.is_some() {
         return Err(ConvertError::Refused("the model has been converted already".into()));
     }
-    match target {
-        Target::Fixed(budget) => match budget.refusal(config) {
+    match request.target {
+        Target::Fixed(budget) => match budget.refusal(config, request.by_layer) {
             Some(why) => Err(ConvertError::Refused(why)),
             None => Ok(vec![budget]),
         },
@@ -192,11 +210,12 @@ fn budgets(config: &Config, target: Target) -> Result<Vec<Budget>, ConvertError>
 /// # Errors
 /// [`ConvertError::Refused`].
 pub fn work(config: &Config, request: &Request<'_>) -> Result<usize, ConvertError> {
-    let budgets = budgets(config, request.target)?;
+    let budgets = budgets(config, request)?;
     let rounds = budgets.iter().map(|budget| budget.pairs).max().unwrap_or(0);
     let chosen = if budgets.len() > 1 { budgets.len() * request.chosen_on.len() } else { 0 };
     // Source, pairs, factors; then the fit: the source, the converted layer before and after its output is fitted.
     let (stages, passes) = if request.refit { (4, 4) } else { (3, 1) };
+    let stages = stages + usize::from(request.by_layer);
     let mut rows = stages * request.held.len() + passes * request.tokens.len() + chosen;
     if request.distil > 0 {
         let texts = request.tokens.len().div_ceil(request.window);
@@ -205,96 +224,8 @@ pub fn work(config: &Config, request: &Request<'_>) -> Result<usize, ConvertErro
     Ok(config.layers * (rows + rounds * request.searched))
 }
 
-/// What a conversion is of.
-fn of(source: &Source, request: &Request<'_>, rounds: usize) -> Of {
-    let mut hash = Sha256::new();
-    for tokens in [request.tokens, request.chosen_on] {
-        hash.update((tokens.len() as u64).to_le_bytes());
-        tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
-    }
-    Of {
-        version: Of::VERSION,
-        model: fingerprint(source),
-        text: format!("{:x}", hash.finalize()),
-        window: request.window,
-        searched: request.searched,
-        rounds,
-        whitened: request.whiten,
-    }
-}
-
 /// Log-perplexity of a text that is read piece by piece.
 fn nats(model: &Model<'_>, tokens: &[u32], watch: &mut Watch<'_>) -> Result<f64, ConvertError> {
     let reading = Reading { cache: CacheSpec::default(), prefix: 0, piece: PIECE };
     Ok(score(model, tokens, &reading, watch)?.mean())
-}
-
-/// What factors are made of.
-struct Learnt<'a> {
-    source: &'a Source,
-    model: &'a Model<'a>,
-    /// Second moments of the inputs of attention, where factors follow them.
-    moments: Option<&'a Vec<Mat<f64>>>,
-}
-
-impl Learnt<'_> {
-    /// Of several budgets the one with which a text is predicted best.
-    fn best(
-        &self,
-        budgets: &[Budget],
-        request: &Request<'_>,
-        state: &mut State,
-        watch: &mut Watch<'_>,
-    ) -> Result<Budget, ConvertError> {
-        let mut best = (f64::INFINITY, budgets[0]);
-        for &budget in budgets.iter().filter(|_| budgets.len() > 1) {
-            let nats = match state.tried(budget) {
-                Some(nats) => nats,
-                None => {
-                    let staged = self.factorised(&state.orders, budget)?;
-                    let nats = nats(&self.model.like(&staged)?, request.chosen_on, watch)?;
-                    state.tried.push((budget.pairs, budget.rank, nats));
-                    state.save()?;
-                    nats
-                }
-            };
-            if nats < best.0 {
-                best = (nats, budget);
-            }
-        }
-        Ok(best.1)
-    }
-
-    /// The model with every layer converted, without recovery.
-    fn factorised(&self, orders: &[Vec<Vec<u8>>], budget: Budget) -> Result<Source, ConvertError> {
-        let mut staged = staged::open(self.source, orders, budget)?;
-        let mut layers: Vec<Option<_>> = orders.iter().map(|_| None).collect();
-        self.model.team().each_chunk(&mut layers, 1, |n, to| {
-            to[0] = Some(self.layer(&staged, n, budget.rank));
-        });
-        for (n, layer) in layers.into_iter().flatten().enumerate() {
-            let (projections, factors) = layer?;
-            put(&mut staged, n, &projections, &factors)?;
-        }
-        Ok(staged)
-    }
-
-    fn layer(
-        &self,
-        staged: &Source,
-        n: usize,
-        rank: usize,
-    ) -> Result<(Projections, Factors), ConvertError> {
-        let projections = Projections::of(self.source, n)?;
-        let [elite, rest] = projections.split(&channels(staged, n));
-        let [a, b] = match self.moments.map(|moments| &moments[n]) {
-            Some(moment) => {
-                let of = &channels(staged, n)[1];
-                let weights = Weights::new(self.source, n, &projections, moment, of)?;
-                weights.factors(&rest, rank)?
-            }
-            None => factors(&rest, None, rank)?,
-        };
-        Ok((projections, Factors { elite, a, b }))
-    }
 }

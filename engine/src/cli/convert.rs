@@ -30,7 +30,7 @@ enum What {
 ///
 /// Every command then reads the folder like any other model. Pairs that matter are searched on a text, the
 /// rest of the keys and the values are factorised as the text's activations have it, and what was lost is fitted again
-/// layer by layer, without training. Interrupted, it goes on with what the search has found.
+/// layer by layer. Interrupted, it goes on after the last layer that was searched, fitted or trained.
 #[derive(clap::Args)]
 struct EliteArgs {
     #[command(flatten)]
@@ -50,6 +50,9 @@ struct EliteArgs {
     /// Elements of the latent vector of a token and layer [default: the best for --ratio]
     #[arg(long, value_name = "C", requires = "pairs")]
     rank: Option<usize>,
+    /// Let layers share what all latent vectors have together as each needs it, in multiples of 16
+    #[arg(long)]
+    by_layer: bool,
     /// Factorise the weights alone, whatever their inputs are
     #[arg(long)]
     plain: bool,
@@ -116,6 +119,7 @@ pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     }
     let request = Request {
         target: args.target(),
+        by_layer: args.by_layer,
         whiten: !args.plain,
         refit: !args.no_refit,
         distil: args.distil,

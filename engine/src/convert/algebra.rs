@@ -13,9 +13,11 @@ const RIDGE: f64 = 1e-3;
 #[error("{0}")]
 pub struct Singular(&'static str);
 
+const NO_EIGENVECTORS: Singular = Singular("a projection has no eigenvectors: is it finite?");
+
 /// `x` `[rows, cols]`.
-pub fn matrix(x: &[f32], cols: usize) -> Mat<f64> {
-    Mat::from_fn(x.len() / cols, cols, |i, j| f64::from(x[i * cols + j]))
+pub fn matrix<T: From<f32>>(x: &[f32], cols: usize) -> Mat<T> {
+    Mat::from_fn(x.len() / cols, cols, |i, j| T::from(x[i * cols + j]))
 }
 
 /// Its elements, row by row.
@@ -46,15 +48,29 @@ pub fn factors(
     moment: Option<&Mat<f64>>,
     c: usize,
 ) -> Result<[Mat<f64>; 2], Singular> {
-    let gram = match moment {
-        Some(moment) => w * moment * w.transpose(),
-        None => w * w.transpose(),
-    };
-    let eigen = gram.self_adjoint_eigen(Side::Lower);
-    let eigen = eigen.map_err(|_| Singular("a projection has no eigenvectors: is it finite?"))?;
+    let eigen = gram(w, moment).self_adjoint_eigen(Side::Lower).map_err(|_| NO_EIGENVECTORS)?;
     let (u, n) = (eigen.U(), w.nrows());
     let b = Mat::from_fn(n, c, |i, j| u[(i, n - 1 - j)]);
     Ok([b.transpose() * w, b])
+}
+
+/// What [`factors`] keeps of the squared outputs with each element of the latent vector, most first.
+///
+/// # Errors
+/// [`Singular`] where an element is not finite.
+pub fn shares(w: &Mat<f64>, moment: Option<&Mat<f64>>) -> Result<Vec<f64>, Singular> {
+    let mut shares =
+        gram(w, moment).self_adjoint_eigenvalues(Side::Lower).map_err(|_| NO_EIGENVECTORS)?;
+    shares.reverse();
+    Ok(shares)
+}
+
+/// `w H w^T`.
+fn gram(w: &Mat<f64>, moment: Option<&Mat<f64>>) -> Mat<f64> {
+    match moment {
+        Some(moment) => w * moment * w.transpose(),
+        None => w * w.transpose(),
+    }
 }
 
 /// The `W` `[N, width]` with which `W x` is nearest to `y`, and near `before` where `tokens` inputs say little: `inputs` is the

@@ -13,7 +13,9 @@ mod tests;
 use faer::Mat;
 
 use super::ConvertError;
+use super::algebra::matrix;
 use super::learn::{Streams, input, see};
+use super::recover::Recovery;
 use super::staged::decoded;
 use crate::model::{Layer, Model, ModelError};
 use crate::source::Source;
@@ -40,26 +42,24 @@ fn looked_at(texts: usize) -> usize {
     texts / LOOKED_AT
 }
 
-/// Trains every layer of `staged`, which has been converted, for `steps` steps on the streams of some texts.
-pub fn distil(
-    (source, model): (&Source, &Model<'_>),
-    staged: &mut Source,
-    steps: usize,
-    mut streams: Streams,
-    watch: &mut Watch<'_>,
-) -> Result<(), ConvertError> {
-    let mut now = streams.clone();
-    for n in 0..source.config.layers {
-        let examples = examples((source, model), n, (&mut streams, &now), watch)?;
+/// To `source`, for so many steps a layer.
+pub struct Distil<'a>(pub &'a Source, pub &'a Model<'a>, pub usize);
+
+impl Recovery for Distil<'_> {
+    fn layer(
+        &self,
+        staged: &mut Source,
+        n: usize,
+        before: &mut Streams,
+        now: &Streams,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ConvertError> {
+        let Self(source, model, steps) = *self;
+        let examples = examples((source, model), n, (before, now), watch)?;
         let (block, weights) = layer::read(staged, n)?;
         let trained = train((&block, weights), &examples, steps, model, watch)?;
-        layer::write(source, staged, n, &trained)?;
-        let layer = Layer::new(&staged.weights, &staged.config, n)?;
-        for now in &mut now {
-            see(model, &layer, now, watch)?;
-        }
+        layer::write(source, staged, n, &trained)
     }
-    Ok(())
 }
 
 /// Inputs of attention in the streams `now`, and what it should add to them: what layer `n` of the source adds to the streams
@@ -72,12 +72,13 @@ fn examples(
 ) -> Result<Vec<Example>, ConvertError> {
     let (config, layer) = (&source.config, Layer::new(&source.weights, &source.config, n)?);
     let inner = config.heads * config.head_dim;
-    let o = matrix(&decoded(source, &format!("blk.{n}.attn_output"), config.width, inner)?, inner);
+    let o: Mat<f32> =
+        matrix(&decoded(source, &format!("blk.{n}.attn_output"), config.width, inner)?, inner);
     let mut examples = Vec::new();
     for (before, now) in before.iter_mut().zip(now.iter()) {
         let g = input(config, &layer, now)?;
-        let ahead = matrix(before, config.width) - matrix(now, config.width);
-        let mix = matrix(&see(model, &layer, before, watch)?.mix, inner);
+        let ahead = matrix::<f32>(before, config.width) - matrix::<f32>(now, config.width);
+        let mix = matrix::<f32>(&see(model, &layer, before, watch)?.mix, inner);
         let wanted = mix * o.transpose() + ahead;
         examples.push(Example { g: matrix(&g, config.width), wanted });
     }
@@ -127,9 +128,4 @@ fn each<T: Send>(
     let rows = examples.iter().map(|example| example.g.nrows()).sum();
     watch.step(rows).map_err(ModelError::from)?;
     Ok(all.into_iter().flatten().collect())
-}
-
-/// `x` `[rows, cols]`.
-fn matrix(x: &[f32], cols: usize) -> Mat<f32> {
-    Mat::from_fn(x.len() / cols, cols, |i, j| x[i * cols + j])
 }

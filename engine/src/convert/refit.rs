@@ -10,46 +10,46 @@
 
 use faer::Mat;
 
+use super::ConvertError;
 use super::algebra::{add_product, least_squares, matrix, stacked, values};
 use super::learn::{Streams, input, see};
-use super::staged::{Factors, Projections, channels, decoded, put};
+use super::recover::Recovery;
+use super::staged::{Factors, Projections, channels, decoded, put, rank};
 use super::weigh::Weights;
-use super::{Budget, ConvertError};
 use crate::config::Config;
 use crate::model::{Layer, Model};
 use crate::source::Source;
 use crate::watch::Watch;
 
-/// Refits every layer of `staged`, which has been converted, to `source` on the streams of some texts.
-pub fn refit(
-    (source, model): (&Source, &Model<'_>),
-    staged: &mut Source,
-    budget: Budget,
-    mut streams: Streams,
-    watch: &mut Watch<'_>,
-) -> Result<(), ConvertError> {
-    let mut now = streams.clone();
-    for n in 0..source.config.layers {
+/// By least squares, to `source`.
+pub struct Refit<'a>(pub &'a Source, pub &'a Model<'a>);
+
+impl Recovery for Refit<'_> {
+    fn layer(
+        &self,
+        staged: &mut Source,
+        n: usize,
+        streams: &mut Streams,
+        now: &Streams,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ConvertError> {
+        let Self(source, model) = *self;
         let layer = Layer::new(&source.weights, &source.config, n)?;
         let (before, mut mixes) = (streams.clone(), Vec::new());
         let mut fit = Fit::new(&source.config);
-        for (x, now) in streams.iter_mut().zip(&now) {
+        for (x, now) in streams.iter_mut().zip(now) {
             let seen = see(model, &layer, x, watch)?;
             let g = input(&source.config, &layer, now)?;
             fit.add(&matrix(&g, source.config.width), &matrix(&seen.h, source.config.width));
             mixes.push(seen.mix);
         }
         let projections = Projections::of(source, n)?;
-        let factors = fit.factors((source, n), &projections, &channels(staged, n), budget.rank)?;
+        let (channels, rank) = (channels(staged, n), rank(staged, n));
+        let factors = fit.factors((source, n), &projections, &channels, rank)?;
         put(staged, n, &projections, &factors)?;
-        let o = output((source, model), staged, n, [&before, &now], &mixes, watch)?;
-        staged.weights.put(&format!("blk.{n}.attn_output"), o.ncols(), &values(&o))?;
-        let layer = Layer::new(&staged.weights, &staged.config, n)?;
-        for now in &mut now {
-            see(model, &layer, now, watch)?;
-        }
+        let o = output((source, model), staged, n, [&before, now], &mixes, watch)?;
+        Ok(staged.weights.put(&format!("blk.{n}.attn_output"), o.ncols(), &values(&o))?)
     }
-    Ok(())
 }
 
 /// Sums over tokens of products of inputs.
@@ -106,14 +106,14 @@ fn output(
 ) -> Result<Mat<f64>, ConvertError> {
     let Config { width, heads, head_dim, .. } = source.config;
     let inner = heads * head_dim;
-    let o = matrix(&decoded(source, &format!("blk.{n}.attn_output"), width, inner)?, inner);
+    let o = matrix::<f64>(&decoded(source, &format!("blk.{n}.attn_output"), width, inner)?, inner);
     let layer = Layer::new(&staged.weights, &staged.config, n)?;
     let (mut inputs, mut outputs) = (Mat::zeros(inner, inner), Mat::zeros(width, inner));
     for ((before, now), mix) in before.iter().zip(now).zip(mixes) {
         let seen = see(model, &layer, &mut now.clone(), watch)?;
-        let mixed = matrix(&seen.mix, inner);
-        let lost = matrix(before, width) - matrix(now, width);
-        let wanted = matrix(mix, inner) * o.transpose() + lost;
+        let mixed = matrix::<f64>(&seen.mix, inner);
+        let lost = matrix::<f64>(before, width) - matrix::<f64>(now, width);
+        let wanted = matrix::<f64>(mix, inner) * o.transpose() + lost;
         add_product(&mut inputs, &mixed, &mixed);
         add_product(&mut outputs, &wanted, &mixed);
     }

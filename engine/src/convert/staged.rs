@@ -3,8 +3,8 @@
 use faer::Mat;
 use kvwarp::linear::dequantize_row;
 
+use super::ConvertError;
 use super::algebra::{matrix, rows, stacked, values};
-use super::{Budget, ConvertError};
 use crate::calibration::fingerprint;
 use crate::config::{Config, Elite};
 use crate::model;
@@ -65,21 +65,22 @@ pub fn decoded(
     Ok(x)
 }
 
-/// `source` again, which is to be converted: layer `n` keeps the rotation of the first pairs of `orders[n]`, and
-/// [`put`] has to follow.
+/// `source` again, which is to be converted: layer `n` keeps the rotation of the first `pairs` of `orders[n]` and has a
+/// latent vector of `ranks[n]` elements, and [`put`] has to follow.
 pub fn open(
     source: &Source,
     orders: &[Vec<Vec<u8>>],
-    budget: Budget,
+    pairs: usize,
+    ranks: &[usize],
 ) -> Result<Source, ConvertError> {
     let first = |order: &Vec<u8>| {
-        let mut pairs = order[..budget.pairs].to_vec();
+        let mut pairs = order[..pairs].to_vec();
         pairs.sort_unstable();
         pairs
     };
-    let pairs = orders.iter().map(|layer| layer.iter().map(first).collect()).collect();
+    let elite_pairs = orders.iter().map(|layer| layer.iter().map(first).collect()).collect();
     let mut staged = Source::open(source.path())?;
-    let mut elite = Elite::new(vec![budget.rank; orders.len()], pairs, fingerprint(source));
+    let mut elite = Elite::new(ranks.to_vec(), elite_pairs, fingerprint(source));
     elite.factors = source.config.rope.factors.clone();
     staged.config.elite = Some(elite);
     Ok(staged)
@@ -90,6 +91,11 @@ pub fn channels(staged: &Source, n: usize) -> [Vec<usize>; 2] {
     let config = &staged.config;
     let of = |elite: &Elite| elite.channels(n, config.head_dim, model::pairing(config));
     config.elite.as_ref().map(of).unwrap_or_default()
+}
+
+/// Elements of the latent vector of layer `n` of a staged model.
+pub fn rank(staged: &Source, n: usize) -> usize {
+    staged.config.elite.as_ref().map_or(0, |elite| elite.ranks[n])
 }
 
 /// Converts layer `n` of a staged model.

@@ -3,8 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use super::{Budget, ConvertError};
+use super::{Budget, ConvertError, Request};
+use crate::calibration::fingerprint;
+use crate::source::Source;
 
 /// Version of the file.
 const VERSION: u32 = 1;
@@ -30,8 +33,23 @@ pub struct Of {
 }
 
 impl Of {
-    /// Of this version.
-    pub const VERSION: u32 = VERSION;
+    /// Of the conversion of `source` in so many `rounds` of the search.
+    pub fn new(source: &Source, request: &Request<'_>, rounds: usize) -> Self {
+        let mut hash = Sha256::new();
+        for tokens in [request.tokens, request.chosen_on] {
+            hash.update((tokens.len() as u64).to_le_bytes());
+            tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
+        }
+        Self {
+            version: VERSION,
+            model: fingerprint(source),
+            text: format!("{:x}", hash.finalize()),
+            window: request.window,
+            searched: request.searched,
+            rounds,
+            whitened: request.whiten,
+        }
+    }
 }
 
 /// What is known so far.
@@ -90,6 +108,11 @@ impl State {
             Some(n) => Err(fail(format!("`orders` of layer {n} are no orders of pairs"))),
             None => Ok(Self { path: path.into(), ..read }),
         }
+    }
+
+    /// What the conversion is of, as text.
+    pub fn of(&self) -> String {
+        format!("{:?}", self.of)
     }
 
     /// Writes the file, all of it or nothing.

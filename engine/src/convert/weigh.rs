@@ -11,7 +11,7 @@ use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Mat, Par};
 
 use super::ConvertError;
-use super::algebra::{factors, matrix, root, rows};
+use super::algebra::{factors, matrix, root, rows, shares};
 use super::staged::{Projections, decoded};
 use crate::config::Config;
 use crate::source::Source;
@@ -36,8 +36,9 @@ impl<'a> Weights<'a> {
     ) -> Result<Self, ConvertError> {
         let Config { width, heads, kv_heads, head_dim: d, .. } = source.config;
         let (group, inner) = (source.config.group(), heads * d);
-        let q = matrix(&decoded(source, &format!("blk.{n}.attn_q"), inner, width)?, width);
-        let o = matrix(&decoded(source, &format!("blk.{n}.attn_output"), width, inner)?, inner);
+        let q = matrix::<f64>(&decoded(source, &format!("blk.{n}.attn_q"), inner, width)?, width);
+        let o =
+            matrix::<f64>(&decoded(source, &format!("blk.{n}.attn_output"), width, inner)?, inner);
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for head in 0..kv_heads {
             let own = rest.iter().filter(|&&i| i / d == head).map(|i| i % d);
@@ -61,12 +62,20 @@ impl<'a> Weights<'a> {
 
     /// `A` `[c, width]` and `B` `[N, c]` with which `B A` is nearest to `w`, whose rows are those channels.
     pub fn factors(&self, w: &Mat<f64>, c: usize) -> Result<[Mat<f64>; 2], ConvertError> {
-        let weighed = each(&self.roots, w, |root, part| *part = root.transpose() * &*part);
-        let [a, b] = factors(&weighed, Some(self.moment), c)?;
+        let [a, b] = factors(&self.weighed(w), Some(self.moment), c)?;
         let back = each(&self.roots, &b, |root, part| {
             solve_upper_triangular_in_place(root.transpose(), part.as_mut(), Par::Seq);
         });
         Ok([a, back])
+    }
+
+    /// What [`Self::factors`] keeps with each element of the latent vector, most first.
+    pub fn shares(&self, w: &Mat<f64>) -> Result<Vec<f64>, ConvertError> {
+        Ok(shares(&self.weighed(w), Some(self.moment))?)
+    }
+
+    fn weighed(&self, w: &Mat<f64>) -> Mat<f64> {
+        each(&self.roots, w, |root, part| *part = root.transpose() * &*part)
     }
 }
 

@@ -4,11 +4,13 @@
 mod support;
 
 mod folder;
+mod record;
 mod recovery;
 mod refusals;
+mod resume;
 mod search;
 
-use kvwarp_engine::convert::Request;
+use kvwarp_engine::convert::{Request, budget::ranks};
 use support::converted::{apart, converted, logits, request, stopped};
 use support::models::{fixture, text};
 
@@ -79,4 +81,42 @@ fn elite_pairs_are_the_better_ones() {
     done = stopped(&source, &wanted, &state, usize::MAX).unwrap().staged;
     let bad = error(&exact, &logits(&done, &tokens, "f16", 160));
     assert!(good * 1.5 < bad, "{good} with the chosen pairs, {bad} with the others");
+}
+
+/// Each 16 go where they take most of the error, and no layer gets more than it has use for.
+#[test]
+fn ranks_of_layers_follow_their_errors() {
+    let shares = |first: f64, half: usize| -> Vec<f64> {
+        (0..96).map(|i| first * 0.5f64.powi((i / half) as i32)).collect()
+    };
+    // The second layer's halve every 32, the third's begin lower by 8 and stay so.
+    let all = [shares(1.0, 16), shares(1.0, 32), shares(0.125, 96)];
+    assert_eq!(ranks(&all, 16, 96), [16, 16, 16]);
+    assert_eq!(ranks(&all, 32, 96), [32, 48, 16]);
+    assert_eq!(ranks(&all, 48, 96), [48, 80, 16]);
+    assert_eq!(ranks(&all, 64, 96), [64, 96, 32]);
+    assert_eq!(ranks(&all, 80, 80), [80, 80, 80]);
+    assert_eq!(ranks(&all, 80, 90), [80, 80, 80]);
+}
+
+/// Layers that differ have as much together, and what that costs is said beside what it costs where they are alike.
+#[test]
+fn layers_share_a_budget() {
+    for name in FIXTURES {
+        let (source, tokens) = (fixture(name), text(160));
+        for whiten in [false, true] {
+            let alike = Request { whiten, refit: true, ..request(&tokens, 8, 48) };
+            let done = converted(&source, &Request { by_layer: true, ..alike.clone() });
+            let stages: Vec<_> = done.stages.iter().map(|stage| stage.name).collect();
+            assert_eq!(stages, ["source", "pairs", "factors", "ranks", "refit"]);
+            let (elite, alike) =
+                (done.staged.config.elite.clone().unwrap(), converted(&source, &alike));
+            assert_eq!(elite.ranks.iter().sum::<usize>(), 48 * source.config.layers);
+            assert!(elite.ranks.iter().all(|rank| rank.is_multiple_of(16) && *rank > 0));
+            assert_eq!(done.ratio, alike.ratio);
+            assert_eq!(done.stages[..3], alike.stages[..3]);
+            let differ = elite.ranks != alike.staged.config.elite.clone().unwrap().ranks;
+            assert_eq!(differ, done.stages[3].nats != done.stages[2].nats, "{name}");
+        }
+    }
 }

@@ -1,6 +1,5 @@
 //! What a conversion costs a real model.
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use kvwarp::linear::Activations;
@@ -14,7 +13,7 @@ use super::support::real_model;
 use super::support::schedule::watched;
 
 /// Those that are learnt from: a novel, documents and sources.
-fn learnt(source: &Source) -> Vec<u32> {
+pub fn learnt(source: &Source) -> Vec<u32> {
     let text = ["eighty_days.txt", "calibration.txt", "gun.c"].map(golden).concat();
     source.tokenizer().unwrap().encode(&text, false).unwrap()
 }
@@ -23,12 +22,12 @@ fn model(source: &Source) -> Model<'_> {
     Model::new(source, kvwarp::threads::physical_cores(), Activations::Q8).unwrap()
 }
 
-fn converted(source: &Source, request: &Request<'_>, beside: &Path) -> Converted {
+pub fn converted(source: &Source, request: &Request<'_>, beside: &Path) -> Converted {
     let mut note = |stage: &Stage| eprintln!("{}: {:.4}", stage.name, stage.nats);
     watched(|watch| convert((source, &model(source)), request, beside, watch, &mut note)).unwrap()
 }
 
-fn nats(source: &Source, tokens: &[u32]) -> f64 {
+pub fn nats(source: &Source, tokens: &[u32]) -> f64 {
     let reading = Reading { cache: "f16".parse().unwrap(), prefix: 0, piece: 512 };
     watched(|watch| score(&model(source), tokens, &reading, watch)).unwrap().mean()
 }
@@ -42,6 +41,7 @@ fn recovery_on_few_tokens() {
     let (text, held) = (learnt(&source), texts());
     let request = Request {
         target: Target::Fixed(Budget { pairs: 16, rank: 96 }),
+        by_layer: false,
         whiten: true,
         refit: true,
         distil: 5,
@@ -84,66 +84,4 @@ fn recovery_on_few_tokens() {
         source.chat(tokenizer).unwrap().unwrap().render(&message).unwrap()
     };
     assert_eq!(chat(&source, &ours), chat(&read, &theirs));
-}
-
-/// Tokens of each text that the record is measured on.
-const MEASURED: usize = 2048;
-
-/// Writes `benches/record/elitekv.csv`.
-#[test]
-#[ignore = "ten minutes: measures conversions of a real model"]
-fn elitekv_record() {
-    let Some(path) = real_model() else { return };
-    let (source, folder) = (Source::open(&path).unwrap(), tempfile::tempdir().unwrap());
-    let (text, held) = (learnt(&source), texts());
-    let (chosen_on, text) = text.split_at(1024);
-    let texts = ["persuasion", "policy"].map(|name| &held[name][..MEASURED]);
-    let exact = texts.map(|tokens| nats(&source, tokens));
-    let mut rows = "ratio,pairs,rank,method,text,log_perplexity,nats_over_source\n".to_owned();
-    let mut row = |ratio: f64, budget: Budget, method: &str, nats: [f64; 2]| {
-        for (i, name) in ["persuasion", "policy"].into_iter().enumerate() {
-            let (Budget { pairs, rank }, more) = (budget, nats[i] - exact[i]);
-            let line = format!("{ratio},{pairs},{rank},{method},{name},{:.4},{more:.4}", nats[i]);
-            eprintln!("{line}");
-            writeln!(rows, "{line}").unwrap();
-        }
-        nats.iter().sum::<f64>() - exact.iter().sum::<f64>()
-    };
-    row(1.0, Budget { pairs: 32, rank: 192 }, "source", exact);
-    let full = Target::Fixed(Budget { pairs: 32, rank: 192 });
-    for (ratio, mut target) in [(1.0, full), (0.5, Target::Ratio(0.5)), (0.25, Target::Ratio(0.25))]
-    {
-        let mut lost = Vec::new();
-        for (method, whiten, refit) in
-            [("refit", true, true), ("whitened", true, false), ("plain", false, false)]
-        {
-            // Weights alone: a text is only needed for the pairs.
-            let tokens = if whiten { text } else { &text[..1024] };
-            let request = Request {
-                target,
-                whiten,
-                refit,
-                distil: 0,
-                tokens,
-                searched: 1024,
-                window: 1024,
-                chosen_on,
-                held: &texts[0][..256],
-            };
-            let state = folder.path().join(format!("{ratio}-{method}"));
-            let done = converted(&source, &request, &state);
-            target = Target::Fixed(done.budget);
-            let nats = texts.map(|tokens| nats(&done.staged, tokens));
-            lost.push(row(ratio, done.budget, method, nats));
-            if ratio == 1.0 {
-                break;
-            }
-        }
-        match ratio {
-            1.0 => assert!(lost[0].abs() < 0.01, "{lost:?}"),
-            _ => assert!(lost[0] < 0.5 * lost[2], "{ratio}: {lost:?}"),
-        }
-    }
-    let to = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/record/elitekv.csv");
-    std::fs::write(to, rows).unwrap();
 }

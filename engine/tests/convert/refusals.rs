@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use kvwarp_engine::convert::{Budget, ConvertError, Elements, Target, finish, write};
+use kvwarp_engine::convert::{Budget, ConvertError, Elements, Request, Target, finish, write};
 use kvwarp_engine::source::Source;
 
 use super::support::program::{failure, fixture as path, kvwarp, text as said};
@@ -10,7 +10,7 @@ use super::{converted, fixture, request, stopped, text};
 
 fn refused(source: &Source, target: Target) -> String {
     let tokens = text(160);
-    let request = kvwarp_engine::convert::Request { target, ..request(&tokens, 1, 1) };
+    let request = Request { target, ..request(&tokens, 1, 1) };
     let folder = tempfile::tempdir().unwrap();
     match stopped(source, &request, &folder.path().join("state"), usize::MAX) {
         Err(ConvertError::Refused(why)) => why,
@@ -35,6 +35,10 @@ fn budgets_that_no_model_has_are_refused() {
     let why = refused(&source, Target::Ratio(0.1));
     assert!(why.contains("a ratio of 0.1") && why.contains("multiple of 16"), "{why}");
     let tokens = text(160);
+    let shared = Request { by_layer: true, ..request(&tokens, 8, 40) };
+    let folder = tempfile::tempdir().unwrap();
+    let error = stopped(&source, &shared, &folder.path().join("state"), usize::MAX).err().unwrap();
+    assert_eq!(error.to_string(), "rank 40; layers share out multiples of 16");
     let twice = converted(&source, &request(&tokens, 8, 32)).staged;
     assert!(refused(&twice, Target::Ratio(0.5)).contains("converted already"));
 }

@@ -105,6 +105,7 @@ fn a_real_model_says_the_same() {
     let held = &texts()["persuasion"];
     let asked = Request {
         target: Target::Fixed(Budget { pairs: 12, rank: 112 }),
+        by_layer: false,
         whiten: true,
         refit: false,
         distil: 0,

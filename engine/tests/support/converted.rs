@@ -15,6 +15,7 @@ pub fn request(tokens: &[u32], pairs: usize, rank: usize) -> Request<'_> {
     let (learn, held) = tokens.split_at(tokens.len() * 3 / 4);
     Request {
         target: Target::Fixed(Budget { pairs, rank }),
+        by_layer: false,
         whiten: true,
         refit: false,
         distil: 0,
@@ -33,18 +34,24 @@ pub fn stopped(
     beside: &Path,
     most: usize,
 ) -> Result<Converted, ConvertError> {
-    let (stop, mut left) = (AtomicBool::new(false), most);
+    counted(source, request, beside, most).0
+}
+
+/// The same, and how many steps there were.
+pub fn counted(
+    source: &Source,
+    request: &Request<'_>,
+    beside: &Path,
+    most: usize,
+) -> (Result<Converted, ConvertError>, usize) {
+    let (stop, mut steps) = (AtomicBool::new(false), 0);
     let mut step = |_| {
-        left = left.saturating_sub(1);
-        stop.store(left == 0, Ordering::Relaxed);
+        steps += 1;
+        stop.store(steps >= most, Ordering::Relaxed);
     };
-    convert(
-        (source, &model(source)),
-        request,
-        beside,
-        &mut Watch::new(&stop, &mut step),
-        &mut |_| {},
-    )
+    let mut watch = Watch::new(&stop, &mut step);
+    let done = convert((source, &model(source)), request, beside, &mut watch, &mut |_| {});
+    (done, steps)
 }
 
 pub fn converted(source: &Source, request: &Request<'_>) -> Converted {

@@ -3,11 +3,10 @@
 use faer::Mat;
 
 use super::block::{Block, Weights};
-use super::matrix;
 use crate::config::{Config, Elite};
 use crate::convert::ConvertError;
-use crate::convert::algebra::{stacked, values};
-use crate::convert::staged::{Factors, Projections, channels, decoded, put};
+use crate::convert::algebra::{matrix, stacked, values};
+use crate::convert::staged::{Factors, Projections, channels, decoded, put, rank};
 use crate::source::Source;
 
 /// Of layer `n` of a staged model.
@@ -15,10 +14,13 @@ pub fn read(staged: &Source, n: usize) -> Result<(Block, Weights), ConvertError>
     let Config { heads, kv_heads, head_dim, width, qkv_bias, .. } = staged.config;
     let [elite, rest] = channels(staged, n);
     let order = order(&staged.config, &[&elite, &rest]);
-    let rank = staged.config.elite.as_ref().map_or(0, |elite| elite.ranks[n]);
+    let rank = rank(staged, n);
     let of = |part: &str, rows: usize, cols: usize| match rows {
         0 => Ok(Mat::zeros(0, cols)),
-        _ => Ok::<_, ConvertError>(matrix(&decoded(staged, &name(n, part), rows, cols)?, cols)),
+        _ => Ok::<_, ConvertError>(matrix::<f32>(
+            &decoded(staged, &name(n, part), rows, cols)?,
+            cols,
+        )),
     };
     let bias = |part: &str, rows: usize| match qkv_bias && rows > 0 {
         true => staged.weights.vector(&format!("{}.bias", name(n, part)), rows),
