@@ -110,7 +110,11 @@ fn c_checks_need_no_gpu() {
             ("rank of 0", |p| p.cache.rank = 0, ffi::KVW_ERR_SHAPE),
             ("rank of 2448", |p| p.cache.rank = 2448, ffi::KVW_ERR_SHAPE),
             ("table_stride", |p| p.cache.table_stride = 0, ffi::KVW_ERR_SHAPE),
-            ("format", |p| p.cache.format = ffi::KVW_SLAB_Q8, ffi::KVW_ERR_FORMAT),
+            (
+                "format",
+                |p| (p.cache.format, p.cache.packed) = (ffi::KVW_SLAB_Q8, somewhere()),
+                ffi::KVW_ERR_FORMAT,
+            ),
             ("packed", |p| p.cache.format = ffi::KVW_SLAB_Q4, ffi::KVW_ERR_NULL),
             ("packed, for nothing", |p| p.cache.packed = somewhere(), ffi::KVW_ERR_NULL),
             ("q", |p| p.q = std::ptr::null(), ffi::KVW_ERR_NULL),

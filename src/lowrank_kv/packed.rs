@@ -25,7 +25,7 @@ impl Shape {
     /// [`Error::Len`] where the sizes do not fit, [`Error::Unsupported`] for other formats than q4 and q2.
     pub fn pack(self, format: Format, slab: &[u8], range: f32, out: &mut [u8]) -> Result<()> {
         if !matches!(format, Format::Q4 | Format::Q2) {
-            let (field, got, supported) = ("format", format.to_string(), "q4, q2");
+            let (field, got, supported) = ("format", format!("{format:?}"), "q4, q2");
             return Err(Error::Unsupported { op: super::OP, field, got, supported });
         }
         check_len("slab", self.slab_bytes(), slab.len())?;

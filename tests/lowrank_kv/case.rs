@@ -96,7 +96,7 @@ impl Cache {
             for i in 0..len.div_ceil(TOKENS) {
                 let entry = &mut table[s * stride + i];
                 if case.holes > 0 && (i + s) % case.holes == case.holes - 1 {
-                    *entry = if i % 2 == 0 { Entry::HOLE } else { Entry::new(Format::Q2, 1 << 27) };
+                    *entry = if i % 2 == 0 { Entry::HOLE } else { Entry::new(Format::Q8, 1 << 27) };
                     continue;
                 }
                 let index = free.swap_remove(noise.below(free.len()));
@@ -160,8 +160,7 @@ impl Cache {
 pub struct Device {
     pub pool: Mem<u8>,
     params: ffi::kvw_latent,
-    pub packed: Mem<u8>,
-    _rest: (Mem<u32>, Mem<i32>),
+    _rest: (Mem<u8>, Mem<u32>, Mem<i32>),
 }
 
 impl Device {
@@ -187,7 +186,7 @@ impl Device {
             table_stride: cache.stride as i32,
             format: store as i32,
         };
-        Self { pool, packed, params, _rest: (table, lens) }
+        Self { pool, params, _rest: (packed, table, lens) }
     }
 
     pub fn params(&self) -> ffi::kvw_latent {

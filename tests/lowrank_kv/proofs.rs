@@ -212,14 +212,14 @@ fn scores_of_elite_pairs_depend_on_distance_alone() {
 fn any_case() -> impl Strategy<Value = Case> {
     let heads = (1usize..6, 1usize..6, 1usize..9, 1usize..24);
     let lens = prop::collection::vec(0usize..330, 1..4);
-    let rest = (lens, 0usize..4, 1i32..9, any::<bool>(), 1usize..5);
-    (heads, rest).prop_map(
-        |((kv_heads, group, pairs, blocks), (lens, holes, ctas, hopper, rows))| {
-            let pairs = if kv_heads % 4 == 0 { pairs } else { pairs.div_ceil(4) * 4 };
-            let rank = 16 * blocks;
-            Case { kv_heads, group, pairs, rank, lens, holes, ctas, least: 1, hopper, rows, store }
-        },
-    )
+    let store = prop::sample::select(vec![Format::F16, Format::Q4, Format::Q2]);
+    let rest = (lens, 0usize..4, 1i32..9, any::<bool>(), 1usize..5, store);
+    (heads, rest).prop_map(|((kv_heads, group, pairs, blocks), rest)| {
+        let (lens, holes, ctas, hopper, rows, store) = rest;
+        let pairs = if kv_heads % 4 == 0 { pairs } else { pairs.div_ceil(4) * 4 };
+        let rank = 16 * blocks;
+        Case { kv_heads, group, pairs, rank, lens, holes, ctas, least: 1, hopper, rows, store }
+    })
 }
 
 proptest! {
