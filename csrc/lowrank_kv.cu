@@ -1,13 +1,13 @@
-// lowrank_kv: rows of EliteKV's cache written and read, and the newest tokens of each sequence attending to them.
+// lowrank_kv: rows of EliteKV's cache written, read and packed, and the newest tokens of each sequence attending to them.
 //
 // Math      APPEND: row[slot] = (z, k); READ: (z, k) = row[slot]. ATTEND: s[t] = scale * (q . z[t] + q_elite . k[t]),
 //           q = B_K q_rest absorbed, of tokens t up to the query's own; out = sum_t w[t] z[t], w = softmax(s): what B_V
-//           makes the head's output (arXiv:2503.01586, as in MLA)
+//           makes the head's output (arXiv:2503.01586, as in MLA). PACK: 64 tokens of a channel into codes of 4 or 2 bits
 // Shapes    z [T, c], k [T, H, 2 r], q and out [S, N, H * G, c], q_elite [S, N, H * G] rows of 2 r, all f16; lse
 //           [S, N, H * G] f32; N = q_len. Query head h * G + g reads the elite keys of kv head h, and z as all do
 // Layout    slabs of common/latent.cuh, found through a page table
-// Bytes     APPEND, READ: a row read and written. ATTEND: every row once, q, q_elite and out -> kvw_lowrank_kv_bytes()
-// Launch    APPEND, READ: grid (tiles of 16 tokens, S), 256 threads. ATTEND: grid (shares, groups of heads), 8 warps;
+// Bytes     APPEND, READ, PACK: what is read and written. ATTEND: every row once, q, q_elite and out -> kvw_lowrank_kv_bytes()
+// Launch    APPEND, READ, PACK: grid (tiles of 16 tokens, S or T), 256 threads. ATTEND: grid (shares, groups of heads), 8 warps;
 //           then merge, grid (512 channels, N * H * G, S), 128 threads. Dynamic shared memory for two tiles where the
 //           device has it, else for one, and rank is refused where that is too much: at c = 2048, r = 12, H = 32
 //           175 KB or 97 KB
@@ -37,9 +37,12 @@
 //    groups, 16 * 4096 bytes at 12.5 bytes a clock and SM; its 56 HMMA a warp are 370 clocks of the tensor pipe, two
 //    warps each. SASS of a tile, of the kernel for c to 2048: 474 instructions on sm_80, 473 on sm_89, 497 on sm_90a,
 //    66 of them HMMA (tests/sass.txt), 1000 issue slots of the 2600 for two warps: bound by memory. No run on a GPU yet.
+// 8. Codes are spread into f16 once a tile, in place, some 20 instructions a block: 1560 issue slots where 4-bit codes
+//    come in 730 clocks and 2-bit ones in 410. So both take 0.6 of the time of f16, and 2 bits save memory alone.
 #include "lowrank_kv.h"
 #include "common/check.cuh"
 #include "common/latent_attend.cuh"
+#include "common/latent_pack.cuh"
 #include "common/launch.cuh"
 #include "common/streamk.cuh"
 #include <algorithm>
@@ -64,7 +67,8 @@ __global__ void __launch_bounds__(THREADS) rows(const __grid_constant__ Params p
     if (n <= 0 || start < 0 || tile * TILE_TOKENS >= len) return;
     uint32_t entry = latent_entry(c, s, tile / SLAB_TILES);
     if (entry == NO_SLAB) return;
-    unsigned char* slots = latent_tile(c, entry, tile % SLAB_TILES);
+    if (!READ && is_packed(entry)) return;
+    LatentTile slots = latent_tile(c, entry, tile % SLAB_TILES);
     int columns = latent_columns(c), of_z = c.rank / COLUMN, rounded = (columns + 1) / 2 * 2;
     for (int i = int(threadIdx.x); i < (ONE ? columns : rounded * TILE_TOKENS); i += THREADS) {
         // 32 bytes of a token's row at once, 256 of a column by a warp.
@@ -75,9 +79,9 @@ __global__ void __launch_bounds__(THREADS) rows(const __grid_constant__ Params p
         int64_t row = from + (slot - start);
         __half* x = column < of_z ? static_cast<__half*>(p.z) + row * p.z_stride + column * COLUMN
                                   : static_cast<__half*>(p.k) + row * p.k_stride + (column - of_z) * COLUMN;
-        unsigned char* held = slots + column * COLUMN_BYTES + token * 16;
+        unsigned char* held = slots.at + column * COLUMN_BYTES + token * 16;
         if (READ)
-            prim::stg128(x, prim::ldg128_stream(held));
+            prim::stg128(x, is_packed(entry) ? unpacked(c, slots, column, token) : prim::ldg128_stream(held));
         else
             prim::stg128(held, prim::ldg128_stream(x));
     }
@@ -100,7 +104,11 @@ PRIM void attend_piece(const Params& p, const Work& work, int head, LatentRing& 
     const bool two = ring.stages == 2;
     int first = -1, ahead = -1; // tokens of the tile at hand, of the one after it
 #pragma unroll 1
-    for (int i = 0; i < ring.stages; i++) first = ahead, ring.fetch(walk.next(ahead), i);
+    for (int i = 0; i < ring.stages; i++) {
+        first = ahead;
+        LatentTile tile = walk.next(ahead);
+        ring.fetch(tile, ahead % 2 == 1, i);
+    }
     elite_words(p, s, head, shared);
     a.begin(p, s, head, ring);
     __syncthreads();
@@ -111,7 +119,8 @@ PRIM void attend_piece(const Params& p, const Work& work, int head, LatentRing& 
         if (first < 0) break;
         unsigned char* buffer = ring.take();
         __syncwarp();
-        int live = len - first + KVW_FAULT(413);
+        if (first % 2) ring.spread(buffer);
+        int live = len - first / TILE_TOKENS * TILE_TOKENS + KVW_FAULT(413);
         if (live < TILE_TOKENS && !KVW_FAULT(416)) ring.clear_past(buffer, live);
         a.scores(ring, buffer, part);
         if (!KVW_FAULT(411)) __syncthreads();
@@ -122,7 +131,8 @@ PRIM void attend_piece(const Params& p, const Work& work, int head, LatentRing& 
         a.values(ring, buffer, b);
         if (!KVW_FAULT(418)) __syncwarp(); // before the buffer is filled again
         first = ahead;
-        ring.fetch(walk.next(ahead), two);
+        LatentTile tile = walk.next(ahead);
+        ring.fetch(tile, ahead % 2 == 1, two);
     }
     a.total();
 }
@@ -188,7 +198,8 @@ __global__ void __launch_bounds__(THREADS, NT* BLOCKS <= 8 ? 2 : 1)
                     first,
                     end - first,
                     shared.items + warp,
-                    (items - warp + LATENT_WARPS - 1) / LATENT_WARPS};
+                    (items - warp + LATENT_WARPS - 1) / LATENT_WARPS,
+                    latent_bits(p.cache.format)};
     ring.init();
     auto units = [&](int s) { return units_of(p, s); };
     Work work = first_work(p.cache.seqs, 1, p.least, units);
@@ -243,7 +254,8 @@ Plan plan_of(const Params& p) {
     for (int head = 0; head < query_rows(p); head += plan.heads)
         plan.items = std::max(plan.items, count_items(p, head, plan.heads / 8));
     int blocks = (p.cache.rank / BLOCK_CHANNELS + LATENT_WARPS - 1) / LATENT_WARPS;
-    plan.buffer = (blocks + (plan.items + LATENT_WARPS - 1) / LATENT_WARPS) * BLOCK_BYTES;
+    int most = blocks + (plan.items + LATENT_WARPS - 1) / LATENT_WARPS;
+    plan.buffer = most * (BLOCK_BYTES + (p.cache.format == KVW_SLAB_F16 ? 0 : 2 * COLUMN_META));
     return plan;
 }
 
@@ -261,6 +273,12 @@ kvw_status fit(Plan& plan) {
     if (shared_bytes(plan) > room) plan.stages = 1;
     KVW_REQUIRE(shared_bytes(plan) <= room, SHAPE, rank);
     return KVW_OK;
+}
+
+kvw_status launch_pack(const Params& p, kvw_stream stream) {
+    dim3 grid(unsigned((latent_columns(p.cache) * SLAB_TILES + THREADS - 1) / THREADS), unsigned(p.tokens));
+    if (p.cache.format == KVW_SLAB_Q4) return KVW_LAUNCH(pack_latents<4>, grid, THREADS, 0, stream, p);
+    return KVW_LAUNCH(pack_latents<2>, grid, THREADS, 0, stream, p);
 }
 
 template <int NT, int BLOCKS> kvw_status launch_attend(Plan plan, kvw_stream stream) {
@@ -305,6 +323,14 @@ kvw_status check_rows(const Params& p) {
     return KVW_OK;
 }
 
+kvw_status check_pack(const Params& p) {
+    KVW_REQUIRED(p, moves);
+    KVW_REQUIRE(p.cache.format != KVW_SLAB_F16, FORMAT, format);
+    KVW_REQUIRE(p.tokens >= 1 && p.tokens <= GRID_YZ_MAX, SHAPE, tokens);
+    KVW_REQUIRE(p.range > 0.f && p.range <= 1.f, SHAPE, range);
+    return KVW_OK;
+}
+
 kvw_status check_attend_numbers(const Params& p) {
     const kvw_latent& c = p.cache;
     KVW_REQUIRE(p.q_heads >= 1 && p.q_heads <= 1024 && p.q_heads % c.kv_heads == 0, SHAPE, q_heads);
@@ -320,17 +346,17 @@ kvw_status check_attend_numbers(const Params& p) {
 }
 } // namespace
 
-size_t kvw_latent_slab_bytes(int32_t rank, int32_t pairs, int32_t kv_heads) {
+size_t kvw_latent_slab_bytes(int32_t format, int32_t rank, int32_t pairs, int32_t kv_heads) {
     kvw_latent c{};
-    c.rank = rank, c.pairs = pairs, c.kv_heads = kv_heads;
-    return check_latent_shape(c) == KVW_OK ? SLAB_TILES * latent_tile_bytes(c) : 0;
+    c.rank = rank, c.pairs = pairs, c.kv_heads = kv_heads, c.format = format;
+    return check_latent_shape(c) == KVW_OK ? latent_slab_bytes(c, format) : 0;
 }
 
 kvw_status kvw_lowrank_kv_check(const kvw_lowrank_kv_params* p) {
     KVW_CHECK_PARAMS(p);
-    KVW_REQUIRE(p->op >= KVW_LOWRANK_APPEND && p->op <= KVW_LOWRANK_READ, SHAPE, op);
-    KVW_REQUIRE(p->reserved == 0, SHAPE, reserved);
+    KVW_REQUIRE(p->op >= KVW_LOWRANK_APPEND && p->op <= KVW_LOWRANK_PACK, SHAPE, op);
     KVW_TRY(check_latent(p->cache));
+    if (p->op == KVW_LOWRANK_PACK) return check_pack(*p);
     if (p->op != KVW_LOWRANK_ATTEND) return check_rows(*p);
     KVW_TRY(check_attend_numbers(*p));
     KVW_REQUIRED(*p, q);
@@ -355,6 +381,8 @@ size_t kvw_lowrank_kv_bytes(const kvw_lowrank_kv_params* p) {
     if (kvw_lowrank_kv_check(p) != KVW_OK) return 0;
     const kvw_latent& c = p->cache;
     size_t row = 2 * size_t(latent_width(c)), seqs = size_t(c.seqs);
+    if (p->op == KVW_LOWRANK_PACK)
+        return p->tokens * (latent_slab_bytes(c, KVW_SLAB_F16) + latent_slab_bytes(c, c.format) + 8);
     if (p->op != KVW_LOWRANK_ATTEND) return p->tokens * 2 * row;
     size_t queries = seqs * query_rows(*p);
     return seqs * p->max_slabs * KVW_SLAB_TOKENS * row + queries * 4 * size_t(c.rank + c.pairs);
@@ -364,5 +392,6 @@ kvw_status kvw_lowrank_kv(const kvw_lowrank_kv_params* p, kvw_stream stream) {
     KVW_TRY(kvw_lowrank_kv_check(p));
     if (p->op == KVW_LOWRANK_APPEND) return launch_rows<false>(*p, stream);
     if (p->op == KVW_LOWRANK_READ) return launch_rows<true>(*p, stream);
+    if (p->op == KVW_LOWRANK_PACK) return launch_pack(*p, stream);
     return launch_attend(plan_of(*p), stream);
 }

@@ -28,13 +28,13 @@ constexpr int ERRORS = 9;
 #define KVW_FIELDS(X)                                                                                     \
     X(params) X(struct_size) X(accumulate) X(anchor) X(bias) X(bits) X(candidate_counts) X(candidates)    \
     X(chosen) X(cols) X(columns) X(count) X(counts) X(ctas) X(cu_tokens) X(dtype) X(edits) X(elite)       \
-    X(entries) X(eps) X(feedback) X(first) X(from) X(from_slabs) X(gate) X(group) X(hadamard)             \
+    X(entries) X(eps) X(feedback) X(first) X(format) X(from) X(from_slabs) X(gate) X(group) X(hadamard)   \
     X(head_dim) X(head_stride) X(heads) X(history) X(history_lens) X(history_stride) X(ids)               \
     X(in_stride) X(index_stride) X(indices) X(indptr) X(inv_freq) X(k) X(k_norm) X(k_norm_stride)         \
     X(k_stride) X(kept) X(kept_counts) X(kept_stride) X(kivi_exact) X(kth) X(kv_heads) X(lag) X(least)    \
     X(lens) X(lens_heads) X(lists) X(logits) X(lse) X(lse_rows) X(max_edits) X(max_slabs) X(max_tokens)   \
-    X(meta) X(min_p) X(n) X(op) X(out) X(out_dtype) X(out_positions) X(out_stride) X(packed) X(pairing)   \
-    X(pairs) X(partitions) X(penalty) X(plain) X(pool) X(pools) X(positions) X(q) X(q_elite)              \
+    X(meta) X(min_p) X(moves) X(n) X(op) X(out) X(out_dtype) X(out_positions) X(out_stride) X(packed)     \
+    X(pairing) X(pairs) X(partitions) X(penalty) X(plain) X(pool) X(pools) X(positions) X(q) X(q_elite)   \
     X(q_elite_stride) X(q_heads) X(q_len) X(q_out) X(q_stride) X(range) X(ranges) X(rank) X(reference)    \
     X(reserved) X(rest) X(rest_heads) X(rest_stride) X(ring) X(ring_slabs) X(rotation) X(row_bytes)       \
     X(rows) X(scale) X(scores) X(seeds) X(seen) X(segment) X(seqs) X(sinks) X(sliding_window) X(slots)    \

@@ -36,6 +36,7 @@ pub const KVW_PACK_FLUSH: i32 = 2;
 pub const KVW_LOWRANK_APPEND: i32 = 0;
 pub const KVW_LOWRANK_ATTEND: i32 = 1;
 pub const KVW_LOWRANK_READ: i32 = 2;
+pub const KVW_LOWRANK_PACK: i32 = 3;
 pub const KVW_LATENT_MOST: i32 = 2432;
 pub const KVW_PAGED_ATTN_TICKETS: i32 = 16384;
 pub const KVW_ROPE_INTERLEAVED: i32 = 0;
@@ -582,9 +583,11 @@ unsafe extern "C" {
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct kvw_latent {
-    #[doc = " [slabs][kvw_latent_slab_bytes]"]
+    #[doc = " [slabs][kvw_latent_slab_bytes] of f16: those that are not full, or all"]
     pub pool: *mut ::core::ffi::c_void,
-    #[doc = " [S, table_stride] slab index in pool; of any format but KVW_SLAB_F16: a hole"]
+    #[doc = " the same of `format`; null where that is KVW_SLAB_F16"]
+    pub packed: *mut ::core::ffi::c_void,
+    #[doc = " [S, table_stride] entries of KVW_SLAB_F16 or of `format`; of any other: a hole"]
     pub table: *const u32,
     #[doc = " [S] tokens held, new ones included"]
     pub lens: *const i32,
@@ -598,25 +601,25 @@ pub struct kvw_latent {
     pub rank: i32,
     #[doc = " entries a row"]
     pub table_stride: i32,
-    #[doc = " 0"]
-    pub reserved: i32,
+    #[doc = " of packed: KVW_SLAB_Q4 or KVW_SLAB_Q2; KVW_SLAB_F16: there are none"]
+    pub format: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_latent"][::core::mem::size_of::<kvw_latent>() - 48usize];
+    ["Size of kvw_latent"][::core::mem::size_of::<kvw_latent>() - 56usize];
     ["Alignment of kvw_latent"][::core::mem::align_of::<kvw_latent>() - 8usize];
     ["Offset of field: kvw_latent::pool"][::core::mem::offset_of!(kvw_latent, pool) - 0usize];
-    ["Offset of field: kvw_latent::table"][::core::mem::offset_of!(kvw_latent, table) - 8usize];
-    ["Offset of field: kvw_latent::lens"][::core::mem::offset_of!(kvw_latent, lens) - 16usize];
-    ["Offset of field: kvw_latent::seqs"][::core::mem::offset_of!(kvw_latent, seqs) - 24usize];
+    ["Offset of field: kvw_latent::packed"][::core::mem::offset_of!(kvw_latent, packed) - 8usize];
+    ["Offset of field: kvw_latent::table"][::core::mem::offset_of!(kvw_latent, table) - 16usize];
+    ["Offset of field: kvw_latent::lens"][::core::mem::offset_of!(kvw_latent, lens) - 24usize];
+    ["Offset of field: kvw_latent::seqs"][::core::mem::offset_of!(kvw_latent, seqs) - 32usize];
     ["Offset of field: kvw_latent::kv_heads"]
-        [::core::mem::offset_of!(kvw_latent, kv_heads) - 28usize];
-    ["Offset of field: kvw_latent::pairs"][::core::mem::offset_of!(kvw_latent, pairs) - 32usize];
-    ["Offset of field: kvw_latent::rank"][::core::mem::offset_of!(kvw_latent, rank) - 36usize];
+        [::core::mem::offset_of!(kvw_latent, kv_heads) - 36usize];
+    ["Offset of field: kvw_latent::pairs"][::core::mem::offset_of!(kvw_latent, pairs) - 40usize];
+    ["Offset of field: kvw_latent::rank"][::core::mem::offset_of!(kvw_latent, rank) - 44usize];
     ["Offset of field: kvw_latent::table_stride"]
-        [::core::mem::offset_of!(kvw_latent, table_stride) - 40usize];
-    ["Offset of field: kvw_latent::reserved"]
-        [::core::mem::offset_of!(kvw_latent, reserved) - 44usize];
+        [::core::mem::offset_of!(kvw_latent, table_stride) - 48usize];
+    ["Offset of field: kvw_latent::format"][::core::mem::offset_of!(kvw_latent, format) - 52usize];
 };
 impl Default for kvw_latent {
     fn default() -> Self {
@@ -641,6 +644,8 @@ pub struct kvw_lowrank_kv_params {
     pub k: *mut ::core::ffi::c_void,
     #[doc = " APPEND, READ: [S + 1] first row of each, at slots len - n ..; null: one row each"]
     pub cu_tokens: *const i32,
+    #[doc = " PACK: [T, 2] entries: the slab that is packed, and where it goes; a hole: nothing"]
+    pub moves: *const u32,
     #[doc = " ATTEND: [S, q_len, H * G, c] f16, latent queries"]
     pub q: *const ::core::ffi::c_void,
     #[doc = " ATTEND: 2 r rotated elements a query head, f16"]
@@ -660,7 +665,7 @@ pub struct kvw_lowrank_kv_params {
     pub q_elite_stride: i64,
     #[doc = " elements between heads of q_elite, even: D where they lie in the queries"]
     pub head_stride: i32,
-    #[doc = " APPEND, READ: T"]
+    #[doc = " APPEND, READ, PACK: T"]
     pub tokens: i32,
     #[doc = " APPEND, READ: most of these tokens of a sequence"]
     pub max_tokens: i32,
@@ -676,12 +681,12 @@ pub struct kvw_lowrank_kv_params {
     pub scale: f32,
     #[doc = " ATTEND: newest tokens of each sequence, 1 to 16; each sees those up to itself"]
     pub q_len: i32,
-    #[doc = " 0"]
-    pub reserved: i32,
+    #[doc = " PACK: share of a group's range that 2-bit codes span, above 0, at most 1"]
+    pub range: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of kvw_lowrank_kv_params"][::core::mem::size_of::<kvw_lowrank_kv_params>() - 192usize];
+    ["Size of kvw_lowrank_kv_params"][::core::mem::size_of::<kvw_lowrank_kv_params>() - 208usize];
     ["Alignment of kvw_lowrank_kv_params"]
         [::core::mem::align_of::<kvw_lowrank_kv_params>() - 8usize];
     ["Offset of field: kvw_lowrank_kv_params::struct_size"]
@@ -691,49 +696,51 @@ const _: () = {
     ["Offset of field: kvw_lowrank_kv_params::cache"]
         [::core::mem::offset_of!(kvw_lowrank_kv_params, cache) - 8usize];
     ["Offset of field: kvw_lowrank_kv_params::z"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, z) - 56usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, z) - 64usize];
     ["Offset of field: kvw_lowrank_kv_params::k"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, k) - 64usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, k) - 72usize];
     ["Offset of field: kvw_lowrank_kv_params::cu_tokens"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, cu_tokens) - 72usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, cu_tokens) - 80usize];
+    ["Offset of field: kvw_lowrank_kv_params::moves"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, moves) - 88usize];
     ["Offset of field: kvw_lowrank_kv_params::q"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, q) - 80usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q) - 96usize];
     ["Offset of field: kvw_lowrank_kv_params::q_elite"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_elite) - 88usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_elite) - 104usize];
     ["Offset of field: kvw_lowrank_kv_params::out"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, out) - 96usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, out) - 112usize];
     ["Offset of field: kvw_lowrank_kv_params::lse"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, lse) - 104usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, lse) - 120usize];
     ["Offset of field: kvw_lowrank_kv_params::workspace"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, workspace) - 112usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, workspace) - 128usize];
     ["Offset of field: kvw_lowrank_kv_params::workspace_bytes"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, workspace_bytes) - 120usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, workspace_bytes) - 136usize];
     ["Offset of field: kvw_lowrank_kv_params::z_stride"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, z_stride) - 128usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, z_stride) - 144usize];
     ["Offset of field: kvw_lowrank_kv_params::k_stride"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, k_stride) - 136usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, k_stride) - 152usize];
     ["Offset of field: kvw_lowrank_kv_params::q_elite_stride"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_elite_stride) - 144usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_elite_stride) - 160usize];
     ["Offset of field: kvw_lowrank_kv_params::head_stride"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, head_stride) - 152usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, head_stride) - 168usize];
     ["Offset of field: kvw_lowrank_kv_params::tokens"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, tokens) - 156usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, tokens) - 172usize];
     ["Offset of field: kvw_lowrank_kv_params::max_tokens"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, max_tokens) - 160usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, max_tokens) - 176usize];
     ["Offset of field: kvw_lowrank_kv_params::q_heads"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_heads) - 164usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_heads) - 180usize];
     ["Offset of field: kvw_lowrank_kv_params::max_slabs"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, max_slabs) - 168usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, max_slabs) - 184usize];
     ["Offset of field: kvw_lowrank_kv_params::ctas"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, ctas) - 172usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, ctas) - 188usize];
     ["Offset of field: kvw_lowrank_kv_params::least"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, least) - 176usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, least) - 192usize];
     ["Offset of field: kvw_lowrank_kv_params::scale"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, scale) - 180usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, scale) - 196usize];
     ["Offset of field: kvw_lowrank_kv_params::q_len"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_len) - 184usize];
-    ["Offset of field: kvw_lowrank_kv_params::reserved"]
-        [::core::mem::offset_of!(kvw_lowrank_kv_params, reserved) - 188usize];
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, q_len) - 200usize];
+    ["Offset of field: kvw_lowrank_kv_params::range"]
+        [::core::mem::offset_of!(kvw_lowrank_kv_params, range) - 204usize];
 };
 impl Default for kvw_lowrank_kv_params {
     fn default() -> Self {
@@ -745,8 +752,8 @@ impl Default for kvw_lowrank_kv_params {
     }
 }
 unsafe extern "C" {
-    #[doc = " 128 (c + 2 r H): 64 rows of f16; 0 for numbers that are refused."]
-    pub fn kvw_latent_slab_bytes(rank: i32, pairs: i32, kv_heads: i32) -> usize;
+    #[doc = " 64 rows of c + 2 r H elements: of each element 128 bytes in f16, 36 in q4, 20 in q2, the f16 scale and minimum of its 64\n tokens included. 0 for numbers that are refused."]
+    pub fn kvw_latent_slab_bytes(format: i32, rank: i32, pairs: i32, kv_heads: i32) -> usize;
 }
 unsafe extern "C" {
     pub fn kvw_lowrank_kv_check(p: *const kvw_lowrank_kv_params) -> kvw_status;

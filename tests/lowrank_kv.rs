@@ -3,6 +3,7 @@
 mod append;
 mod case;
 mod cpu;
+mod packed;
 mod proofs;
 
 use crate::cases::{f64s, relative_l2, somewhere};
@@ -24,9 +25,9 @@ fn oracle_hand_worked() {
         (z[0], k[0]) = (x, y);
         shape.write(pool.slab_mut(index as usize), token, &z, &k).unwrap();
     }
-    let ln3 = f64::from(shape.read(pool.slab(index as usize), 1)[128]);
+    let ln3 = f64::from(shape.read((Format::F16, pool.slab(index as usize)), 1)[128]);
     let table = [Entry::new(Format::F16, index)];
-    let view = View { shape, pool: &pool, table: &table, len: 2 };
+    let view = View { shape, pool: &pool, packed: None, table: &table, len: 2 };
     let one = |q0: f32, k0: f32, view: View<'_>| {
         let (mut q, mut q_elite) = (vec![0.0; 128], vec![0.0; 8]);
         (q[0], q_elite[0]) = (q0, k0);
@@ -53,6 +54,7 @@ fn oracle_hand_worked() {
 fn valid_cache() -> ffi::kvw_latent {
     ffi::kvw_latent {
         pool: somewhere(),
+        packed: std::ptr::null_mut(),
         table: somewhere::<u32>(),
         lens: somewhere::<i32>(),
         seqs: 2,
@@ -60,7 +62,7 @@ fn valid_cache() -> ffi::kvw_latent {
         pairs: 3,
         rank: 512,
         table_stride: 8,
-        reserved: 0,
+        format: ffi::KVW_SLAB_F16,
     }
 }
 
@@ -91,7 +93,7 @@ fn c_checks_need_no_gpu() {
         valid,
         &[
             ("struct_size", |p| p.struct_size += 8, ffi::KVW_ERR_STRUCT),
-            ("op", |p| p.op = 3, ffi::KVW_ERR_SHAPE),
+            ("op", |p| p.op = 4, ffi::KVW_ERR_SHAPE),
             ("pool", |p| p.cache.pool = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
             ("pool unaligned", |p| p.cache.pool = 8 as _, ffi::KVW_ERR_ALIGN),
             ("table", |p| p.cache.table = std::ptr::null(), ffi::KVW_ERR_NULL),
@@ -108,7 +110,13 @@ fn c_checks_need_no_gpu() {
             ("rank of 0", |p| p.cache.rank = 0, ffi::KVW_ERR_SHAPE),
             ("rank of 2448", |p| p.cache.rank = 2448, ffi::KVW_ERR_SHAPE),
             ("table_stride", |p| p.cache.table_stride = 0, ffi::KVW_ERR_SHAPE),
-            ("reserved", |p| p.cache.reserved = 1, ffi::KVW_ERR_SHAPE),
+            (
+                "format",
+                |p| (p.cache.format, p.cache.packed) = (ffi::KVW_SLAB_Q8, somewhere()),
+                ffi::KVW_ERR_FORMAT,
+            ),
+            ("packed", |p| p.cache.format = ffi::KVW_SLAB_Q4, ffi::KVW_ERR_NULL),
+            ("packed, for nothing", |p| p.cache.packed = somewhere(), ffi::KVW_ERR_NULL),
             ("q", |p| p.q = std::ptr::null(), ffi::KVW_ERR_NULL),
             ("q_elite", |p| p.q_elite = std::ptr::null(), ffi::KVW_ERR_NULL),
             ("out", |p| p.out = std::ptr::null_mut(), ffi::KVW_ERR_NULL),
@@ -128,7 +136,6 @@ fn c_checks_need_no_gpu() {
             ("scale NaN", |p| p.scale = f32::NAN, ffi::KVW_ERR_SHAPE),
             ("q_len of 0", |p| p.q_len = 0, ffi::KVW_ERR_SHAPE),
             ("q_len of 17", |p| p.q_len = 17, ffi::KVW_ERR_SHAPE),
-            ("reserved number", |p| p.reserved = 1, ffi::KVW_ERR_SHAPE),
         ],
     );
     // Two sequences of ten slabs, queries of c and 2 r, outputs of c.

@@ -77,20 +77,20 @@ struct TileWalk {
         load();
     }
 
-    // Address of the next tile, and its first token; null and -1: no more.
-    PRIM const unsigned char* next(int& first) {
+    // The next tile, and its first token, plus 1 where it is packed; none and -1: no more.
+    PRIM LatentTile next(int& first) {
         while (token < until) {
             if (token % BATCH == 0) load();
             uint32_t entry = __shfl_sync(~0u, mine, token / KVW_SLAB_TOKENS % 32);
             if (entry != NO_SLAB) {
-                first = token;
+                first = token + is_packed(entry);
                 token += TILE_TOKENS;
                 return latent_tile(c, entry, first / TILE_TOKENS % SLAB_TILES);
             }
             token = (token / KVW_SLAB_TOKENS + 1) * KVW_SLAB_TOKENS;
         }
         first = -1;
-        return nullptr;
+        return {nullptr, nullptr};
     }
 
 private:
@@ -100,8 +100,9 @@ private:
     }
 };
 
-// A warp's buffers, one or two: its blocks of z, then its items. Filled by bulk copies and an mbarrier each on sm_90,
-// by cp.async elsewhere.
+// A warp's buffers, one or two: its blocks of z, then its items; then, where there are packed tiles, their scales. Codes
+// come to the end of their blocks' place, and are spread over it from its beginning on. Filled by bulk copies and an
+// mbarrier each on sm_90, by cp.async elsewhere.
 struct LatentRing {
     static constexpr int HEADER = 128; // mbarriers
 
@@ -110,6 +111,7 @@ struct LatentRing {
     int first, count;  // blocks of z
     const Item* items; // this warp's, LATENT_WARPS apart
     int item_count;
+    int packed;         // bits of packed tiles
     unsigned taken = 0; // tiles
 
     PRIM unsigned char* buffer(unsigned i) const { return base + HEADER + (stages == 2 ? i % 2 : 0) * bytes; }
@@ -131,28 +133,64 @@ struct LatentRing {
 
     // Starts the copy of a tile, `ahead` after the next to be taken; null counts too, and no other follows it before
     // all are taken. All lanes are through with the buffer.
-    PRIM void fetch(const unsigned char* tile, int ahead) const {
+    PRIM void fetch(LatentTile tile, bool is_packed, int ahead) const {
         unsigned i = taken + ahead;
-        int lane = int(threadIdx.x) % 32;
+        int block = is_packed ? packed * TILE_TOKENS * 2 : BLOCK_BYTES;
         unsigned char* to = buffer(i);
         if (prim::HOPPER) {
-            if (!tile || lane != 0) return;
-            prim::mbar_expect(full(i), (count + item_count) * BLOCK_BYTES);
-            if (count) copy(to, tile + first * BLOCK_BYTES, count * BLOCK_BYTES, full(i));
-#pragma unroll 1
-            for (int k = 0; k < item_count; k++)
-                copy(elite(to, k), tile + column(k) * COLUMN_BYTES, BLOCK_BYTES, full(i));
+            if (!tile.at || threadIdx.x % 32 != 0) return;
+            prim::mbar_expect(full(i), blocks() * (block + (is_packed ? 2 * COLUMN_META : 0)));
+            fetch_part<true>(to + blocks() * (BLOCK_BYTES - block), tile.at, block, full(i));
+            if (is_packed) fetch_part<true>(to + blocks() * BLOCK_BYTES, tile.meta, 2 * COLUMN_META, full(i));
             return;
         }
-        if (tile) {
-            const unsigned char* z = tile + first * BLOCK_BYTES;
-#pragma unroll 1
-            for (int at = 16 * lane; at < count * BLOCK_BYTES; at += 512) prim::cp_async16(to + at, z + at);
-#pragma unroll 1
-            for (int k = 0; k < item_count; k++)
-                prim::cp_async16(elite(to, k) + 16 * lane, tile + column(k) * COLUMN_BYTES + 16 * lane);
+        if (tile.at) {
+            fetch_part<false>(to + blocks() * (BLOCK_BYTES - block), tile.at, block, nullptr);
+            if (is_packed) fetch_part<false>(to + blocks() * BLOCK_BYTES, tile.meta, 2 * COLUMN_META, nullptr);
         }
         prim::cp_async_commit();
+    }
+
+    // Of each of this warp's blocks `block` bytes.
+    template <bool BULK>
+    PRIM void fetch_part(unsigned char* to, const unsigned char* from, int block, uint64_t* bar) const {
+        const unsigned char* z = from + first * block;
+        if (BULK && count) copy(to, z, count * block, bar);
+        int lane = int(threadIdx.x) % 32;
+#pragma unroll 1
+        for (int at = 16 * lane; !BULK && at < count * block; at += 512) prim::cp_async16(to + at, z + at);
+#pragma unroll 1
+        for (int k = 0; k < item_count; k++) {
+            unsigned char* item = to + (count + k) * block;
+            const unsigned char* columns = from + column(k) * (block / 2);
+            if (BULK)
+                copy(item, columns, block, bar);
+            else if (16 * lane < block)
+                prim::cp_async16(item + 16 * lane, columns + 16 * lane);
+        }
+    }
+
+    PRIM int blocks() const { return count + item_count; }
+
+    // Codes of a packed tile become what an f16 tile has: block i ends where what is left of the codes begins, or before.
+    template <int BITS> PRIM void spread_codes(unsigned char* to) const {
+        int lane = int(threadIdx.x) % 32;
+        const unsigned char* codes = to + blocks() * (BLOCK_BYTES - BITS * 2 * TILE_TOKENS);
+        const unsigned char* meta = to + blocks() * BLOCK_BYTES + lane / TILE_TOKENS * COLUMN_META;
+#pragma unroll 1
+        for (int i = 0; i < blocks(); i++) {
+            uint4 x = latent_values<BITS>(latent_codes<BITS>(codes, 32 * i + lane), meta + i * 2 * COLUMN_META);
+            if (!KVW_FAULT(432)) __syncwarp(); // all have read theirs
+            prim::stg128(to + i * BLOCK_BYTES + 16 * lane, x);
+        }
+        if (prim::HOPPER && !KVW_FAULT(433)) prim::fence_async();
+        __syncwarp();
+    }
+    PRIM void spread(unsigned char* to) const {
+        if (packed == 4)
+            spread_codes<4>(to);
+        else
+            spread_codes<2>(to);
     }
 
     // The buffer of the next tile, full for lanes past a __syncwarp.

@@ -3,10 +3,11 @@
 //!
 //! A query head scores a token by `scale (q . z + q_elite . k)`, with the part of its query that does not turn absorbed
 //! into `q = B_K q_rest`; its output is `B_V` times the sum of `p z`. Slabs are 64 tokens of all heads, in the byte order
-//! of `csrc/common/latent.cuh`.
+//! of `csrc/common/latent.cuh`: of f16, or full ones of 4 or 2 bits with a scale and a minimum of each channel.
 
 mod cpu;
 mod oracle;
+mod packed;
 mod task;
 
 pub use cpu::{Scratch, cpu};
@@ -120,7 +121,10 @@ impl Shape {
     ///
     /// # Panics
     /// If `slab` is shorter than a slab.
-    pub fn read(self, slab: &[u8], token: usize) -> Vec<f32> {
+    pub fn read(self, (format, slab): (Format, &[u8]), token: usize) -> Vec<f32> {
+        if format != Format::F16 {
+            return self.read_packed(format, slab, token);
+        }
         let element = |channel| {
             let at = self.at(token, channel);
             f16::from_le_bytes([slab[at], slab[at + 1]]).to_f32()
@@ -136,7 +140,9 @@ pub struct View<'a> {
     pub shape: Shape,
     /// Slabs of `shape.slab_bytes()`.
     pub pool: &'a Pool,
-    /// An entry a slab, of [`Format::F16`]; of another format: a hole.
+    /// Slabs of 4 or 2 bits, of `shape.packed_bytes()`.
+    pub packed: Option<(Format, &'a Pool)>,
+    /// An entry a slab, of [`Format::F16`] or that of `packed`; of another format: a hole.
     pub table: &'a [Entry],
     /// Tokens held.
     pub len: usize,
@@ -148,12 +154,15 @@ impl<'a> View<'a> {
         self.len.div_ceil(TOKENS)
     }
 
-    /// Slab `i < self.slabs()`, `None` at a hole.
-    pub fn slab(&self, i: usize) -> Option<&'a [u8]> {
-        match self.table[i].get()? {
-            (Format::F16, index) => Some(self.pool.slab(index)),
-            _ => None,
-        }
+    /// Slab `i < self.slabs()` and its format, `None` at a hole.
+    pub fn slab(&self, i: usize) -> Option<(Format, &'a [u8])> {
+        let (format, index) = self.table[i].get()?;
+        let pool = match self.packed {
+            _ if format == Format::F16 => self.pool,
+            Some((own, pool)) if own == format => pool,
+            _ => return None,
+        };
+        Some((format, pool.slab(index)))
     }
 }
 

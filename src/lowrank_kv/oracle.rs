@@ -12,10 +12,9 @@ pub fn oracle(q: &[f32], q_elite: &[f32], view: &View<'_>, scale: f64) -> (Vec<f
     let shape = view.shape;
     let (rank, elite, q_heads) = (shape.rank(), 2 * shape.pairs(), q.len() / shape.rank());
     let group = q_heads / shape.kv_heads();
-    let held = |t: &usize| view.slab(t / TOKENS).is_some();
-    let slab = |t: usize| view.slab(t / TOKENS).unwrap_or_default();
-    let rows: Vec<_> =
-        (0..view.len).filter(held).map(|t| shape.read(slab(t), t % TOKENS)).collect();
+    let rows: Vec<_> = (0..view.len)
+        .filter_map(|t| Some(shape.read(view.slab(t / TOKENS)?, t % TOKENS)))
+        .collect();
     let dot = |a: &[f32], b: &[f32]| -> f64 {
         a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
     };

@@ -8,7 +8,7 @@
 use super::cpu::{HEADS, Queries, RUN};
 use super::{COLUMN, COLUMN_BYTES, TILE, View};
 use crate::lanes::{Kernel, Lanes, Row, with_heads};
-use crate::slab::TOKENS;
+use crate::slab::{Format, TOKENS};
 use std::ops::Range;
 
 const TILES: usize = RUN * TOKENS / TILE;
@@ -21,6 +21,8 @@ const PAIRS: usize = TILE / 2;
 pub(super) struct Work {
     /// z of a tile that is not full, the rest zeros.
     copy: Vec<u8>,
+    /// Packed tiles as they would be in f16.
+    spread: Vec<u8>,
     /// Scores, then weights, `[head][tile]`.
     scores: Vec<[Row<f32>; TILES]>,
     /// Weights of a head, eight times each, `[head][tile][pair]`.
@@ -31,6 +33,7 @@ impl Default for Work {
     fn default() -> Self {
         Self {
             copy: Vec::new(),
+            spread: Vec::new(),
             scores: vec![[Row::default(); TILES]; HEADS],
             fanned: vec![Row::default(); HEADS * TILES * PAIRS],
         }
@@ -55,10 +58,11 @@ impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {
         tops.fill(f32::NEG_INFINITY);
         sums.fill(0.0);
         values.fill(0.0);
-        let mut copy = std::mem::take(&mut work.copy);
+        let (mut copy, mut spread) =
+            (std::mem::take(&mut work.copy), std::mem::take(&mut work.spread));
         let (mut tiles, mut n) = ([&[] as &[Pair]; TILES], 0);
         let mut held = TILE;
-        for (tile, live) in task.tiles() {
+        for (tile, live) in task.tiles(&mut spread) {
             (tiles[n], held, n) = (tile.as_chunks().0, live, n + 1);
         }
         if held < TILE {
@@ -80,22 +84,36 @@ impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {
             let fanned = &work.fanned[first * TILES * PAIRS..];
             with_heads!(block, N => add::<L, N>(l, tiles, fanned, rank, out));
         }
-        work.copy = copy;
+        (work.copy, work.spread) = (copy, spread);
     }
 }
 
 impl<'a> Task<'a> {
-    /// Tiles of the run that hold tokens, and how many each holds.
-    fn tiles(&self) -> impl Iterator<Item = (&'a [u8], usize)> {
+    /// Tiles of the run that hold tokens, packed ones in `spread`, and how many each holds.
+    fn tiles<'b>(&self, spread: &'b mut Vec<u8>) -> impl Iterator<Item = (&'b [u8], usize)>
+    where
+        'a: 'b,
+    {
         let (view, bytes) = (self.view, self.view.shape.tile_bytes());
         let slabs = self.run * RUN..view.slabs().min((self.run + 1) * RUN);
-        slabs.filter_map(|i| Some((i, view.slab(i)?))).flat_map(move |(i, slab)| {
+        spread.resize(if view.packed.is_some() { TILES * bytes } else { 0 }, 0);
+        let mut room = spread.chunks_exact_mut(bytes.max(1));
+        slabs.filter_map(|i| Some((i, view.slab(i)?))).flat_map(move |(i, (format, slab))| {
             let held = view.len - i * TOKENS;
-            let tiles = slab.chunks_exact(bytes).enumerate();
-            tiles.map_while(move |(t, tile)| {
+            let tiles = (0..TOKENS / TILE).map_while(|t| {
                 let live = held.saturating_sub(t * TILE).min(TILE);
-                (live > 0).then_some((tile, live))
-            })
+                let tile: &'b [u8] = match format {
+                    _ if live == 0 => return None,
+                    Format::F16 => &slab[t * bytes..][..bytes],
+                    _ => {
+                        let to = room.next()?;
+                        view.shape.spread(format, slab, t, to);
+                        to
+                    }
+                };
+                Some((tile, live))
+            });
+            tiles.collect::<Vec<_>>()
         })
     }
 

@@ -44,8 +44,18 @@ impl Rounding<'_> {
 /// All arithmetic is f32 and rounds to nearest even once a step, so that every side gives the same bits.
 /// NaN elements are ignored by the minimum and maximum and get code 0.
 pub fn quantise(group: &[f16], max_code: u32, codes: &mut [u8]) -> (f16, f16) {
+    quantise_within(&Rounding::default(), group, max_code, codes)
+}
+
+/// The same where codes span what `rounding` says, without its feedback.
+pub fn quantise_within(
+    rounding: &Rounding,
+    group: &[f16],
+    max_code: u32,
+    codes: &mut [u8],
+) -> (f16, f16) {
     let group: Vec<f32> = group.iter().map(|x| x.to_f32()).collect();
-    let (scale, min) = scale_of(bounds(&group), max_code);
+    let (scale, min) = scale_of(rounding.span(bounds(&group), max_code), max_code);
     fill_codes(&group, scale.to_f32(), min.to_f32(), max_code, codes);
     (scale, min)
 }

@@ -109,7 +109,7 @@ fn faults_of_appends_are_caught() {
 }
 
 /// Reads the newest `n[s]` tokens of each sequence; what lies between rows, and rows in holes, must stay.
-fn reads(run: &Run, case: &Case, n: &[usize], ragged: bool) -> Result<(), String> {
+pub fn reads(run: &Run, case: &Case, n: &[usize], ragged: bool) -> Result<(), String> {
     let cache = Cache::new(case);
     let device = Device::new(run, &cache, &cache.bytes());
     let (rank, width) = (case.rank, cache.shape.width());

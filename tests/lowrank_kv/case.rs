@@ -25,6 +25,8 @@ pub struct Case {
     pub hopper: bool,
     /// Query tokens of a sequence.
     pub rows: usize,
+    /// Of full slabs, but for each fifth.
+    pub store: Format,
 }
 
 /// Three kv heads whose keys share columns, the last of them alone; warps with one block of z and with two.
@@ -40,10 +42,13 @@ pub fn case() -> Case {
         least: 1,
         hopper: false,
         rows: 1,
+        store: Format::F16,
     }
 }
 
 pub const SCALE: f32 = 0.1;
+/// What 2-bit codes span.
+pub const RANGE: f32 = 0.88;
 /// Elements of a query head that are not elite.
 const OTHERS: usize = 6;
 
@@ -52,6 +57,7 @@ pub struct Cache {
     pub case: Case,
     pub shape: Shape,
     pub pool: Pool,
+    pub packed: Pool,
     /// `[S, stride]`
     pub table: Vec<Entry>,
     pub stride: usize,
@@ -76,6 +82,10 @@ impl Cache {
         let shape = Shape::new(case.kv_heads, case.pairs, case.rank).unwrap();
         let stride = case.lens.iter().max().unwrap().div_ceil(TOKENS) + 1;
         let mut pool = Pool::of(shape.slab_bytes());
+        let mut packed = Pool::of(match case.store {
+            Format::F16 => 16,
+            store => shape.packed_bytes(store),
+        });
         let mut free: Vec<u32> =
             (0..case.lens.len() * stride + 1).map(|_| pool.take().unwrap()).collect();
         free.iter().for_each(|&i| pool.slab_mut(i as usize).fill(0xFF));
@@ -86,15 +96,23 @@ impl Cache {
             for i in 0..len.div_ceil(TOKENS) {
                 let entry = &mut table[s * stride + i];
                 if case.holes > 0 && (i + s) % case.holes == case.holes - 1 {
-                    *entry = if i % 2 == 0 { Entry::HOLE } else { Entry::new(Format::Q2, 1 << 27) };
+                    *entry = if i % 2 == 0 { Entry::HOLE } else { Entry::new(Format::Q8, 1 << 27) };
                     continue;
                 }
                 let index = free.swap_remove(noise.below(free.len()));
                 *entry = Entry::new(Format::F16, index);
+                let slab = pool.slab_mut(index as usize);
                 for token in 0..TOKENS.min(len - i * TOKENS) {
                     let z = halves(&mut noise, case.rank, 1.0);
                     let k = halves(&mut noise, shape.width() - case.rank, 1.0);
-                    shape.write(pool.slab_mut(index as usize), token, &z, &k).unwrap();
+                    shape.write(slab, token, &z, &k).unwrap();
+                }
+                if case.store != Format::F16 && len >= (i + 1) * TOKENS && i % 5 != 4 {
+                    let index = packed.take().unwrap();
+                    let to = packed.slab_mut(index as usize);
+                    shape.pack(case.store, slab, RANGE, to).unwrap();
+                    slab.fill(0xFF);
+                    *entry = Entry::new(case.store, index);
                 }
             }
         }
@@ -104,13 +122,14 @@ impl Cache {
             tokens.map(|_| halves(&mut noise, heads * n, 0.6)).collect()
         };
         let (q, q_elite) = (queries(case.rank), queries(2 * case.pairs));
-        Self { case: case.clone(), shape, pool, table, stride, q, q_elite }
+        Self { case: case.clone(), shape, pool, packed, table, stride, q, q_elite }
     }
 
     /// All that sequence `s` holds.
     pub fn view(&self, s: usize) -> View<'_> {
         let table = &self.table[s * self.stride..][..self.stride];
-        View { shape: self.shape, pool: &self.pool, table, len: self.case.lens[s] }
+        let packed = (self.case.store != Format::F16).then_some((self.case.store, &self.packed));
+        View { shape: self.shape, pool: &self.pool, packed, table, len: self.case.lens[s] }
     }
 
     /// Each query token: its latent queries, elite queries, and what it sees.
@@ -124,8 +143,7 @@ impl Cache {
 
     /// The bytes of the pool.
     pub fn bytes(&self) -> Vec<u8> {
-        let slabs = 0..self.pool.slots().used();
-        slabs.flat_map(|i| self.pool.slab(i).to_vec()).collect()
+        bytes(&self.pool)
     }
 
     /// `[S, rows, H * G, c]` and `[S, rows, H * G]` of the oracle.
@@ -142,7 +160,7 @@ impl Cache {
 pub struct Device {
     pub pool: Mem<u8>,
     params: ffi::kvw_latent,
-    _rest: (Mem<u32>, Mem<i32>),
+    _rest: (Mem<u8>, Mem<u32>, Mem<i32>),
 }
 
 impl Device {
@@ -151,8 +169,14 @@ impl Device {
         let lens: Vec<i32> = cache.case.lens.iter().map(|&n| n as i32).collect();
         let (pool, table) = (run.upload("pool", pool), run.upload("table", table));
         let lens = run.upload("lens", &lens);
+        let (store, slabs) = (cache.case.store, [bytes(&cache.packed), vec![0xFF; 16]].concat());
+        let packed = run.upload("packed", &slabs);
         let params = ffi::kvw_latent {
             pool: pool.ptr().cast(),
+            packed: match store {
+                Format::F16 => std::ptr::null_mut(),
+                _ => packed.ptr().cast(),
+            },
             table: table.ptr(),
             lens: lens.ptr(),
             seqs: cache.case.lens.len() as i32,
@@ -160,14 +184,20 @@ impl Device {
             pairs: cache.case.pairs as i32,
             rank: cache.case.rank as i32,
             table_stride: cache.stride as i32,
-            reserved: 0,
+            format: store as i32,
         };
-        Self { pool, params, _rest: (table, lens) }
+        Self { pool, params, _rest: (packed, table, lens) }
     }
 
     pub fn params(&self) -> ffi::kvw_latent {
         self.params
     }
+}
+
+/// Of all slabs in use.
+fn bytes(pool: &Pool) -> Vec<u8> {
+    let slabs = 0..pool.slots().used();
+    slabs.flat_map(|i| pool.slab(i).to_vec()).collect()
 }
 
 fn bits(x: &[f32]) -> Vec<u16> {

@@ -55,7 +55,7 @@ fn what_does_not_fit_is_refused() {
     let shape = Shape::new(2, 4, 128).unwrap();
     let pool = Pool::of(shape.slab_bytes());
     let run = |q: usize, elite: usize, out: usize, len: usize| {
-        let view = View { shape, pool: &pool, table: &[], len };
+        let view = View { shape, pool: &pool, packed: None, table: &[], len };
         let (q, elite, mut out) = (vec![0.0; q], vec![0.0; elite], vec![1.0; out]);
         cpu(&Team::new(1), &q, &elite, &view, 1.0, &mut out, &mut Scratch::default())
             .map(|()| assert!(out.iter().all(|&x| x == 0.0)))

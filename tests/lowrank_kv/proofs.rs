@@ -10,21 +10,28 @@ use kvwarp::head_linear::{self, Weights};
 use kvwarp::lowrank_kv::{Shape, oracle};
 use kvwarp::rope_select::{Angles, Elite, inv_freq};
 use kvwarp::simd::Level;
-use kvwarp::slab::TOKENS;
+use kvwarp::slab::{Format, TOKENS};
 use kvwarp::threads::Team;
 use proptest::prelude::*;
 
 #[test]
 fn a_row_is_its_elements_and_nothing_else() {
-    type Bytes = unsafe extern "C" fn(i32, i32, i32) -> usize;
+    type Bytes = unsafe extern "C" fn(i32, i32, i32, i32) -> usize;
     let bytes: Bytes = crate::simt::Simt::plain().get(b"kvw_latent_slab_bytes");
     // SAFETY: numbers only.
-    let of_c = |c: usize, r: usize, h: usize| unsafe { bytes(c as i32, r as i32, h as i32) };
+    let of = |f: Format, c: usize, r: usize, h: usize| unsafe {
+        bytes(f as i32, c as i32, r as i32, h as i32)
+    };
+    let of_c = |c, r, h| of(Format::F16, c, r, h);
     for (h, r, c) in [(32, 4, 1792), (32, 12, 2048), (8, 4, 448), (3, 8, 192), (1, 64, 128)] {
         let shape = Shape::new(h, r, c).unwrap();
         assert_eq!(shape.width(), 2 * r * h + c);
         assert_eq!(shape.slab_bytes(), TOKENS * (2 * r * h + c) * 2);
         assert_eq!(of_c(c, r, h), shape.slab_bytes());
+        for (format, each) in [(Format::Q4, 36), (Format::Q2, 20)] {
+            assert_eq!(shape.packed_bytes(format), each * shape.width());
+            assert_eq!(of(format, c, r, h), shape.packed_bytes(format));
+        }
         // Rows written one after another are read back, so no two elements share a byte: all bytes are theirs.
         let (mut slab, mut noise) = (vec![0; shape.slab_bytes()], Noise(h as u64));
         let rows: Vec<_> = (0..TOKENS)
@@ -36,7 +43,7 @@ fn a_row_is_its_elements_and_nothing_else() {
             })
             .collect();
         for (token, row) in rows.iter().enumerate() {
-            assert_eq!(&shape.read(&slab, token), row, "token {token}");
+            assert_eq!(&shape.read((Format::F16, &slab), token), row, "token {token}");
         }
     }
     assert_eq!((of_c(120, 4, 8), of_c(128, 0, 8), of_c(128, 1, 3)), (0, 0, 0));
@@ -205,14 +212,14 @@ fn scores_of_elite_pairs_depend_on_distance_alone() {
 fn any_case() -> impl Strategy<Value = Case> {
     let heads = (1usize..6, 1usize..6, 1usize..9, 1usize..24);
     let lens = prop::collection::vec(0usize..330, 1..4);
-    let rest = (lens, 0usize..4, 1i32..9, any::<bool>(), 1usize..5);
-    (heads, rest).prop_map(
-        |((kv_heads, group, pairs, blocks), (lens, holes, ctas, hopper, rows))| {
-            let pairs = if kv_heads % 4 == 0 { pairs } else { pairs.div_ceil(4) * 4 };
-            let rank = 16 * blocks;
-            Case { kv_heads, group, pairs, rank, lens, holes, ctas, least: 1, hopper, rows }
-        },
-    )
+    let store = prop::sample::select(vec![Format::F16, Format::Q4, Format::Q2]);
+    let rest = (lens, 0usize..4, 1i32..9, any::<bool>(), 1usize..5, store);
+    (heads, rest).prop_map(|((kv_heads, group, pairs, blocks), rest)| {
+        let (lens, holes, ctas, hopper, rows, store) = rest;
+        let pairs = if kv_heads % 4 == 0 { pairs } else { pairs.div_ceil(4) * 4 };
+        let rank = 16 * blocks;
+        Case { kv_heads, group, pairs, rank, lens, holes, ctas, least: 1, hopper, rows, store }
+    })
 }
 
 proptest! {

@@ -144,7 +144,8 @@ impl Cache {
         };
         let table = &self.sequence(row).table;
         for token in range {
-            let row = shape.read(pool.slab(slot(table[token / TOKENS])), token % TOKENS);
+            let slab = pool.slab(slot(table[token / TOKENS]));
+            let row = shape.read((Format::F16, slab), token % TOKENS);
             let (of_z, of_k) = row.split_at(shape.rank());
             z.extend_from_slice(of_z);
             k.extend_from_slice(of_k);
@@ -157,7 +158,7 @@ impl Cache {
         let (shape, pool) = &self.latents.as_ref()?.layers[layer];
         let Sequence { heads, table, .. } = self.sequence(row);
         let len = heads[self.range(layer).start].len - later;
-        Some(View { shape: *shape, pool, table, len })
+        Some(View { shape: *shape, pool, packed: None, table, len })
     }
 
     /// Slots that open sequences have begun and not filled.

@@ -50,7 +50,7 @@ impl Cache {
             pairs: shape.pairs() as i32,
             rank: shape.rank() as i32,
             table_stride: self.stride as i32,
-            reserved: 0,
+            ..Default::default()
         })
     }
 

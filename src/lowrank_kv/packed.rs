@@ -1,0 +1,103 @@
+//! Full slabs in 4 or 2 bits: codes in the place of elements, then scales and minima of 64 tokens of each channel.
+
+use super::{COLUMN, COLUMN_BYTES, Shape, TILE, check_len};
+use crate::error::{Error, Result};
+use crate::slab::{Format, Rounding, TOKENS, quantise_within};
+use half::f16;
+
+/// Bytes of a column's scales and minima.
+const META: usize = 4 * COLUMN;
+
+/// Bits of a code.
+const fn bits(format: Format) -> usize {
+    if matches!(format, Format::Q4) { 4 } else { 2 }
+}
+
+impl Shape {
+    /// Bytes of a packed slab: 36 an element of a row with 4 bits, 20 with 2.
+    pub const fn packed_bytes(self, format: Format) -> usize {
+        self.slab_bytes() / 16 * bits(format) + self.width() / COLUMN * META
+    }
+
+    /// Packs a full slab. 2-bit codes span `range` of what their 64 tokens do, in (0, 1].
+    ///
+    /// # Errors
+    /// [`Error::Len`] where the sizes do not fit, [`Error::Unsupported`] for other formats than q4 and q2.
+    pub fn pack(self, format: Format, slab: &[u8], range: f32, out: &mut [u8]) -> Result<()> {
+        if !matches!(format, Format::Q4 | Format::Q2) {
+            let (field, got, supported) = ("format", format!("{format:?}"), "q4, q2");
+            return Err(Error::Unsupported { op: super::OP, field, got, supported });
+        }
+        check_len("slab", self.slab_bytes(), slab.len())?;
+        check_len("out", self.packed_bytes(format), out.len())?;
+        out.fill(0);
+        let (rounding, max_code) = (Rounding { range, feedback: None }, (1 << bits(format)) - 1);
+        let rows: Vec<_> = (0..TOKENS).map(|token| self.read((Format::F16, slab), token)).collect();
+        for channel in 0..self.width() {
+            let group = rows.iter().map(|row| f16::from_f32(row[channel])).collect::<Vec<_>>();
+            let mut codes = [0; TOKENS];
+            let (scale, minimum) = quantise_within(&rounding, &group, max_code, &mut codes);
+            for (i, x) in [scale, minimum].into_iter().enumerate() {
+                let at = self.meta_at(format, channel) + i * META / 2;
+                out[at..at + 2].copy_from_slice(&x.to_le_bytes());
+            }
+            for (token, code) in codes.into_iter().enumerate() {
+                let (byte, shift) = self.code_at(format, token, channel);
+                out[byte] |= code << shift;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn read_packed(self, format: Format, slab: &[u8], token: usize) -> Vec<f32> {
+        let half = |at: usize| f16::from_le_bytes([slab[at], slab[at + 1]]).to_f64();
+        let element = |channel| {
+            let (byte, shift) = self.code_at(format, token, channel);
+            let code = slab[byte] >> shift & ((1 << bits(format)) - 1);
+            let meta = self.meta_at(format, channel);
+            // Exact before it is rounded.
+            f16::from_f64(f64::from(code) * half(meta) + half(meta + META / 2)).to_f32()
+        };
+        (0..self.width()).map(element).collect()
+    }
+
+    /// Tile `tile` of a packed slab as it would be in f16.
+    pub(super) fn spread(self, format: Format, slab: &[u8], tile: usize, out: &mut [u8]) {
+        let bits = bits(format);
+        let codes = &slab[tile * self.tile_bytes() / 16 * bits..];
+        let meta = &slab[self.slab_bytes() / 16 * bits..];
+        for (column, out) in out.chunks_exact_mut(COLUMN_BYTES).enumerate() {
+            let half = |i: usize| {
+                let at = column * META + 2 * i;
+                f16::from_le_bytes([meta[at], meta[at + 1]]).to_f32()
+            };
+            let scales: [f32; COLUMN] = std::array::from_fn(half);
+            let minima: [f32; COLUMN] = std::array::from_fn(|i| half(COLUMN + i));
+            let codes = &codes[column * TILE * bits..][..TILE * bits];
+            for (codes, out) in codes.chunks_exact(bits).zip(out.as_chunks_mut::<16>().0) {
+                let word = codes.iter().rev().fold(0u32, |word, &byte| word << 8 | u32::from(byte));
+                let value = |i: usize| {
+                    let code = word >> (i % 2 * 4 * bits + i / 2 * bits) & ((1 << bits) - 1);
+                    (code as f32).mul_add(scales[i], minima[i])
+                };
+                let values: [f32; COLUMN] = std::array::from_fn(value);
+                let halves = values.map(f16::from_f32);
+                out.copy_from_slice(bytemuck::cast_slice(&halves));
+            }
+        }
+    }
+
+    /// Byte and shift of a code.
+    const fn code_at(self, format: Format, token: usize, channel: usize) -> (usize, usize) {
+        let (bits, i) = (bits(format), channel % COLUMN);
+        let word = (token / TILE * self.width() / COLUMN + channel / COLUMN) * TILE + token % TILE;
+        let bit = i % 2 * 4 * bits + i / 2 * bits;
+        (word * bits + bit / 8, bit % 8)
+    }
+
+    /// Byte of a channel's scale.
+    const fn meta_at(self, format: Format, channel: usize) -> usize {
+        let column = channel / COLUMN * META + channel % COLUMN * 2;
+        self.slab_bytes() / 16 * bits(format) + column
+    }
+}
