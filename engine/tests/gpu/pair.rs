@@ -206,10 +206,10 @@ impl<'m> Pair<'m> {
                 let (own, others) = bytes.split_at(view.shape.slab_bytes());
                 bytes = others;
                 let rows = 0..TOKENS.min(view.len - slab * TOKENS);
-                let read = |slab: &[u8]| -> Vec<f32> {
+                let read = |slab: (Format, &[u8])| -> Vec<f32> {
                     rows.clone().flat_map(|token| view.shape.read(slab, token)).collect()
                 };
-                let off = relative(&read(own), &read(view.slab(slab).unwrap()));
+                let off = relative(&read((Format::F16, own)), &read(view.slab(slab).unwrap()));
                 let seen = &mut self.seen.slabs[usize::from(layer > 0)];
                 *seen = seen.max(off);
             }
