@@ -12,9 +12,9 @@ use support::program::{command, text};
 const PROMPT: &str = "Sir Walter Elliot, of Kellynch Hall, in Somersetshire, was a man who, for his own amusement, never took \
      up any book but the Baronetage; there he found occupation for an idle hour, and consolation in a distressed one. ";
 
-/// A prompt of more tokens than stay f16.
-fn prompt() -> String {
-    PROMPT.repeat(6) + "The book that Sir Walter Elliot read was"
+/// A prompt of more tokens than stay f16, and how it ends.
+fn prompt(end: &str) -> String {
+    PROMPT.repeat(6) + end
 }
 
 fn example() -> PathBuf {
@@ -29,6 +29,8 @@ fn built() -> &'static Path {
         let mut cargo = Command::new("cargo");
         cargo.args(["build", "--quiet", "--release", "--locked", "--bins", "--manifest-path"]);
         cargo.arg(example().join("Cargo.toml")).env("CARGO_TARGET_DIR", &target);
+        // Its tensors are the processor's.
+        cargo.env_remove("KVW_NVCC").env_remove("KVW_REQUIRE_CUDA").env("KVW_SKIP_NVCC", "1");
         let out = cargo.output().unwrap();
         assert!(out.status.success(), "{}", text(&out.stderr));
         target.join("release/kvwarp-candle")
@@ -36,11 +38,11 @@ fn built() -> &'static Path {
 }
 
 /// Tokens that the example says, and bytes of its cache.
-fn of_example(model: &Path, cache: &str, n: usize) -> (Vec<u32>, usize) {
+fn of_example(model: &Path, cache: &str, end: &str, n: usize) -> (Vec<u32>, usize) {
     let mut program = Command::new(built());
     program.arg(model).args([cache, &n.to_string()]).stdin(Stdio::piped());
     let mut program = program.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    program.stdin.take().unwrap().write_all(prompt().as_bytes()).unwrap();
+    program.stdin.take().unwrap().write_all(prompt(end).as_bytes()).unwrap();
     let out = program.wait_with_output().unwrap();
     let said = text(&out.stderr);
     assert!(out.status.success(), "{said}");
@@ -51,8 +53,8 @@ fn of_example(model: &Path, cache: &str, n: usize) -> (Vec<u32>, usize) {
 }
 
 /// Tokens that the program says.
-fn of_program(model: &Path, cache: &str, n: usize) -> Vec<u32> {
-    let (model, n, prompt) = (model.to_str().unwrap(), n.to_string(), prompt());
+fn of_program(model: &Path, cache: &str, end: &str, n: usize) -> Vec<u32> {
+    let (model, n, prompt) = (model.to_str().unwrap(), n.to_string(), prompt(end));
     let arguments = ["generate", "--no-chat", "-t", "2", "--temp", "0", "-n", &n, "--cache", cache];
     let out = command(&arguments).args(["--json", "-m", model, "-p", &prompt]).output().unwrap();
     assert!(out.status.success(), "{}", text(&out.stderr));
@@ -61,24 +63,21 @@ fn of_program(model: &Path, cache: &str, n: usize) -> Vec<u32> {
     tokens.iter().map(|token| token.as_u64().unwrap() as u32).collect()
 }
 
-/// Tokens alike before the first that is not.
-fn agree(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
 #[test]
 fn the_example_says_what_the_program_says() {
     let Some(model) = support::real_model() else { return };
-    let mut sizes = Vec::new();
-    // Weights and caches are the same numbers, sums are not: a near tie may fall otherwise.
-    for (ours, theirs, n, least) in [("f16", "f16", 24, 24), ("q2", "q2-kivi", 24, 24)] {
-        let (got, bytes) = of_example(&model, ours, n);
-        let want = of_program(&model, theirs, n);
-        assert_eq!(got.len(), n);
-        assert!(agree(&got, &want) >= least, "{ours}: {got:?}, the program {want:?}");
+    let (mut sizes, n) = (Vec::new(), 24);
+    // Weights and caches are the same numbers, sums are not: beginnings after which no two tokens are nearly alike.
+    for (ours, theirs, end) in [
+        ("f16", "f16", "In Somersetshire there was once"),
+        ("f16", "f16", "Sir Walter Elliot, of Kellynch"),
+        ("q2", "q2-kivi", "Sir Walter Elliot, of Kellynch"),
+    ] {
+        let (got, bytes) = of_example(&model, ours, end, n);
+        assert_eq!(got, of_program(&model, theirs, end, n), "{ours}: {end}");
         sizes.push(bytes);
     }
-    assert!(2 * sizes[1] < sizes[0], "bytes in f16 and in 2 bits: {sizes:?}");
+    assert!(5 * sizes[2] < 3 * sizes[1], "bytes in f16 and in 2 bits: {sizes:?}");
 }
 
 #[test]
