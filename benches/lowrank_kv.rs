@@ -37,7 +37,7 @@ fn attend(c: &mut Criterion) {
                 Entry::new(Format::F16, index)
             });
             let table: Vec<_> = slabs.collect();
-            let view = View { shape, pool: &pool, table: &table, len };
+            let view = View { shape, pool: &pool, packed: None, table: &table, len };
             let (q, q_elite) = (noise(q_heads * rank), noise(q_heads * 2 * pairs));
             let (mut out, mut scratch) = (vec![0.0; q.len()], Scratch::default());
             group.throughput(Throughput::BytesDecimal((2 * len * shape.width()) as u64));
