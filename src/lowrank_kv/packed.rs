@@ -2,7 +2,7 @@
 
 use super::{COLUMN, COLUMN_BYTES, Shape, TILE, check_len};
 use crate::error::{Error, Result};
-use crate::slab::{Format, Rounding, TOKENS, quantise_within};
+use crate::slab::{Format, Rounding, TOKENS};
 use half::f16;
 
 /// Bytes of a column's scales and minima.
@@ -36,7 +36,7 @@ impl Shape {
         for channel in 0..self.width() {
             let group = rows.iter().map(|row| f16::from_f32(row[channel])).collect::<Vec<_>>();
             let mut codes = [0; TOKENS];
-            let (scale, minimum) = quantise_within(&rounding, &group, max_code, &mut codes);
+            let (scale, minimum) = rounding.quantise(&group, max_code, &mut codes);
             for (i, x) in [scale, minimum].into_iter().enumerate() {
                 let at = self.meta_at(format, channel) + i * META / 2;
                 out[at..at + 2].copy_from_slice(&x.to_le_bytes());

@@ -23,6 +23,14 @@ impl Default for Rounding<'_> {
 }
 
 impl Rounding<'_> {
+    /// [`quantise`] within the range, without feedback.
+    pub fn quantise(&self, group: &[f16], max_code: u32, codes: &mut [u8]) -> (f16, f16) {
+        let group: Vec<f32> = group.iter().map(|x| x.to_f32()).collect();
+        let (scale, min) = scale_of(self.span(bounds(&group), max_code), max_code);
+        fill_codes(&group, scale.to_f32(), min.to_f32(), max_code, codes);
+        (scale, min)
+    }
+
     /// How far above a group's smallest element its minimum may lie, as a share of its range: less than its whole range
     /// is spanned, and feedback moves it.
     fn headroom(&self, max_code: u32) -> f32 {
@@ -44,20 +52,7 @@ impl Rounding<'_> {
 /// All arithmetic is f32 and rounds to nearest even once a step, so that every side gives the same bits.
 /// NaN elements are ignored by the minimum and maximum and get code 0.
 pub fn quantise(group: &[f16], max_code: u32, codes: &mut [u8]) -> (f16, f16) {
-    quantise_within(&Rounding::default(), group, max_code, codes)
-}
-
-/// The same where codes span what `rounding` says, without its feedback.
-pub fn quantise_within(
-    rounding: &Rounding,
-    group: &[f16],
-    max_code: u32,
-    codes: &mut [u8],
-) -> (f16, f16) {
-    let group: Vec<f32> = group.iter().map(|x| x.to_f32()).collect();
-    let (scale, min) = scale_of(rounding.span(bounds(&group), max_code), max_code);
-    fill_codes(&group, scale.to_f32(), min.to_f32(), max_code, codes);
-    (scale, min)
+    Rounding::default().quantise(group, max_code, codes)
 }
 
 /// Smallest and largest; infinities the wrong way round where all is NaN.

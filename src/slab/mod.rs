@@ -33,9 +33,7 @@ mod fp8;
 mod steps;
 
 pub(crate) use codec::{Coder, max_code};
-pub use codec::{
-    Rounding, decode, encode, encode_rounded, k_bounds, k_value, quantise, quantise_within, v_value,
-};
+pub use codec::{Rounding, decode, encode, encode_rounded, k_bounds, k_value, quantise, v_value};
 pub use feedback::feedback;
 pub use fp8::{fp8, fp8_value};
 pub use steps::Steps;
