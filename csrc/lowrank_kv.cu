@@ -35,8 +35,8 @@
 //    16 heads at c = 2048, so parts are merged by a launch of its own that all SMs share, not by the last CTA.
 // 7. Predicted for H100 at c = 1792, r = 4, H = 32 (4096 bytes a token): a tile comes in 2600 clocks to each of two
 //    groups, 16 * 4096 bytes at 12.5 bytes a clock and SM; its 56 HMMA a warp are 370 clocks of the tensor pipe, two
-//    warps each. SASS of a tile, of the kernel for c to 2048: 474 instructions on sm_80, 473 on sm_89, 497 on sm_90a,
-//    66 of them HMMA (tests/sass.txt), 1000 issue slots of the 2600 for two warps: bound by memory. No run on a GPU yet.
+//    warps each. SASS of a tile, of the kernel for c to 2048: 510 instructions on sm_80, 514 on sm_89, 538 on sm_90a,
+//    66 of them HMMA (tests/sass.txt), 1080 issue slots of the 2600 for two warps: bound by memory. No run on a GPU yet.
 // 8. Codes are spread into f16 once a tile, in place, some 20 instructions a block: 1560 issue slots where 4-bit codes
 //    come in 730 clocks and 2-bit ones in 410. So both take 0.6 of the time of f16, and 2 bits save memory alone.
 #include "lowrank_kv.h"
