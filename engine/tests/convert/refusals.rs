@@ -108,16 +108,20 @@ fn a_folder_is_refused_by_what_is_wrong_with_it() {
 fn a_gpu_refuses_by_name() {
     use kvwarp_engine::gpu::{Options, fit};
     let (source, tokens) = (fixture("llama3"), text(160));
-    let staged = converted(&source, &request(&tokens, 8, 32)).staged;
-    for (source, spec, part) in [
-        (&staged, "f16", "`kvwarp convert elitekv`: it runs on the processor"),
-        (&staged, "latent", "`kvwarp convert elitekv`: it runs on the processor"),
-        (&source, "latent", "a cache of `latent`: it is of converted models"),
+    let staged = converted(&source, &request(&tokens, 6, 32)).staged;
+    let fits = |source, spec: &str| {
+        let fit = fit(source, &spec.parse().unwrap(), None, &Options::new(1, 64), 1 << 30);
+        fit.map(|fit| fit.sequences).map_err(|error| error.to_string())
+    };
+    for (source, part) in [
+        (&source, "no latents; `kvwarp convert elitekv` makes one"),
+        (&staged, "`elitekv.pairs` is 6, with 1 kv heads"),
     ] {
-        let spec = spec.parse().unwrap();
-        let error = fit(source, &spec, None, &Options::new(1, 64), 1 << 30).unwrap_err();
-        assert!(error.to_string().contains(part), "{error}");
+        let error = fits(source, "latent").unwrap_err();
+        assert!(error.contains(part), "{error}");
     }
+    // Expanded, any pairs and rank go.
+    assert!(fits(&staged, "f16").unwrap() > 1);
 }
 
 /// It goes on from where it stopped, and only with what it was.
