@@ -40,7 +40,7 @@ pub struct Cache {
     staged_bytes: usize,
     pools: [Option<Buffer>; Format::ALL.len()],
     slots: [Slots; Format::ALL.len()],
-    /// `[layers, rows, kv_heads, ring_slabs]` f16 slabs; nothing of latents
+    /// `[layers, rows, kv_heads, ring_slabs]` f16 slabs; of latents a byte a row, which nobody reads
     rings: Buffer,
     /// `[layers, rows, kv_heads, stride]`; of latents `[rows, stride]`
     table: Buffer,
@@ -77,7 +77,7 @@ impl Cache {
             None => heads * rows * ring_slabs(spec.window) * slab_bytes[0],
             Some(latents) => {
                 slab_bytes[Format::F16 as usize] = latents.slot_bytes();
-                1
+                rows
             }
         };
         let stores = (0..heads).map(|h| plan.store(spec, h)).collect();
