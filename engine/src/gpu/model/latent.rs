@@ -123,19 +123,8 @@ impl Network {
         [tokens, most]: [usize; 2],
     ) -> Result<()> {
         let Some((latent, spare)) = self.converted(layer) else { return Ok(()) };
-        let [row, elite] = latent.row();
-        let params = params!(kvw_lowrank_kv_params {
-            op: KVW_LOWRANK_APPEND,
-            cache: cache,
-            z: at(self.z(latent)),
-            k: at(spare.rows.at() + 2 * elite as u64),
-            cu_tokens: at(firsts),
-            z_stride: self.row_stride(layer),
-            k_stride: row as i64,
-            tokens: tokens as i32,
-            max_tokens: most as i32,
-        });
-        self.ops.run(|k| &k.lowrank_kv, &params)
+        let z = (self.z(latent), self.row_stride(layer));
+        self.move_rows((latent, spare), KVW_LOWRANK_APPEND, cache, firsts, z, [tokens, most])
     }
 
     /// Makes keys and values of `tokens` tokens that a cache of one sequence holds, the newest by its length.
@@ -147,20 +136,34 @@ impl Network {
         tokens: usize,
     ) -> Result<()> {
         let Some((latent, spare)) = self.converted(layer) else { return Ok(()) };
+        let z = (spare.rows.at(), latent.row()[0] as i64);
+        self.move_rows((latent, spare), KVW_LOWRANK_READ, cache, firsts, z, [tokens; 2])?;
+        self.ops.project(&latent.up, spare.rows.at(), spare.kv.at(), tokens)
+    }
+
+    /// Into a cache or out of it: z at an address with a stride, elite keys as part of their rows.
+    fn move_rows(
+        &self,
+        (latent, spare): (&Latent, &Spare),
+        op: i32,
+        cache: kvw_latent,
+        firsts: u64,
+        (z, z_stride): (u64, i64),
+        [tokens, most]: [usize; 2],
+    ) -> Result<()> {
         let [row, elite] = latent.row();
         let params = params!(kvw_lowrank_kv_params {
-            op: KVW_LOWRANK_READ,
+            op: op,
             cache: cache,
-            z: at(spare.rows.at()),
+            z: at(z),
             k: at(spare.rows.at() + 2 * elite as u64),
             cu_tokens: at(firsts),
-            z_stride: row as i64,
+            z_stride: z_stride,
             k_stride: row as i64,
             tokens: tokens as i32,
-            max_tokens: tokens as i32,
+            max_tokens: most as i32,
         });
-        self.ops.run(|k| &k.lowrank_kv, &params)?;
-        self.ops.project(&latent.up, spare.rows.at(), spare.kv.at(), tokens)
+        self.ops.run(|k| &k.lowrank_kv, &params)
     }
 
     /// Attention of the newest `each` tokens of each sequence of `cache` to latents as they are, with at most `slabs` slabs;
