@@ -58,7 +58,7 @@ pub enum Target {
 pub struct Request<'a> {
     /// How much is to stay.
     pub target: Target,
-    /// Layers share what all latent vectors have together as their projections ask; else each has as much.
+    /// Layers share what all latent vectors have together as `chosen_on` shows their errors to cost; else each has as much.
     pub by_layer: bool,
     /// Factors follow activations; else weights alone.
     pub whiten: bool,
@@ -72,7 +72,7 @@ pub struct Request<'a> {
     pub searched: usize,
     /// Tokens that are read together, each piece from its own beginning.
     pub window: usize,
-    /// To choose the budget on; not learnt from.
+    /// To choose the budget on, and ranks of layers; not learnt from.
     pub chosen_on: &'a [u32],
     /// To measure perplexity on; not learnt from.
     pub held: &'a [u32],
@@ -139,7 +139,7 @@ pub fn convert(
     let mut staged = learnt.factorised(&state.orders, budget)?;
     note("factors", &model.like(&staged)?, watch)?;
     if request.by_layer {
-        staged = learnt.by_layer(&staged, &state.orders, budget)?;
+        learnt.by_layer(&mut staged, budget, request.chosen_on, &mut state, watch)?;
         note("ranks", &model.like(&staged)?, watch)?;
     }
     let streams = || learn::streams(model, request.tokens, request.window);
@@ -215,8 +215,11 @@ pub fn work(config: &Config, request: &Request<'_>) -> Result<usize, ConvertErro
     let chosen = if budgets.len() > 1 { budgets.len() * request.chosen_on.len() } else { 0 };
     // Source, pairs, factors; then the fit: the source, the converted layer before and after its output is fitted.
     let (stages, passes) = if request.refit { (4, 4) } else { (3, 1) };
-    let stages = stages + usize::from(request.by_layer);
     let mut rows = stages * request.held.len() + passes * request.tokens.len() + chosen;
+    if request.by_layer {
+        let alike = usize::from(budgets.len() == 1);
+        rows += request.held.len() + (alike + config.layers) * request.chosen_on.len();
+    }
     if request.distil > 0 {
         let texts = request.tokens.len().div_ceil(request.window);
         rows += request.held.len() + distil::work(texts, request.window, request.distil);

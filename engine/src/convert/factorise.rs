@@ -12,6 +12,9 @@ use crate::model::Model;
 use crate::source::Source;
 use crate::watch::Watch;
 
+/// Share of the mean gain of a layer that a text of a thousand tokens cannot tell from none.
+const DOUBTFUL: f64 = 1.0 / 16.0;
+
 /// What factors are made of.
 pub struct Learnt<'a> {
     pub source: &'a Source,
@@ -54,49 +57,92 @@ impl Learnt<'_> {
         orders: &[Vec<Vec<u8>>],
         budget: Budget,
     ) -> Result<Source, ConvertError> {
-        self.with(orders, budget.pairs, &vec![budget.rank; orders.len()])
+        let mut staged = staged::open(self.source, orders, budget.pairs)?;
+        self.put(&mut staged, &vec![budget.rank; orders.len()])?;
+        Ok(staged)
     }
 
-    /// The same with as much of the cache for all layers together, and each layer's latent vector as long as its projections
-    /// ask; `staged` has as many pairs.
+    /// `staged` with as much of the cache for all layers together, and each layer's latent vector as long as it is worth:
+    /// elements weigh what they take of the layer's error, errors of layers the root of what each gains a text alone. The
+    /// root, because what several layers gain together is less than the sum. Layers stay alike where none gains.
     pub fn by_layer(
         &self,
-        staged: &Source,
-        orders: &[Vec<Vec<u8>>],
+        staged: &mut Source,
         budget: Budget,
-    ) -> Result<Source, ConvertError> {
+        text: &[u32],
+        state: &mut State,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ConvertError> {
+        let most = Budget::most(budget.pairs, &self.source.config);
+        if budget.rank >= most {
+            return Ok(());
+        }
+        let gains = self.gains((staged, most), budget, text, state, watch)?;
+        let least = gains.iter().sum::<f64>() / gains.len() as f64 * DOUBTFUL;
+        if least <= 0.0 {
+            return Ok(());
+        }
         let shares = self.each(|n| {
             let projections = Projections::of(self.source, n)?;
             let [_, rest] = projections.split(&channels(staged, n));
-            match self.weights(staged, n, &projections)? {
-                Some(weights) => weights.shares(&rest),
-                None => Ok(shares(&rest, None)?),
-            }
+            let mut shares = match self.weights(staged, n, &projections)? {
+                Some(weights) => weights.shares(&rest)?,
+                None => shares(&rest, None)?,
+            };
+            let dropped = shares[budget.rank..].iter().sum::<f64>().max(f64::MIN_POSITIVE);
+            let weight = gains[n].max(least).sqrt() / dropped;
+            shares.iter_mut().for_each(|share| *share *= weight);
+            Ok(shares)
         })?;
-        let most = Budget::most(budget.pairs, &self.source.config);
-        self.with(orders, budget.pairs, &ranks(&shares, budget.rank, most))
+        self.put(staged, &ranks(&shares, budget.rank, most))
     }
 
-    fn with(
+    /// What the prediction of `text` gains where one layer has `most` elements, all that it has use for.
+    fn gains(
         &self,
-        orders: &[Vec<Vec<u8>>],
-        pairs: usize,
-        ranks: &[usize],
-    ) -> Result<Source, ConvertError> {
-        let mut staged = staged::open(self.source, orders, pairs, ranks)?;
-        let layers = self.each(|n| {
-            let projections = Projections::of(self.source, n)?;
-            let [elite, rest] = projections.split(&channels(&staged, n));
-            let [a, b] = match self.weights(&staged, n, &projections)? {
-                Some(weights) => weights.factors(&rest, ranks[n])?,
-                None => factors(&rest, None, ranks[n])?,
-            };
-            Ok((projections, Factors { elite, a, b }))
-        })?;
-        for (n, (projections, factors)) in layers.iter().enumerate() {
-            put(&mut staged, n, projections, factors)?;
+        (staged, most): (&mut Source, usize),
+        budget: Budget,
+        text: &[u32],
+        state: &mut State,
+        watch: &mut Watch<'_>,
+    ) -> Result<Vec<f64>, ConvertError> {
+        let alike = match state.tried(budget) {
+            Some(nats) => nats,
+            None => nats(&self.model.like(staged)?, text, watch)?,
+        };
+        for n in state.gains(budget).len()..self.source.config.layers {
+            for rank in [most, budget.rank] {
+                let (projections, factors) = self.layer(staged, n, rank)?;
+                put(staged, n, &projections, &factors)?;
+                if rank == most {
+                    let gain = alike - nats(&self.model.like(staged)?, text, watch)?;
+                    state.gains(budget).push(gain);
+                    state.save()?;
+                }
+            }
         }
-        Ok(staged)
+        Ok(state.gains(budget).clone())
+    }
+
+    fn put(&self, staged: &mut Source, ranks: &[usize]) -> Result<(), ConvertError> {
+        let layers = self.each(|n| self.layer(staged, n, ranks[n]))?;
+        let mut layers = layers.iter().enumerate();
+        layers.try_for_each(|(n, (projections, factors))| put(staged, n, projections, factors))
+    }
+
+    fn layer(
+        &self,
+        staged: &Source,
+        n: usize,
+        rank: usize,
+    ) -> Result<(Projections, Factors), ConvertError> {
+        let projections = Projections::of(self.source, n)?;
+        let [elite, rest] = projections.split(&channels(staged, n));
+        let [a, b] = match self.weights(staged, n, &projections)? {
+            Some(weights) => weights.factors(&rest, rank)?,
+            None => factors(&rest, None, rank)?,
+        };
+        Ok((projections, Factors { elite, a, b }))
     }
 
     /// How errors of layer `n` count, where factors follow activations.

@@ -65,13 +65,12 @@ pub fn decoded(
     Ok(x)
 }
 
-/// `source` again, which is to be converted: layer `n` keeps the rotation of the first `pairs` of `orders[n]` and has a
-/// latent vector of `ranks[n]` elements, and [`put`] has to follow.
+/// `source` again, which is to be converted: layer `n` keeps the rotation of the first `pairs` of `orders[n]`, and [`put`] has
+/// to follow.
 pub fn open(
     source: &Source,
     orders: &[Vec<Vec<u8>>],
     pairs: usize,
-    ranks: &[usize],
 ) -> Result<Source, ConvertError> {
     let first = |order: &Vec<u8>| {
         let mut pairs = order[..pairs].to_vec();
@@ -80,7 +79,7 @@ pub fn open(
     };
     let elite_pairs = orders.iter().map(|layer| layer.iter().map(first).collect()).collect();
     let mut staged = Source::open(source.path())?;
-    let mut elite = Elite::new(ranks.to_vec(), elite_pairs, fingerprint(source));
+    let mut elite = Elite::new(vec![0; orders.len()], elite_pairs, fingerprint(source));
     elite.factors = source.config.rope.factors.clone();
     staged.config.elite = Some(elite);
     Ok(staged)
@@ -118,6 +117,7 @@ pub fn put(
         weights.put(&name("attn_k_b"), rank, b_k)?;
     }
     weights.remove(&name("attn_v"));
+    staged.config.elite.iter_mut().for_each(|elite| elite.ranks[n] = rank);
     let Some([k, v]) = &from.biases else { return Ok(()) };
     let pick = |channels: &[usize]| channels.iter().map(|&i| k[i]).collect::<Vec<_>>();
     weights.put(&name("attn_k.bias"), elite.len(), &pick(&elite))?;

@@ -61,6 +61,8 @@ pub struct State {
     pub orders: Vec<Vec<Vec<u8>>>,
     /// Log-perplexity with each budget that has been tried.
     pub tried: Vec<(usize, usize, f64)>,
+    /// What the first layers gain alone, with pairs and rank of the others.
+    gains: Vec<(usize, usize, Vec<f64>)>,
     #[serde(skip)]
     path: PathBuf,
 }
@@ -75,7 +77,8 @@ impl State {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Self { of, orders: Vec::new(), tried: Vec::new(), path: path.into() });
+                let (orders, tried, gains) = (Vec::new(), Vec::new(), Vec::new());
+                return Ok(Self { of, orders, tried, gains, path: path.into() });
             }
             Err(e) => return Err(fail(e.to_string())),
         };
@@ -133,5 +136,16 @@ impl State {
             ((*pairs, *rank) == (budget.pairs, budget.rank)).then_some(*nats)
         };
         self.tried.iter().find_map(of)
+    }
+
+    /// What the first layers gain alone beside others with `budget`.
+    pub fn gains(&mut self, budget: Budget) -> &mut Vec<f64> {
+        let of =
+            |(pairs, rank, _): &(usize, usize, _)| (*pairs, *rank) == (budget.pairs, budget.rank);
+        let at = self.gains.iter().position(of).unwrap_or(self.gains.len());
+        if at == self.gains.len() {
+            self.gains.push((budget.pairs, budget.rank, Vec::new()));
+        }
+        &mut self.gains[at].2
     }
 }

@@ -10,7 +10,7 @@ mod refusals;
 mod resume;
 mod search;
 
-use kvwarp_engine::convert::{Request, budget::ranks};
+use kvwarp_engine::convert::{Budget, Request, budget::ranks};
 use support::converted::{apart, converted, logits, request, stopped};
 use support::models::{fixture, text};
 
@@ -102,8 +102,13 @@ fn ranks_of_layers_follow_their_errors() {
 /// Layers that differ have as much together, and what that costs is said beside what it costs where they are alike.
 #[test]
 fn layers_share_a_budget() {
+    let mut differing = 0;
     for name in FIXTURES {
         let (source, tokens) = (fixture(name), text(160));
+        let most = Budget::most(8, &source.config);
+        let whole = Request { by_layer: true, ..request(&tokens, 8, most) };
+        let whole = converted(&source, &whole).staged.config.elite.unwrap();
+        assert!(whole.ranks.iter().all(|&rank| rank == most));
         for whiten in [false, true] {
             let alike = Request { whiten, refit: true, ..request(&tokens, 8, 48) };
             let done = converted(&source, &Request { by_layer: true, ..alike.clone() });
@@ -117,6 +122,8 @@ fn layers_share_a_budget() {
             assert_eq!(done.stages[..3], alike.stages[..3]);
             let differ = elite.ranks != alike.staged.config.elite.clone().unwrap().ranks;
             assert_eq!(differ, done.stages[3].nats != done.stages[2].nats, "{name}");
+            differing += usize::from(differ);
         }
     }
+    assert!(differing > 2, "{differing}");
 }

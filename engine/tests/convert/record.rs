@@ -27,7 +27,7 @@ const METHODS: [(&str, bool, bool, bool, usize); 7] = [
     ("plain", false, false, false, 0),
     ("refit", false, true, true, 0),
     ("by layer", true, true, false, 0),
-    ("by layer, refit", true, true, true, 0),
+    ("by layer refit", true, true, true, 0),
     ("distil", false, true, true, STEPS),
 ];
 

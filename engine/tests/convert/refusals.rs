@@ -128,7 +128,7 @@ fn a_gpu_refuses_by_name() {
 #[test]
 fn an_interrupted_conversion_goes_on_and_one_of_something_else_does_not() {
     let (source, tokens) = (fixture("mistral"), text(160));
-    let wanted = request(&tokens, 8, 32);
+    let wanted = Request { by_layer: true, ..request(&tokens, 8, 48) };
     let folder = tempfile::tempdir().unwrap();
     let state = folder.path().join("state");
     let whole = converted(&source, &wanted);
