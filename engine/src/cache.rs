@@ -33,6 +33,7 @@ use bytes::AlignedBytes;
 pub use error::CacheError;
 use head::Head;
 use latent::Latents;
+pub use latent::{newest, stride};
 pub use plan::{Plan, need};
 pub use share::formats;
 pub use stats::{CacheStats, full_bytes};
@@ -59,6 +60,8 @@ struct Sequence {
     rings: AlignedBytes,
     /// Slots of latents; none where there are keys and values.
     table: Vec<Entry>,
+    /// Of these, those that have left the window.
+    packed: usize,
     position: usize,
     /// Most bytes it took.
     peak: usize,
@@ -100,13 +103,14 @@ impl Cache {
         let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
         let (sequences, spare) = (Vec::new(), AlignedBytes::default());
         let staging = vec![AlignedBytes::default(); shape.layers];
-        let (spec, most) = (*spec, [0; 3]);
-        let latents = plan.latents.as_deref().map(Latents::new);
+        let most = [0; 3];
+        let latents = plan.latents.as_deref().map(|shapes| Latents::new(spec, shapes));
         if spec.latent != latents.is_some() {
             let (op, field, got) = ("cache", "latent", "no rows of a converted model".into());
             let supported = "those of its layers";
             return Err(kvwarp::Error::Unsupported { op, field, got, supported }.into());
         }
+        let spec = *spec;
         let mut cache = Self { shape, spec, plan, pools, latents, sequences, staging, spare, most };
         cache.reserve(&plus(cache.need(0, shape.context), cache.begun(1, shape.context)));
         Ok(cache)
@@ -117,7 +121,8 @@ impl Cache {
         let heads = self.shape.layers * self.shape.kv_heads;
         let rings = AlignedBytes::zeroed(heads * self.ring_bytes());
         let heads = vec![Head::default(); heads];
-        let sequence = Sequence { heads, rings, table: Vec::new(), position: 0, peak: 0 };
+        let table = Vec::new();
+        let sequence = Sequence { heads, rings, table, packed: 0, position: 0, peak: 0 };
         self.latents.iter_mut().for_each(|latents| latents.count(1, 0));
         let free = self.sequences.iter().position(Option::is_none);
         let row = free.unwrap_or_else(|| {
@@ -218,9 +223,9 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Packed`] when some of them have left the ring; nothing changes then.
     pub fn rollback(&mut self, row: Row, n: usize) -> Result<(), CacheError> {
-        let latent = self.latents.is_some();
         let sequence = self.sequence_mut(row);
-        let loose = |head: &Head| if latent { head.len % TOKENS } else { head.len - head.fixed() };
+        let packed = sequence.packed * TOKENS;
+        let loose = |head: &Head| head.len - head.fixed().max(packed);
         let spare = sequence.heads.iter().map(loose).min().unwrap_or(0);
         if n > spare {
             return Err(CacheError::Packed { n, spare });

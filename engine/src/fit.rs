@@ -1,6 +1,9 @@
 //! How many sequences fit in so much memory.
 
-use crate::cache::{CacheError, Plan, Shape, full_bytes};
+use kvwarp::pages::Entry;
+use kvwarp::slab::Format;
+
+use crate::cache::{CacheError, Plan, Shape, full_bytes, newest, stride};
 use crate::config::{Config, Elite};
 use crate::model::{Model, Work};
 use crate::source::Source;
@@ -48,15 +51,25 @@ pub fn on_host(
     memory: usize,
 ) -> Result<Fit, CacheError> {
     let shape = model.shape(tokens);
-    // Its ring once more, for the day it is frozen; of latents the slab that is not full.
-    let full = |context| full_bytes(spec, Shape { context, ..shape }, &model.plan(spec));
-    let sequence = full(tokens)? + full(1)?;
+    // Its ring once more, for the day it is frozen; of latents what has not left the window.
+    let plan = model.plan(spec);
+    let full = |context| full_bytes(spec, Shape { context, ..shape }, &plan);
+    let ring = match &plan.latents {
+        Some(shapes) => newest(spec) * (stride(shapes, Format::F16) + size_of::<Entry>()),
+        None => full(1)?,
+    };
+    let sequence = full(tokens)? + ring;
     // While a prompt is read one layer of it is exact.
     let layer = Shape { layers: 1, ..shape };
     let exact = full_bytes(&CacheSpec::default(), layer, &Plan::default())?;
+    // Latents of a block are packed when all layers have read it.
+    let read = match spec.latent && spec.store != Format::F16 {
+        true => full_bytes(&CacheSpec::of(model.config()), model.shape(block), &plan)?,
+        false => 0,
+    };
     let weights: usize = source.weights.iter().map(|tensor| tensor.bytes.len()).sum();
     let weights = weights + absorbed(model.config(), spec);
-    let shared = weights + exact + Work::bytes(model.config(), block);
+    let shared = weights + exact + read + Work::bytes(model.config(), block);
     let sequences = memory.saturating_sub(shared) / sequence.max(1);
     Ok(Fit { memory, sequence, shared, sequences: sequences.min(MOST) })
 }

@@ -215,6 +215,9 @@ impl<'a> Model<'a> {
             let piece = Piece { x: &mut x, angles: &angles, first: 0, rows, of };
             self.layer(index, layer, piece, cache, work)?;
         }
+        for &(row, _) in &counts {
+            work.clock.time(|| Launch::of("kv_pack"), || cache.pack_latents(row, &self.team))?;
+        }
         self.logits(&x, true, work)
     }
 

@@ -25,7 +25,7 @@ pub struct CacheSpec {
     pub preset: &'static str,
     /// Format of slabs that have left the window.
     pub store: Format,
-    /// Latents and elite keys of a converted model instead of keys and values ([`crate::config::Elite`]), in f16.
+    /// Latents and elite keys of a converted model instead of keys and values ([`crate::config::Elite`]).
     pub latent: bool,
     /// Newest tokens that stay f16; fewer than 64 more may.
     pub window: usize,
@@ -111,8 +111,13 @@ const fn low_error(preset: &'static str, window: usize) -> CacheSpec {
     }
 }
 
+/// Latents in 4 or 2 bits, a scale and a minimum of an element's 64 tokens; slabs are packed whole.
+const fn latent(preset: &'static str, store: Format) -> CacheSpec {
+    CacheSpec { latent: true, group: 64, ..kivi(preset, store, KIVI_WINDOW) }
+}
+
 /// Every preset. The first is f16, the last is what a converted model has of its own.
-pub const PRESETS: [CacheSpec; 8] = [
+pub const PRESETS: [CacheSpec; 10] = [
     kivi("f16", Format::F16, 0),
     kivi("q8", Format::Q8, KIVI_WINDOW),
     kivi("fp8", Format::Fp8, KIVI_WINDOW),
@@ -120,6 +125,8 @@ pub const PRESETS: [CacheSpec; 8] = [
     low_error("q2", 64),
     low_error("q2-small", 0),
     kivi("q2-kivi", Format::Q2, KIVI_WINDOW),
+    latent("latent-q4", Format::Q4),
+    CacheSpec { sinks: 64, range: 88, ..latent("latent-q2", Format::Q2) },
     CacheSpec { latent: true, ..kivi("latent", Format::F16, 0) },
 ];
 
@@ -127,6 +134,11 @@ impl CacheSpec {
     /// What a model has where none is named: f16, or latents where it has been converted.
     pub fn of(config: &Config) -> Self {
         if config.elite.is_some() { PRESETS[PRESETS.len() - 1] } else { Self::default() }
+    }
+
+    /// Whether slabs have this format once they are packed.
+    pub fn keeps(&self, format: Format) -> bool {
+        format == Format::F16 || format == self.store
     }
 
     /// How many of `heads` kv heads stay at 4 bits where a calibration says which.
@@ -230,10 +242,16 @@ impl CacheSpec {
             let preset = self.preset;
             return Err(format!("`{name}` has no effect on {preset}: every token is kept exactly"));
         }
-        if self.latent {
+        if self.latent && part.chooses {
             return Err(format!(
                 "`{name}` does not go with latent: heads and layers choose tokens for themselves, but share what latent \
                  keeps of a token; it goes with f16, q4 or q2, for which keys and values are expanded"
+            ));
+        }
+        if self.latent && !["window", "sinks", "range"].contains(&name) {
+            let preset = self.preset;
+            return Err(format!(
+                "`{name}` has no effect on {preset}: an element has an f16 scale of 64 tokens"
             ));
         }
         if self.store == Format::Fp8 && !part.chooses && !["window", "sinks"].contains(&name) {

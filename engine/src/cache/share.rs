@@ -7,9 +7,9 @@ use kvwarp::pages::{Entry, Pools, packed_slabs, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
 
 use super::head::{Head, Rules, ring_slot, take};
-use super::latent::Latents;
+use super::latent::newest;
 use super::{Cache, CacheError, Sequence, give, need, open_mut};
-use crate::runner::{Frozen, Held, Row, Slabs, plus};
+use crate::runner::{BLOCK, Frozen, Held, Row, Slabs, plus};
 use crate::spec::CacheSpec;
 
 impl Cache {
@@ -17,7 +17,8 @@ impl Cache {
     pub fn free(&self) -> Slabs {
         let mut free = Format::ALL.map(|format| self.pools.pool(format).slots().available());
         if let Some(latents) = &self.latents {
-            free[Format::F16 as usize] = latents.free(self.tails());
+            let [exact, packed] = latents.free(self.newest());
+            (free[self.spec.store as usize], free[Format::F16 as usize]) = (packed, exact);
         }
         free
     }
@@ -27,17 +28,26 @@ impl Cache {
         for (format, &slabs) in Format::ALL.into_iter().zip(slabs) {
             self.pools.pool_mut(format).slots_mut().set_limit(slabs);
         }
-        self.latents.iter_mut().for_each(|latents| latents.set_limit(slabs[Format::F16 as usize]));
+        let limits = self.of_latents(slabs);
+        self.latents.iter_mut().for_each(|latents| latents.set_limits(limits));
     }
 
     /// Takes memory for `slabs` more at once.
     pub fn reserve(&mut self, slabs: &Slabs) {
+        let of_latents = self.of_latents(slabs);
         if let Some(latents) = &mut self.latents {
-            return latents.reserve(slabs[Format::F16 as usize]);
+            return latents.reserve(of_latents);
         }
         for (format, &slabs) in Format::ALL.into_iter().zip(slabs) {
             self.pools.pool_mut(format).reserve(slabs);
         }
+    }
+
+    /// Those of f16, and of the store where it is another.
+    fn of_latents(&self, slabs: &Slabs) -> [usize; 2] {
+        let store = self.spec.store;
+        let packed = if store == Format::F16 { 0 } else { slabs[store as usize] };
+        [slabs[Format::F16 as usize], packed]
     }
 
     /// Slabs that a sequence of `len` tokens takes for `n` more.
@@ -46,11 +56,12 @@ impl Cache {
         need(heads.map(|h| self.plan.store(&self.spec, h)), &self.spec, len, n)
     }
 
-    /// Slabs beside those of [`Cache::need`] that `rows` sequences of `len` tokens begin and do not fill.
+    /// Slabs beside those of [`Cache::need`] that `rows` sequences of `len` tokens have in place of rings.
     pub fn begun(&self, rows: usize, len: usize) -> Slabs {
         let mut slabs = Slabs::default();
-        if self.latents.is_some() && !len.is_multiple_of(TOKENS) {
-            slabs[Format::F16 as usize] = rows;
+        if self.latents.is_some() {
+            let newest = len.div_ceil(TOKENS) - packed_slabs(len, self.spec.window);
+            slabs[Format::F16 as usize] = rows * newest;
         }
         slabs
     }
@@ -58,22 +69,34 @@ impl Cache {
     /// Whether `row` takes a token and `n` more after it, none of which packs a slab or has others dropped.
     pub fn is_loose(&self, row: Row, n: usize) -> bool {
         let packed = |len| packed_slabs(len, self.spec.window);
+        // Latents that leave the window are packed after the step.
+        let waits = self.latents.is_some() && self.spec.store != Format::F16;
         let loose = |head: &Head| {
             packed(head.len + 1) == packed(head.len + 1 + n)
+                && (!waits || packed(head.len) == packed(head.len + n))
                 && self.spec.lag().is_none_or(|lag| head.len + 1 + n < head.chosen + 2 * lag)
         };
         !self.spec.kivi_exact && self.sequence(row).heads.iter().all(loose)
     }
 
-    /// F16 slabs of the rings of a sequence; of latents, the one that is not full.
+    /// F16 slabs of the rings of a sequence; of latents, those that stand for them.
     pub fn rings(&self) -> usize {
+        if self.latents.is_some() {
+            return newest(&self.spec);
+        }
         self.tables() * ring_slabs(self.spec.window)
+    }
+
+    /// F16 slabs beside the limits: the rings of `rows` sequences, and latents of a block that is read before it is packed.
+    pub fn beside(&self, rows: usize) -> usize {
+        let packs = self.latents.is_some() && self.spec.store != Format::F16;
+        rows * self.rings() + if packs { BLOCK / TOKENS } else { 0 }
     }
 
     /// Bytes from a slab of `format` to the next.
     pub fn slab_stride(&self, format: Format) -> usize {
-        if let Some(latents) = self.latents.as_ref().filter(|_| format == Format::F16) {
-            return latents.stride();
+        if let Some(latents) = self.latents.as_ref().filter(|_| self.spec.keeps(format)) {
+            return latents.stride(format);
         }
         self.pools.pool(format).slab_stride()
     }
@@ -81,7 +104,8 @@ impl Cache {
     /// F16 slabs that [`Cache::freeze`] takes for `row`: those of its rings that hold tokens.
     pub fn need_frozen(&self, row: Row) -> usize {
         if self.latents.is_some() {
-            return usize::from(!self.position(row).is_multiple_of(TOKENS));
+            let packed = self.sequence(row).packed;
+            return self.position(row).div_ceil(TOKENS) - packed;
         }
         self.sequence(row).heads.iter().map(|head| head.len.div_ceil(TOKENS) - head.packed).sum()
     }
@@ -169,7 +193,8 @@ impl Cache {
 
     /// Bytes of [`Cache::slab`].
     pub fn slab_bytes_of(&self, format: Format) -> usize {
-        self.latents.as_ref().map_or(self.pools.layout(format).slab_bytes(), Latents::stride)
+        let own = self.latents.as_ref().filter(|_| self.spec.keeps(format));
+        own.map_or(self.pools.layout(format).slab_bytes(), |latents| latents.stride(format))
     }
 
     /// A frozen sequence of `len` tokens whose `heads` hold `slabs` from elsewhere, in the order of [`Frozen::entries`] and
@@ -194,7 +219,7 @@ impl Cache {
         let mut entries = Vec::with_capacity(need.iter().sum());
         for (format, bytes) in slabs {
             if let Some(latents) = &mut self.latents {
-                entries.push(latents.adopt(bytes)?);
+                entries.push(latents.adopt(format, bytes)?);
                 continue;
             }
             let slot = take(&mut self.pools, format)?;

@@ -1,10 +1,11 @@
 //! What a cache costs, counted where the memory is taken.
 
 use super::head::Rules;
+use super::latent::stride;
 use super::{AlignedBytes, Cache, CacheError, Latents, Plan, Sequence, Shape};
 use crate::runner::Row;
 use crate::spec::CacheSpec;
-use kvwarp::pages::{Entry, Pools, ring_slabs};
+use kvwarp::pages::{Entry, Pools, packed_slabs, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
 
 /// Memory of a sequence, in bytes from the allocator unless said otherwise.
@@ -53,10 +54,6 @@ impl Cache {
         }
     }
 
-    fn slot_bytes(&self) -> usize {
-        self.latents.as_ref().map_or(0, Latents::stride)
-    }
-
     fn staged(&self) -> usize {
         self.staging.iter().map(AlignedBytes::len).sum()
     }
@@ -66,9 +63,13 @@ impl Cache {
         let slab = |entry: &Entry| {
             entry.get().map_or(0, |(format, _)| self.pools.pool(format).slab_stride())
         };
+        let slot = |entry: &Entry| {
+            let latents = self.latents.as_ref().zip(entry.get());
+            latents.map_or(0, |(latents, (format, _))| latents.stride(format))
+        };
         entries().map(|entry| slab(entry) + size_of::<Entry>()).sum::<usize>()
             + sequence.rings.len()
-            + sequence.table.len() * (self.slot_bytes() + size_of::<Entry>())
+            + sequence.table.iter().map(|entry| slot(entry) + size_of::<Entry>()).sum::<usize>()
     }
 
     /// Bytes from the allocator, as [`Cache::most_bytes`] has them.
@@ -91,8 +92,11 @@ impl Cache {
 /// [`CacheError::Kernel`] for a head size that no slab has.
 pub fn full_bytes(spec: &CacheSpec, shape: Shape, plan: &Plan) -> Result<usize, CacheError> {
     if let Some(latents) = &plan.latents {
-        let slot = Latents::new(latents).stride() + size_of::<Entry>();
-        return Ok(shape.context.div_ceil(TOKENS) * slot);
+        let slabs = Rules::new(spec, None).slabs(shape.context);
+        let packed: usize = slabs.iter().map(|&(format, n)| n * stride(latents, format)).sum();
+        let newest = shape.context.div_ceil(TOKENS) - packed_slabs(shape.context, spec.window);
+        let entries = shape.context.div_ceil(TOKENS) * size_of::<Entry>();
+        return Ok(packed + newest * stride(latents, Format::F16) + entries);
     }
     let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
     let bytes = |format| pools.pool(format).slab_stride();

@@ -126,6 +126,7 @@ impl Model<'_> {
         if let Some(policy) = &mut policy {
             policy.finish((cache, row), &self.team)?;
         }
+        work.clock.time(|| Launch::of("kv_pack"), || cache.pack_latents(row, &self.team))?;
         cache.unstage();
         Ok(stream.x)
     }

@@ -52,8 +52,8 @@ impl<'m> CpuRunner<'m> {
     /// `len` tokens need them to run and to be frozen.
     pub fn slabs_in(&self, bytes: usize, len: usize) -> Slabs {
         let mix = self.slabs_for(1, len);
-        let bytes = bytes
-            .saturating_sub(self.rows * self.cache.rings() * self.cache.slab_stride(Format::F16));
+        let beside = self.cache.beside(self.rows) * self.cache.slab_stride(Format::F16);
+        let bytes = bytes.saturating_sub(beside);
         let each = |format: Format| mix[format as usize] * self.cache.slab_stride(format);
         let all: usize = Format::ALL.into_iter().map(each).sum();
         let shares = bytes as f64 / all as f64;

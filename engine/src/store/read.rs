@@ -9,7 +9,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 
 use super::{Document, Fault, Reader, VERSION};
-use crate::cache::{Plan, formats};
+use crate::cache::{Plan, formats, stride};
 use crate::runner::Held;
 use crate::spec::CacheSpec;
 
@@ -74,10 +74,11 @@ impl Contents {
             return Err(Fault::field("tokens", token, format!("tokens below {vocab}")));
         }
         if let Some(latents) = &plan.latents {
-            let size: usize = latents.iter().map(|shape| shape.slab_bytes()).sum();
-            let got = self.slabs[Format::F16 as usize].1;
-            if got != size {
-                return Err(Fault::field(slabs_of(Format::F16), format!("{got} bytes"), size));
+            for format in [Format::F16, self.reader.spec.store] {
+                let ((slabs, got), size) = (&self.slabs[format as usize], stride(latents, format));
+                if *got != size && !slabs.is_empty() {
+                    return Err(Fault::field(slabs_of(format), format!("{got} bytes"), size));
+                }
             }
         }
         self.heads.iter().enumerate().try_for_each(|(h, held)| self.check_head(h, held))?;

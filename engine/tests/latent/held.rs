@@ -69,8 +69,8 @@ fn bytes_are_those_of_the_formula() {
 }
 
 /// A runner with a sequence of `n` tokens.
-fn one<'m>(model: &'m Model<'m>, n: usize) -> (CpuRunner<'m>, Row) {
-    let mut runner = CpuRunner::new(model, &spec("latent"), 4, 400).unwrap();
+fn one<'m>(model: &'m Model<'m>, text_of: &str, n: usize) -> (CpuRunner<'m>, Row) {
+    let mut runner = CpuRunner::new(model, &spec(text_of), 4, 400).unwrap();
     let row = runner.open().unwrap();
     watched(|watch| runner.read(row, &text(n), watch)).unwrap();
     (runner, row)
@@ -80,36 +80,45 @@ fn one<'m>(model: &'m Model<'m>, n: usize) -> (CpuRunner<'m>, Row) {
 fn drafts_are_as_tokens_one_by_one_and_leave_no_trace() {
     let (source, _) = staged(MODELS[0]);
     let (model, tokens) = (model(&source), text(150));
-    let (mut singly, row) = one(&model, 50);
-    let expected = fed(&mut singly, row, &tokens, 1);
-    for most in [2, 5, 16] {
-        let (mut runner, row) = one(&model, 50);
-        assert_eq!(fed(&mut runner, row, &tokens, most), expected, "{most}");
+    // The window, and tokens of 200 that may be forgotten: what has left it may be shared or is packed.
+    for (spec, loose) in [("latent", 8), ("latent-q4,window=40", 72), ("latent-q2,window=0", 8)] {
+        let (mut singly, row) = one(&model, spec, 50);
+        let expected = fed(&mut singly, row, &tokens, 1);
+        for most in [2, 5, 16] {
+            let (mut runner, row) = one(&model, spec, 50);
+            assert_eq!(fed(&mut runner, row, &tokens, most), expected, "{spec}, {most}");
+        }
+        let (mut runner, row) = one(&model, spec, 50);
+        for (at, &expected) in expected.iter().enumerate() {
+            let drafts = runner.drafts(row);
+            let turn = [vec![tokens[at]], vec![7; drafts]].concat();
+            assert_eq!(fed(&mut runner, row, &turn, 16)[0], expected, "{spec}, token {at}");
+            runner.rollback(row, drafts).unwrap();
+        }
+        assert_eq!(runner.len(row), 200);
+        assert!(runner.rollback(row, loose + 1).is_err());
+        runner.rollback(row, loose).unwrap();
+        assert_eq!(runner.len(row), 200 - loose);
     }
-    let (mut runner, row) = one(&model, 50);
-    for (at, &expected) in expected.iter().enumerate() {
-        let drafts = runner.drafts(row);
-        let turn = [vec![tokens[at]], vec![7; drafts]].concat();
-        assert_eq!(fed(&mut runner, row, &turn, 16)[0], expected, "token {at}");
-        runner.rollback(row, drafts).unwrap();
-    }
-    // Full slabs may be shared: nothing of them is forgotten.
-    assert_eq!(runner.len(row), 200);
-    assert!(runner.rollback(row, 9).is_err());
-    runner.rollback(row, 8).unwrap();
-    assert_eq!(runner.len(row), 192);
 }
 
 #[test]
 fn frozen_sequences_go_on_as_often_as_one_likes() {
     let (source, _) = staged(MODELS[1]);
     let (model, tokens) = (model(&source), text(100));
-    for held in [192, 200] {
-        let (mut runner, row) = one(&model, held);
-        let (before, tail) = (runner.free(), usize::from(held % TOKENS > 0));
+    // Of 192 and of 200 tokens, slabs that are copied.
+    for (spec_of, held, copied) in [
+        ("latent", 192, 0),
+        ("latent", 200, 1),
+        ("latent-q4", 192, 2),
+        ("latent-q4,window=64,sinks=70", 200, 2),
+        ("latent-q2,window=0,sinks=0", 200, 1),
+    ] {
+        let (mut runner, row) = one(&model, spec_of, held);
+        let before = runner.free();
         let frozen = runner.freeze(row).unwrap();
         assert_eq!((frozen.entries.len(), frozen.heads.len()), (held.div_ceil(TOKENS), 1));
-        assert_eq!(before[F16] - runner.free()[F16], tail, "full slabs are shared");
+        assert_eq!(before[F16] - runner.free()[F16], copied, "{spec_of}: others are shared");
         let expected = fed(&mut runner, row, &tokens, 1);
         runner.close(row);
         for _ in 0..2 {
@@ -126,7 +135,7 @@ fn frozen_sequences_go_on_as_often_as_one_likes() {
         assert_eq!(runner.free(), before, "one sequence is what is left");
         assert_eq!(fed(&mut runner, row, &tokens, 1), expected);
         runner.close(row);
-        assert_eq!(runner.free(), CpuRunner::new(&model, &spec("latent"), 4, 400).unwrap().free());
+        assert_eq!(runner.free(), CpuRunner::new(&model, &spec(spec_of), 4, 400).unwrap().free());
     }
 }
 
@@ -137,25 +146,33 @@ fn requests_get_what_they_get_alone() {
     let (source, _) = staged(MODELS[2]);
     let (model, mut rng) = (model(&source), ChaCha8Rng::seed_from_u64(7));
     let requests = requests(&mut rng, 120, 200, 24);
-    let runner = CpuRunner::new(&model, &spec("latent"), 6, 224).unwrap();
-    let slabs = runner.slabs_for(2, 224);
-    // Three full slabs each, and one to be frozen.
-    assert_eq!(slabs, Slabs::from([8, 0, 0, 0, 0]));
-    assert_eq!(runner.slabs_in((8 + 6) * slot(&model), 224)[F16], 8);
-    let mut runner = runner.with_pools(&slabs);
-    let outcome = run(&mut runner, &requests, 64, 50, &mut rng);
-    let (mut preemptions, mut shared) = (0, 0);
-    for request in &requests {
-        let Some(done) = outcome.done.get(&request.id) else {
-            assert!(outcome.cancelled.contains(&request.id), "{}", request.id);
-            continue;
-        };
-        let mut single = CpuRunner::new(&model, &spec("latent"), 1, 224).unwrap();
-        assert_eq!(done.tokens, alone(&mut single, request, 64).unwrap(), "{}", request.id);
-        (preemptions, shared) = (preemptions + done.preemptions, shared + done.shared_tokens);
+    // Slabs of 224 tokens that have left the window, and what is copied of a sequence that is frozen: of latents the newest,
+    // otherwise the window and what a turn adds to it.
+    for (text, pools, waiting) in [
+        ("latent", Slabs::from([8, 0, 0, 0, 0]), 6),
+        ("latent-q2,window=20", Slabs::from([2 * (1 + 2), 0, 0, 4, 0]), 6 * 2 + 32),
+    ] {
+        let new = |rows| CpuRunner::new(&model, &spec(text), rows, 224).unwrap();
+        let (runner, two) = (new(6), new(6).slabs_for(2, 224));
+        assert_eq!(two, pools);
+        let cache = model.cache(&spec(text), 224).unwrap();
+        let bytes = |format: Format| two[format as usize] * cache.slab_stride(format);
+        let bytes: usize = Format::ALL.into_iter().map(bytes).sum();
+        assert_eq!(runner.slabs_in(bytes + waiting * slot(&model), 224), two);
+        let mut runner = runner.with_pools(&two);
+        let outcome = run(&mut runner, &requests, 64, 50, &mut rng);
+        let (mut preemptions, mut shared) = (0, 0);
+        for request in &requests {
+            let Some(done) = outcome.done.get(&request.id) else {
+                assert!(outcome.cancelled.contains(&request.id), "{}", request.id);
+                continue;
+            };
+            assert_eq!(done.tokens, alone(&mut new(1), request, 64).unwrap(), "{}", request.id);
+            (preemptions, shared) = (preemptions + done.preemptions, shared + done.shared_tokens);
+        }
+        assert!(preemptions > 0 && shared > 0, "{preemptions} preemptions, {shared} shared");
+        assert_eq!(runner.free(), two);
     }
-    assert!(preemptions > 0 && shared > 0, "{preemptions} preemptions, {shared} shared");
-    assert_eq!(runner.free(), slabs);
 }
 
 /// Pools for fewer slabs than a prompt has refuse it and change nothing.
@@ -180,13 +197,18 @@ fn a_pool_that_is_too_small_refuses() {
 fn a_file_continues_as_if_it_had_never_left() {
     let (folder, (source, _)) = (tempfile::tempdir().unwrap(), staged(MODELS[1]));
     let (model, path) = (model(&source), folder.path().join("cache"));
-    for held in [256, 300] {
+    for (held, text_of, bytes_of) in [
+        (256, "latent", 4 * slot(&model)),
+        (300, "latent", 5 * slot(&model)),
+        // Sinks, two slabs of 36 bytes an element instead of 128, the window.
+        (300, "latent-q4,sinks=64,window=100", (128 + 2 * 36 + 2 * 128) * slot(&model) / 128),
+    ] {
         let document = Document { tokens: text(held), chat: false };
         let write = |cache: &Cache, frozen, path| {
             let writer = Writer::create(path, Reader::new(&model, cache.spec())).unwrap();
             watched(|watch| writer.write(&document, (cache, frozen), watch)).unwrap()
         };
-        let mut cache = model.cache(&spec("latent"), 400).unwrap();
+        let mut cache = model.cache(&spec(text_of), 400).unwrap();
         let row = cache.open();
         read(&model, (&mut cache, row), &document.tokens);
         // What was held and forgotten is in no file.
@@ -194,10 +216,9 @@ fn a_file_continues_as_if_it_had_never_left() {
         cache.rollback(row, 5).unwrap();
         let frozen = cache.freeze(row).unwrap();
         let bytes = write(&cache, &frozen, &path) as usize;
-        let slabs = held.div_ceil(TOKENS) * slot(&model);
-        assert!((slabs..slabs + 8 * held + 2048).contains(&bytes), "{bytes} for {slabs}");
+        assert!((bytes_of..bytes_of + 8 * held + 2048).contains(&bytes), "{bytes} for {bytes_of}");
         let stored = Stored::open(&path, &model).unwrap();
-        let mut other = model.cache(&spec("latent"), 400).unwrap();
+        let mut other = model.cache(&spec(text_of), 400).unwrap();
         let free = other.free();
         let loaded = stored.load(&mut other).unwrap();
         let again = folder.path().join("again");

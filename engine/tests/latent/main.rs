@@ -115,6 +115,10 @@ fn a_model_has_latents_of_its_own_and_others_have_none() {
         ("latent,tsp=0.5", "`tsp` does not go with latent"),
         ("latent,window=64", "`window` has no effect on latent"),
         ("latent,hadamard=on", "`hadamard` has no effect on latent"),
+        ("latent-q4,range=90", "`range` has no effect on latent-q4: it is for codes of 2 bits"),
+        ("latent-q2,hadamard=on", "`hadamard` has no effect on latent-q2"),
+        ("latent-q2,group=32", "an element has an f16 scale of 64 tokens"),
+        ("latent-q2,evict=lagkv:0.5", "`evict` does not go with latent"),
     ] {
         let error = text.parse::<CacheSpec>().unwrap_err().to_string();
         assert!(error.contains(part), "{text}: {error}");
