@@ -76,7 +76,9 @@ impl Cache {
         let rings = match &latents {
             None => heads * rows * ring_slabs(spec.window) * slab_bytes[0],
             Some(latents) => {
-                slab_bytes[Format::F16 as usize] = latents.slot_bytes();
+                for format in [spec.store, Format::F16] {
+                    slab_bytes[format as usize] = latents.slot_bytes(format);
+                }
                 rows
             }
         };

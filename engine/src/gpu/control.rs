@@ -150,7 +150,7 @@ pub struct Control {
 }
 
 /// Edits that are sent together outside of steps.
-const EDITS: usize = 1 << 14;
+pub const EDITS: usize = 1 << 14;
 /// Words before the edits of a list of its own.
 const COUNT: usize = 4;
 
@@ -270,15 +270,20 @@ impl Control {
     /// Edits the device's table, of `entries` entries, outside of a step.
     pub fn edit(&mut self, ops: &Ops, table: (usize, u64), edits: &[Edit]) -> Result<()> {
         for edits in edits.chunks(EDITS) {
-            self.words.clear();
-            self.words.resize(COUNT, 0);
-            self.words[0] = edits.len() as u32;
-            self.words.extend(edits.iter().flatten());
-            ops.platform.write(self.edits.at(), bytemuck::cast_slice(&self.words))?;
-            let list = self.edits.at();
-            edit(ops, table, (list, list + 4 * COUNT as u64), edits.len())?;
+            let list = self.list(&ops.platform, edits)?;
+            edit(ops, table, (self.edits.at(), list), edits.len())?;
         }
         Ok(())
+    }
+
+    /// Writes a list of at most [`EDITS`] where edits outside of a step lie; its address.
+    pub fn list(&mut self, platform: &Metered, list: &[[u32; 2]]) -> Result<u64> {
+        self.words.clear();
+        self.words.resize(COUNT, 0);
+        self.words[0] = list.len() as u32;
+        self.words.extend(list.iter().flatten());
+        platform.write(self.edits.at(), bytemuck::cast_slice(&self.words))?;
+        Ok(self.edits.at() + 4 * COUNT as u64)
     }
 }
 

@@ -136,7 +136,7 @@ impl Gpu {
             self.settle_all(policy, prompt, row)?;
         }
         self.cache.set_len(row, len + n);
-        Ok(())
+        self.pack_latents(std::iter::once(row))
     }
 
     /// Tells the device of a block of `tokens`, the first of them at `position`, and begins its residual stream.

@@ -36,6 +36,7 @@ impl Gpu {
         let mut chosen = vec![0u32; grid.tokens()];
         self.platform.read(self.chosen.at(), bytemuck::cast_slice_mut(&mut chosen))?;
         turns.iter().try_for_each(|turn| self.drop_by_lag(turn.row))?;
+        self.pack_latents(turns.iter().map(|turn| turn.row))?;
         let of = |turn: &&Turn<'_>| chosen[turn.row.0 * each..][..each].to_vec();
         Ok(turns.iter().map(of).collect())
     }

@@ -45,6 +45,41 @@ fn latents_are_attended_to_as_they_are() {
     }
 }
 
+/// The same with slabs of 4 and 2 bits behind windows, in blocks that are shorter and longer than those.
+#[test]
+fn latents_are_packed_behind_the_window() {
+    for (model, spec, share) in [
+        (MODELS[0], "latent-q4,window=64", 0.5),
+        (MODELS[1], "latent-q2,window=30", 1.0),
+        (MODELS[2], "latent-q4,window=0,sinks=70", 0.5),
+        (MODELS[3], "latent-q2,window=0,sinks=0,range=100", 1.0),
+    ] {
+        let (machine, source) = (machine(), staged(model));
+        let host = on_host(&source, None);
+        let small = Options { piece: 48, ..options(3) };
+        let mut pair = Pair::new(on_device(&source, spec, None, &small, &machine), &host);
+        let free = pair.gpu.free();
+        pair.join(&text(7, 190), 512);
+        pair.join(&text(3, 150), 41);
+        (0..5).for_each(|_| pair.step());
+        pair.tell(1, &text(8, 77));
+        pair.join(&text(4, 2), 64);
+        (0..3).for_each(|_| pair.step());
+        (0..3).for_each(|i| pair.compare_latents(i));
+        let seen = &pair.seen;
+        eprintln!("{model:?} {spec}: {seen:?}");
+        let most = EXACT.max(share * seen.moved);
+        assert!(seen.apart < most && seen.other == 0, "{model:?} {spec}: {seen:?}");
+        assert!(seen.slabs[0] < 2e-3 && seen.slabs[1] < 0.2, "{model:?} {spec}: {seen:?}");
+        let store = usize::from(pair.gpu.spec().store as u8);
+        assert!(pair.gpu.used()[store] >= 3, "{spec}: {:?}", pair.gpu.used());
+        (0..3).for_each(|_| pair.leave(0));
+        assert_eq!((pair.gpu.used(), pair.gpu.free()), ([0; 5], free));
+        drop(pair);
+        assert_eq!(machine.taken(), 0, "all memory is given back");
+    }
+}
+
 #[test]
 fn keys_and_values_are_expanded() {
     for (model, spec, with, share) in [
@@ -72,17 +107,19 @@ fn keys_and_values_are_expanded() {
 
 #[test]
 fn drafts_are_as_steps_and_leave_no_trace() {
-    for model in MODELS {
+    // 192 tokens fill a slab, which may be shared or packed.
+    let of = MODELS.into_iter().map(|model| (model, "latent", 53));
+    for (model, spec, loose) in of.chain([(MODELS[1], "latent-q4,window=64", 117)]) {
         let (machine, source) = (machine(), staged(model));
-        let mut gpu = on_device(&source, "latent", None, &options(1), &machine);
+        let mut gpu = on_device(&source, spec, None, &options(1), &machine);
         let (row, next) = (gpu.open().unwrap(), text(8, 11));
         watched(|w| gpu.read(row, &text(2, 180), w)).unwrap();
-        assert_eq!(gpu.drafts(row), 10, "192 tokens fill a slab");
+        assert_eq!(gpu.drafts(row), 10);
         let turn = Turn { row, tokens: &next, choice: &GREEDY, draw: 0, recent: &[] };
         gpu.step(&[turn], &mut Vec::new()).unwrap();
         let together: Vec<_> = (0..11).map(|i| gpu.logits(row, i).unwrap().unwrap()).collect();
         gpu.rollback(row, 11).unwrap();
-        assert!(gpu.rollback(row, 53).is_err());
+        assert!(gpu.rollback(row, loose).is_err());
         for (a, b) in logits(&mut gpu, row, &next).iter().zip(&together) {
             assert!(relative(a, b) < EXACT, "{model:?}: {}", relative(a, b));
         }
@@ -92,11 +129,14 @@ fn drafts_are_as_steps_and_leave_no_trace() {
 #[test]
 fn frozen_sequences_go_on_the_same() {
     let (machine, source) = (machine(), staged(MODELS[1]));
-    for held in [192, 250] {
-        let mut gpu = on_device(&source, "latent", None, &options(3), &machine);
+    for (spec, held, packed) in
+        [("latent", 192, 3), ("latent", 250, 3), ("latent-q2,window=64,sinks=0", 250, 2)]
+    {
+        let mut gpu = on_device(&source, spec, None, &options(3), &machine);
         let (free, row, next) = (gpu.free(), gpu.open().unwrap(), text(8, 12));
         watched(|w| gpu.read(row, &text(2, held), w)).unwrap();
-        assert_eq!(free[0] - gpu.free()[0], held / 64, "what is not full is beside the limit");
+        let taken: usize = free.iter().zip(gpu.free()).map(|(before, now)| before - now).sum();
+        assert_eq!(taken, packed, "what is in the window is beside the limit");
         let frozen = gpu.freeze(row).unwrap();
         let expected = logits(&mut gpu, row, &next);
         gpu.close(row);
@@ -122,7 +162,7 @@ fn frozen_sequences_go_on_the_same() {
 fn every_access_to_latents_is_in_bounds_written_and_ordered() {
     let source = staged(MODELS[1]);
     let host = on_host(&source, None);
-    for spec in ["latent", "q2,window=0"] {
+    for spec in ["latent", "latent-q2,window=0,sinks=0", "q2,window=0"] {
         let machine = Machine::new(Simt::checked(), GIB, true);
         let gpu = on_device(&source, spec, None, &options(2), &machine);
         let mut pair = Pair::new(gpu, &host);

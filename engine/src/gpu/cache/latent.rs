@@ -1,22 +1,25 @@
-//! Latents of a converted model on the device: `2 r kv_heads + c` f16 elements of a token and layer, in slabs of
+//! Latents of a converted model on the device: `2 r kv_heads + c` elements of a token and layer, in slabs of
 //! [`kvwarp::lowrank_kv`].
 //!
 //! A slot is 64 tokens in every layer, those of one layer in a pool of its own, so a sequence has one line of the page
-//! table. Full slabs count against the limit as packed slabs of other stores do; the newest, while it is not full, stands
-//! for their rings and is beside the limit, one for each row.
+//! table. Slabs that have left the window count against the limit as those of other stores do; newer ones stand for their
+//! rings and are beside it, so many for each row. All are written as f16, and those that have left the window are packed
+//! between steps.
 
 use std::sync::Arc;
 
 use kvwarp::device::Pieces;
 use kvwarp::ffi::kvw_latent;
 use kvwarp::lowrank_kv::Shape;
-use kvwarp::pages::Entry;
-use kvwarp::slab::Format;
+use kvwarp::pages::{Entry, packed_slabs};
+use kvwarp::slab::{Format, TOKENS};
 
-use super::Cache;
+use super::lines::Line;
+use super::{Cache, Edit};
+use crate::cache::{newest, stride};
 use crate::gpu::ops::at;
 use crate::gpu::platform::{Buffer, Result};
-use crate::runner::Row;
+use crate::runner::{BLOCK, Row, RunError};
 
 /// Rows of each layer.
 pub struct Latents(Arc<[Shape]>);
@@ -27,13 +30,8 @@ impl Latents {
     }
 
     /// Bytes of a slot: of its slabs in all layers.
-    pub fn slot_bytes(&self) -> usize {
-        self.before(self.0.len())
-    }
-
-    /// Bytes of a slot in the layers before `layer`.
-    fn before(&self, layer: usize) -> usize {
-        self.0[..layer].iter().map(|shape| shape.slab_bytes()).sum()
+    pub fn slot_bytes(&self, format: Format) -> usize {
+        stride(&self.0, format)
     }
 }
 
@@ -42,7 +40,9 @@ impl Cache {
     pub fn latents(&self, layer: usize, row: Row, seqs: usize, lens: u64) -> Option<kvw_latent> {
         let shape = self.latents.as_ref()?.0[layer];
         Some(kvw_latent {
-            pool: at(self.latent_pool(layer)),
+            pool: at(self.latent_pool(layer, Format::F16)),
+            packed: at(self.packs().map_or(0, |store| self.latent_pool(layer, store))),
+            format: self.spec.store as i32,
             table: at(self.table_at(layer, row)),
             lens: at(lens),
             seqs: seqs as i32,
@@ -59,26 +59,63 @@ impl Cache {
         self.latents.is_some()
     }
 
-    /// Slots beside those of a format that sequences share: rows may each begin one of latents.
+    /// What slabs of latents that have left the window are packed to.
+    pub(super) fn packs(&self) -> Option<Format> {
+        let store = self.spec.store;
+        (self.has_latents() && store != Format::F16).then_some(store)
+    }
+
+    /// Slots beside those of a format that sequences share: of latents those in the windows of rows, and of a block that is
+    /// read before it is packed.
     pub(super) fn beside(&self, format: usize) -> usize {
-        if self.has_latents() && format == Format::F16 as usize { self.rows } else { 0 }
+        if !self.has_latents() || format != Format::F16 as usize {
+            return 0;
+        }
+        self.rows * newest(&self.spec) + self.packs().map_or(0, |_| BLOCK / TOKENS)
     }
 
     /// The same that open sequences have not begun.
     pub(super) fn unbegun(&self, format: usize) -> usize {
-        let begun =
-            |heads: &[super::lines::Line]| heads[0].entries.len() > heads[0].len / super::TOKENS;
-        let begun = self.sequences.iter().flatten().filter(|sequence| begun(&sequence.heads));
-        self.beside(format).saturating_sub(begun.count())
+        let begun = |line: &Line| line.entries.len() - line.packed;
+        let begun = self.sequences.iter().flatten().map(|sequence| begun(&sequence.heads[0]));
+        self.beside(format).saturating_sub(begun.sum())
+    }
+
+    /// Takes slots for what has left the windows of `rows` since they were packed last: entries, from where to where, and
+    /// edits of the table. What they held before is given back: what follows is enqueued behind the packing.
+    pub fn pack_next(
+        &mut self,
+        rows: impl Iterator<Item = Row>,
+    ) -> std::result::Result<(Vec<[u32; 2]>, Vec<Edit>), RunError> {
+        let (sinks, mut moves, mut edits) = (self.spec.sinks.div_ceil(TOKENS), vec![], vec![]);
+        for row in rows {
+            let Line { len, packed, .. } = *self.line(row, 0);
+            let left = packed_slabs(len, self.spec.window).max(packed);
+            for slab in packed.max(sinks)..left {
+                let Some(store) = self.packs() else { break };
+                let (from, to) = (self.line(row, 0).entries[slab], self.take(store)?);
+                moves.push([from.0, to.0]);
+                edits.push([self.table_index(row, 0, slab), to.0]);
+                self.give(from);
+                self.line_mut(row).entries[slab] = to;
+            }
+            self.line_mut(row).packed = left;
+        }
+        Ok((moves, edits))
+    }
+
+    fn line_mut(&mut self, row: Row) -> &mut Line {
+        &mut self.sequences[row.0].as_mut().expect("the row is open").heads[0]
     }
 
     /// Where a slot lies: its slab in each layer.
     pub(super) fn slabs_of_slot(&self, entry: Entry) -> Vec<(u64, usize)> {
-        let (Some(latents), Some((_, slot))) = (&self.latents, entry.get()) else {
+        let (Some(latents), Some((format, slot))) = (&self.latents, entry.get()) else {
             return Vec::new();
         };
         let slab = |(layer, shape): (usize, &Shape)| {
-            (self.latent_pool(layer) + (slot * shape.slab_bytes()) as u64, shape.slab_bytes())
+            let bytes = stride(&[*shape], format);
+            (self.latent_pool(layer, format) + (slot * bytes) as u64, bytes)
         };
         latents.0.iter().enumerate().map(slab).collect()
     }
@@ -94,12 +131,12 @@ impl Cache {
         Ok(())
     }
 
-    /// Address of a layer's pool.
-    fn latent_pool(&self, layer: usize) -> u64 {
-        let (pool, latents) = (&self.pools[Format::F16 as usize], self.latents.as_ref());
+    /// Address of a layer's pool of a format.
+    fn latent_pool(&self, layer: usize, format: Format) -> u64 {
+        let (pool, latents) = (&self.pools[format as usize], self.latents.as_ref());
         let of = |(pool, latents): (&Buffer, &Latents)| {
-            let slots = pool.bytes() / latents.slot_bytes();
-            pool.at() + (slots * latents.before(layer)) as u64
+            let slots = pool.bytes() / latents.slot_bytes(format);
+            pool.at() + (slots * stride(&latents.0[..layer], format)) as u64
         };
         pool.as_ref().zip(latents).map_or(0, of)
     }

@@ -23,8 +23,10 @@ pub(super) struct Line {
     pub len: usize,
     /// Tokens at the start that a policy does not choose among again.
     pub chosen: usize,
-    /// Of packed slabs.
+    /// Of packed slabs; of latents of all.
     pub entries: Vec<Entry>,
+    /// Of latents, slabs that have left the window.
+    pub packed: usize,
 }
 
 impl Cache {
@@ -50,8 +52,8 @@ impl Cache {
 
     /// What head `h` holds, counted over all layers.
     pub fn held(&self, row: Row, h: usize) -> Held {
-        let Line { len, chosen, entries } = self.line(row, h);
-        let packed = if self.has_latents() { len / TOKENS } else { entries.len() };
+        let Line { len, chosen, entries, packed } = self.line(row, h);
+        let packed = if self.has_latents() { *packed } else { entries.len() };
         Held { len: *len, packed, chosen: *chosen }
     }
 
@@ -99,6 +101,8 @@ impl Cache {
         let heads = self.all_held(row);
         let loose = |&Held { len, chosen, .. }: &Held, n| {
             packed(len + 1 + n) == packed(len + 1)
+                // Latents that leave the window are packed after the step.
+                && (self.packs().is_none() || packed(len + n) == packed(len))
                 && self.spec.lag().is_none_or(|lag| len + 1 + n < chosen + 2 * lag)
         };
         (1..=room).take_while(|n| heads.iter().all(|held| loose(held, *n))).count()
@@ -120,13 +124,14 @@ impl Cache {
         edits: &mut Vec<Edit>,
     ) -> Result<(), RunError> {
         let sinks = self.spec.sinks.div_ceil(TOKENS);
-        // What is not full of latents lies in the table too.
+        // What is in the window of latents lies in the table too.
         let slabs = match self.has_latents() {
             true => len.div_ceil(TOKENS),
             false => packed_slabs(len, self.spec.window),
         };
         for slab in self.line(row, h).entries.len()..slabs {
-            let format = if slab < sinks { Format::F16 } else { self.stores[h] };
+            let exact = slab < sinks || self.has_latents();
+            let format = if exact { Format::F16 } else { self.stores[h] };
             let entry = self.take(format)?;
             edits.push([self.table_index(row, h, slab), entry.0]);
             if let Some(sequence) = &mut self.sequences[row.0] {
@@ -161,7 +166,7 @@ impl Cache {
     }
 
     pub(super) fn line(&self, row: Row, h: usize) -> &Line {
-        static EMPTY: Line = Line { len: 0, chosen: 0, entries: Vec::new() };
+        static EMPTY: Line = Line { len: 0, chosen: 0, entries: Vec::new(), packed: 0 };
         self.sequences[row.0].as_ref().map_or(&EMPTY, |sequence| &sequence.heads[h])
     }
 }

@@ -4,6 +4,7 @@ use kvwarp::pages::{Entry, Slots};
 use kvwarp::slab::Format;
 
 use super::Cache;
+use crate::cache::newest;
 use crate::gpu::platform::{Buffer, GpuError, Result};
 use crate::gpu::tally::Use;
 use crate::runner::{RunError, Slabs, check};
@@ -38,7 +39,7 @@ impl Cache {
     /// Bytes that a sequence of the whole context takes: slabs, their copies once it is frozen, rings, page tables.
     pub fn sequence_bytes(&self) -> usize {
         let rows = [&self.rings, &self.table].map(|buffer| buffer.bytes() / self.rows);
-        let begun = if self.has_latents() { self.f16_bytes() } else { 0 };
+        let begun = if self.has_latents() { self.rings() * self.f16_bytes() } else { 0 };
         self.slabs_of(&self.whole(self.shape.context)) + begun + rows.iter().sum::<usize>()
     }
 
@@ -52,8 +53,13 @@ impl Cache {
     /// Slabs of a sequence of `len` tokens, frozen once.
     fn whole(&self, len: usize) -> Slabs {
         let mut slabs = self.need(0, len);
-        slabs[Format::F16 as usize] += self.ring_slabs() * self.stores.len();
+        slabs[Format::F16 as usize] += self.rings();
         slabs
+    }
+
+    /// F16 slabs of the rings of a row; of latents, those that stand for them.
+    fn rings(&self) -> usize {
+        if self.has_latents() { newest(&self.spec) } else { self.ring_slabs() * self.stores.len() }
     }
 
     fn slabs_of(&self, slabs: &Slabs) -> usize {

@@ -61,7 +61,7 @@ impl Cache {
                 edits.push([self.table_index(row, h, slab), own.0]);
                 entries.push(own);
             }
-            heads.push(Line { len, chosen, entries });
+            heads.push(Line { len, chosen, entries, packed });
         }
         self.sequences[row.0] = Some(Sequence { len: frozen.len, heads });
         self.copy_all(&copies)?;

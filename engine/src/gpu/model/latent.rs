@@ -4,7 +4,8 @@ use std::rc::Rc;
 
 use kvwarp::device::Pieces;
 use kvwarp::ffi::{
-    KVW_LOWRANK_APPEND, KVW_LOWRANK_ATTEND, KVW_LOWRANK_READ, KVW_ROPE_HALF, kvw_latent,
+    KVW_LOWRANK_APPEND, KVW_LOWRANK_ATTEND, KVW_LOWRANK_PACK, KVW_LOWRANK_READ, KVW_ROPE_HALF,
+    kvw_latent,
 };
 
 use super::Network;
@@ -139,6 +140,23 @@ impl Network {
         let z = (spare.rows.at(), latent.row()[0] as i64);
         self.move_rows((latent, spare), KVW_LOWRANK_READ, cache, firsts, z, [tokens; 2])?;
         self.ops.project(&latent.up, spare.rows.at(), spare.kv.at(), tokens)
+    }
+
+    /// Packs slabs of a layer of `cache`, `[moves, 2]` entries at an address.
+    pub fn pack(
+        &self,
+        cache: kvw_latent,
+        (at_moves, moves): (u64, usize),
+        range: f32,
+    ) -> Result<()> {
+        let params = params!(kvw_lowrank_kv_params {
+            op: KVW_LOWRANK_PACK,
+            cache: cache,
+            moves: at(at_moves),
+            tokens: moves as i32,
+            range: range,
+        });
+        self.ops.run(|k| &k.lowrank_kv, &params)
     }
 
     /// Into a cache or out of it: z at an address with a stride, elite keys as part of their rows.

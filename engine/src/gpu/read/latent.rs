@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use super::block::{Block, Prompt};
 use super::{Gpu, Piece};
+use crate::gpu::control::EDITS;
 use crate::gpu::platform::Result;
-use crate::runner::{Held, Row};
+use crate::runner::{Held, Row, RunError};
 
 impl Gpu {
     /// What the heads of all layers hold before a read, `[layers * kv_heads]`: nothing of latents is packed, as the ring of a
@@ -49,6 +50,27 @@ impl Gpu {
             self.fill(layer, staged, (firsts, piece.len()))?;
         }
         Ok(())
+    }
+
+    /// Packs what has left the windows of `rows`: between steps.
+    pub(in crate::gpu) fn pack_latents(
+        &mut self,
+        rows: impl Iterator<Item = Row>,
+    ) -> std::result::Result<(), RunError> {
+        if !self.cache.has_latents() {
+            return Ok(());
+        }
+        let (moves, edits) = self.cache.pack_next(rows)?;
+        for moves in moves.chunks(EDITS) {
+            let list = (self.control.list(&self.platform, moves)?, moves.len());
+            for layer in 0..self.net.config.layers {
+                // A move says from where to where: lengths are not looked at.
+                let cache = self.cache.latents(layer, Row(0), 1, self.control.at(0));
+                let pack = |cache| self.net.pack(cache, list, self.cache.range());
+                cache.map_or(Ok(()), pack)?;
+            }
+        }
+        Ok(self.control.edit(&self.net.ops, self.cache.table(), &edits)?)
     }
 
     /// Writes a piece's latents.
