@@ -26,8 +26,8 @@ class KvwarpLayer(CacheLayerMixin):
     def __init__(self, spec, plan=None):
         super().__init__()
         self.spec, self.plan, self.layer, self.length = spec, plan or {}, None, 0
-        # Of q2-small any token may be the last of a quantised slab.
-        self.is_croppable = not spec.lag and (spec.format == F16 or spec.window >= 64)
+        # Of q2-small any token may be the last of a quantised slab; drafts are read with a prompt, and chosen among with it.
+        self.is_croppable = not spec.selects and (spec.format == F16 or spec.window >= 64)
 
     def lazy_initialization(self, key_states, value_states):
         batch, heads, _, head_dim = key_states.shape
@@ -110,9 +110,14 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     layer, (seqs, heads, count, head_dim) = held.layer, key.shape
     scale = head_dim**-0.5 if scaling is None else scaling
     window = sliding_window or 0
+    if window and layer.spec.selects and held.length > window:
+        raise Error("sliding_window", f"{window}, counted by position: no more tokens than that where evict drops some")
+    whole = getattr(module.config, "num_key_value_heads", heads)
+    if layer.spec.refine and (heads != whole or heads > 32):
+        raise Error("refine", f"compares all kv heads of a layer, up to 32; here are {heads} of {whole}")
     real = _real(attention_mask, seqs, count)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [S, T, heads, D]
-    if count == 1 and (real is None or bool(real.all())):
+    if count == 1 and not any(layer.fresh) and (real is None or bool(real.all())):
         return layer.append(k[:, 0], v[:, 0], q, scale, window), None
     if real is None:
         counts, rows = [count] * seqs, slice(None)
@@ -121,7 +126,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if min(counts) == 0:
         raise Error("attention_mask", "a sequence without tokens")
     k, v, q = (x.flatten(0, 1)[rows] for x in (k, v, q))
-    some = layer.extend(k, v, q, counts, scale, window)
+    place = module.layer_idx, module.config.num_hidden_layers
+    some = layer.extend(k, v, q, counts, scale, window, place)
     out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     out.flatten(0, 1)[rows] = some
     return out, None
