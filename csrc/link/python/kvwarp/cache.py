@@ -7,7 +7,7 @@ import math
 import torch
 
 from . import abi, ops, scores, turn
-from .choose import Read, kept
+from .choose import Read, score
 from .errors import Error
 from .ops import APPEND, F16, FILL, TOKENS, Slabs
 
@@ -15,7 +15,7 @@ from .ops import APPEND, F16, FILL, TOKENS, Slabs
 class Layer:
     """Tokens of S sequences, which may differ in number: `held` of each, fewer than were read where some were dropped; the
     first `packed` slabs are found through the table, and among the first `chosen` tokens is not chosen again. A sequence is
-    `fresh` until something of it has been read.
+    `fresh` until something of it has been read. What has been read and is not packed yet is `waiting`.
 
     `stores` is the format of each head's history where it is not that of the spec, `feedback` [H, D, D] f16 weights of
     rounding errors of keys: both come from a calibration.
@@ -32,7 +32,7 @@ class Layer:
         self.f16_bytes = self._bytes(F16)
         self.slabs = self._slabs(self._ring(abi.ring_slabs(spec.window)))
         self.held, self.packed, self.chosen = [0] * seqs, [0] * seqs, [0] * seqs
-        self.fresh, self.capacity = [True] * seqs, 0
+        self.fresh, self.waiting, self.capacity = [True] * seqs, None, 0
 
     def _bytes(self, format):
         return abi.slab_bytes(format, self.head_dim, self.spec.group, self.spec.meta)
@@ -106,7 +106,7 @@ class Layer:
 
     def extend(self, k, v, q, counts, scale, sliding_window=0, place=(0, 1)):
         """`counts` tokens of each sequence, k and v [T, H, D], q [T, q_heads, D]: their attention. After it tokens are dropped,
-        in layer `place[0]` of `place[1]`, and what has left the window is packed."""
+        in layer `place[0]` of `place[1]`, and what has left the window is packed, but where budgets wait for `settle`."""
         dtype, (k, v, q) = q.dtype, self._enter(k, v, q)
         before, done = self.held, self.packed
         self.held = [n + c for n, c in zip(before, counts)]
@@ -121,7 +121,21 @@ class Layer:
         lse = torch.empty((self.shape[0], rows, q.shape[1]), device=self.device) if rows else None
         ops.kv_pack(FILL, k, v, starts, most, *stage.tensors(), stage.numbers())
         out = ops.prefill_attn(q, starts, most, scale, sliding_window, *stage.tensors(), stage.numbers(), lse)
-        chosen = self._choose(stage, counts, q, lse, scale, place)
+        scored = self._score(stage, counts, q, lse, scale, place)
+        self.waiting, self.fresh = (stage, done, {i: found for i, (found, _) in scored.items()}), [False] * self.shape[0]
+        if not (self.spec.waits and scored):
+            self.settle({i: (k, found.room) for i, (found, k) in scored.items()})
+        return self._leave(out, dtype)
+
+    def settle(self, budgets):
+        """Of sequences in `budgets` so many tokens of a head stay beside those that always do, of so many of its best; packs
+        what has left the window."""
+        (stage, done, scored), self.waiting = self.waiting, None
+        chosen = {i: self._lag(i, stage) for i in range(self.shape[0]) if self._parts(i)}
+        for i, (k, of) in budgets.items():
+            slots = scored[i].slots(k, of, self.spec.refine)
+            chosen[i], self.held[i] = slots[None].int().contiguous(), slots.shape[1]
+            self.chosen[i] = self.held[i]
         self.reserve(max(self._due()))
         for i, slots in chosen.items():
             self._gather(i, slots, stage.ring)
@@ -132,13 +146,14 @@ class Layer:
             # Of those that have dropped tokens nothing is left to pack.
             stage.packed, first = None, self._int([b if i in chosen else a for i, (a, b) in enumerate(zip(done, due))])
             ops.kv_flush(first, most, *stage.tensors(), stage.numbers(), **self.rounding)
-        self.packed, self.fresh = due, [False] * self.shape[0]
+        self.packed = due
         self._move(stage.ring, self.slabs.ring, self.held, skip=chosen)
         self.slabs.lens, self.slabs.packed = stage.lens, self._int(due)
-        return self._leave(out, dtype)
 
     def _enter(self, k, v, q):
         """In 16 bits, turned where the spec says so."""
+        if self.waiting:
+            raise Error("budget", f"{self.spec.budget} asks for all layers of a model, the last of which has not been read")
         if self.spec.hadamard:
             of_keys, of_values = turn.keys(self.head_dim, self.device), turn.values(self.head_dim, self.device)
             k, v, q = k.float() @ of_keys, v.float() @ of_values, q.float() @ of_keys
@@ -177,26 +192,22 @@ class Layer:
         rows = self.spec.evict.rows
         return max(counts) if rows is None else min(rows, max(counts))
 
-    def _choose(self, stage, counts, q, lse, scale, place):
-        """Slots that stay, by sequence that drops some: by the spec's method of what is read first, by LagKV at any time."""
-        chosen, end = {}, 0
+    def _score(self, stage, counts, q, lse, scale, place):
+        """What each sequence that has been read first and drops tokens by the spec's method is chosen by."""
+        scored, end = {}, 0
         for i, n in enumerate(counts):
             end += n
-            if self.spec.lag:
-                if self._parts(i):
-                    chosen[i] = self._lag(i, stage)
-            elif self.spec.selects and self.fresh[i]:
-                read = Read(self._alone(stage, i, 0), n, place, scale)
-                if lse is not None:
-                    rows = min(n, lse.shape[1])
-                    # Clones begin at addresses that ops take.
-                    read.q, read.lse = q[None, end - rows : end].clone(), lse[i : i + 1, -rows:].clone()
-                slots = kept(self.spec, read)
-                if slots is not None:
-                    chosen[i] = slots[None].int().contiguous()
-                    self.held[i] = slots.shape[1]
-                self.chosen[i] = self.held[i]
-        return chosen
+            if not self.spec.selects or self.spec.lag or not self.fresh[i]:
+                continue
+            read = Read(self._alone(stage, i, 0), n, place, scale)
+            if lse is not None:
+                rows = min(n, lse.shape[1])
+                # Clones begin at addresses that ops take.
+                read.q, read.lse = q[None, end - rows : end].clone(), lse[i : i + 1, -rows:].clone()
+            found, self.chosen[i] = score(self.spec, read), n
+            if found is not None:
+                scored[i] = found
+        return scored
 
     def _lag(self, s, held):
         """LagKV: of those partitions of sequence `s` the best tokens stay. Their slots and all others from the first on that

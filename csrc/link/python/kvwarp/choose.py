@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import scores
+from . import budget, scores
 from .ops import Slabs
 
 _LOW = (1 << 64) - 1
 _STEP, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_PYRAMID = 20  # the last layer of a pyramid has one of so many even shares
 
 
 @dataclass
@@ -26,28 +25,36 @@ class Read:
     lse: torch.Tensor | None = None
 
 
-def kept(spec, read):
-    """Ascending slots [H, kept] that stay; `None`: all."""
+@dataclass
+class Scored:
+    """What a layer has read of a sequence: `scores` [H, room] of all tokens but the `oldest` and the newest, which stay; of the
+    others `even` where every layer keeps as many."""
+
+    n: int
+    oldest: int
+    room: int
+    even: int
+    scores: torch.Tensor
+
+    def slots(self, k, held, refine):
+        """Ascending slots [H, kept] of the tokens that stay, `k` of a head's best `held`."""
+        best = _refined(self.scores, k, held, refine) if refine else scores.top_k(self.scores, k).long()
+        every = torch.arange(self.n, device=best.device)
+        same = lambda some: some.expand(best.shape[0], -1)
+        return torch.cat([same(every[: self.oldest]), self.oldest + best, same(every[self.oldest + self.room :])], dim=-1)
+
+
+def score(spec, read):
+    """`Scored` of a read, and how many of its tokens a head keeps, which is `None` where other layers have a say. `None` where
+    all stay."""
     evict, n = spec.evict, read.n
     oldest, newest = evict.protects(n)
     room = max(0, n - oldest - newest)
     even = max(0, evict.of(n) - (n - room))
-    k = _pyramid(even, room, *read.place) if spec.budget == "pyramid" else even
-    if k >= room:
+    k = budget.pyramid(even, room, *read.place) if spec.budget == "pyramid" else even
+    if room == 0 or not spec.waits and k >= room:
         return None
-    of = _scores(evict, read, oldest, room)
-    best = scores.top_k(of, k).long() if spec.refine is None else _refined(of, k, spec.refine)
-    heads, every = best.shape[0], torch.arange(n, device=best.device)
-    same = lambda some: some.expand(heads, -1)
-    return torch.cat([same(every[:oldest]), oldest + best, same(every[oldest + room :])], dim=-1)
-
-
-def _pyramid(even, room, layer, layers):
-    """A straight line from twice the average, less the last layer's, down to a twentieth (PyramidKV)."""
-    least, most = even // _PYRAMID, 2 * even - even // _PYRAMID
-    if most > room:
-        least, most = 2 * even - min(room, 2 * even), room
-    return most - (most - min(least, most)) * layer // max(1, layers - 1)
+    return Scored(n, oldest, room, even, _scores(evict, read, oldest, room)), None if spec.waits else k
 
 
 def _scores(evict, read, first, room):
@@ -72,12 +79,13 @@ def _scores(evict, read, first, room):
     return newer.expand(heads, room).contiguous()
 
 
-def _refined(of, k, refine):
-    """KVCrush: the best of `k` less a share, and as many tokens as that share, evenly spaced in the order of how many heads
-    hold them otherwise than the anchor (src/sim_evict/crush.rs)."""
+def _refined(of, k, held, refine):
+    """KVCrush: the best of `k` less a share, and as many of the best `held` as that share, evenly spaced in the order of how
+    many heads hold them otherwise than the anchor (src/sim_evict/crush.rs)."""
     (heads, room), spread = of.shape, k * refine.share // 10_000
+    marked = lambda best: torch.zeros(heads, room, dtype=torch.bool, device=of.device).scatter_(1, best, True)
     best = scores.top_k(of, k - spread).long()
-    holds = torch.zeros(heads, room, dtype=torch.bool, device=of.device).scatter_(1, best, True)
+    holds, gone = marked(best), ~marked(scores.top_k(of, held).long())
     number = torch.arange(heads, device=of.device)
     anchor = {
         "mean": holds.sum(dim=1) * 2 > room,
@@ -87,9 +95,9 @@ def _refined(of, k, refine):
         "ones": number >= 0,
     }[refine.anchor]
     distance = (holds != anchor[:, None]).sum(dim=0)
-    # Those that a head holds come last: they are no candidates of its own.
-    order = torch.where(holds, heads + 1, distance).sort(dim=-1, stable=True).indices
-    candidates = room - (k - spread)
+    # Those that are no candidates of a head come last.
+    order = torch.where(holds | gone, heads + 1, distance).sort(dim=-1, stable=True).indices
+    candidates = held - (k - spread)
     places = torch.arange(spread, device=of.device) * (candidates - 1) // max(1, spread - 1)
     return torch.cat([best, order[:, places]], dim=-1).sort(dim=-1).values
 

@@ -28,10 +28,7 @@ _OPTIONS = {
     "seed": ("0 to 65535", lambda n: n <= 65535),
 }
 ANCHORS = ("mean", "random", "alternate", "zeros", "ones")
-BUDGETS = ("uniform", "pyramid")
-_WAITS = "settles what a layer keeps when all have been read, each layer of a KvwarpCache for itself; supported: " + ", ".join(
-    BUDGETS
-)
+BUDGETS = ("uniform", "pyramid", "dynamickv", "prefixkv")
 WHOLE = 10_000  # a share of everything
 
 
@@ -112,10 +109,9 @@ class Refine:
 
 def budget(text):
     """How many each head keeps."""
-    if text in ("dynamickv", "prefixkv", "global"):
-        raise Error("budget", f"{text!r} {_WAITS}")
     if text not in BUDGETS:
-        raise Error("budget", f"{text!r}; supported: {', '.join(BUDGETS)}")
+        why = "'global', heads of a KvwarpCache's layer hold as many tokens as each other" if text == "global" else repr(text)
+        raise Error("budget", f"{why}; supported: {', '.join(BUDGETS)}")
     return text
 
 

@@ -71,6 +71,11 @@ class Spec:
         return self.evict is not None and self.evict.keep < WHOLE
 
     @property
+    def waits(self):
+        """Whether all layers are to be read before any of them is packed."""
+        return self.selects and self.budget in ("dynamickv", "prefixkv")
+
+    @property
     def lag(self):
         """LagKV's partition, where tokens are dropped also while decoding; 0 elsewhere."""
         return self.evict.lag if self.selects and self.evict.method == "lagkv" else 0

@@ -72,9 +72,10 @@ def test_what_stays_is_what_the_method_says(method):
 
 
 SPECS = [
-    "q2,evict=snapkv:0.5:max=on:pool=3:window=32", "q4,evict=fastkv:0.3,budget=pyramid", "f16,evict=h2o:0.25,refine=kvcrush:0.3:random",
-    "f16,evict=fastkv:0.25,refine=kvcrush:0.5", "f16,evict=keynorm:0.5", "f16,evict=streaming:0.25", "f16,evict=random:0.5:seed=3",
-    "f16,evict=lagkv-kvpress:0.5:lag=32",
+    "q2,evict=snapkv:0.5:max=on:pool=3:window=32", "q4,evict=fastkv:0.3,budget=pyramid",
+    "f16,evict=h2o:0.25,refine=kvcrush:0.3:random", "f16,evict=fastkv:0.25,refine=kvcrush:0.5", "f16,evict=keynorm:0.5",
+    "f16,evict=streaming:0.25", "f16,evict=random:0.5:seed=3", "f16,evict=lagkv-kvpress:0.5:lag=32",
+    "q4,evict=snapkv:0.4,budget=prefixkv", "f16,evict=h2o:0.05,refine=kvcrush:0.5,budget=dynamickv",
 ]  # fmt: skip
 PREFIX = 256
 
@@ -101,8 +102,8 @@ def test_predictions_are_those_of_the_program(read_by, spec):
     targets, text, predictions, exact = read_by
     got, cache = predictions(spec)
     want = program("perplexity", "-f", text, "--cache", spec, "-b", "16", "--prefix", str(PREFIX), "--kl")
-    assert max(layer.layer.held[0] for layer in cache.layers) == want["kv_tokens"]
     # Sums differ in their last bits: few tokens that are as good as others are chosen otherwise.
+    assert max(layer.layer.held[0] for layer in cache.layers) == pytest.approx(want["kv_tokens"], abs=2)
     assert divergence(exact, got) == pytest.approx(want["kl"], rel=0.05)
     assert -got.gather(1, targets[:, None]).mean().item() == pytest.approx(want["log_perplexity"], abs=0.01)
 
@@ -141,16 +142,27 @@ def test_what_is_read_later_stays():
 
 def test_what_a_choice_does_not_go_with_is_refused():
     ids = torch.randint(0, 300, (1, 70))
-    for argument, network, spec in (
-        ("sliding_window", small("mistral"), "f16,evict=streaming:0.5"),
-        ("refine", small(), "f16,evict=h2o:0.5,refine=kvcrush:0.5"),
-    ):
-        if argument == "refine":
-            network.config.num_key_value_heads = 4  # as where another process has half of them
+
+    def refused(argument, network, cache):
         with pytest.raises(Error, match=f"^{argument}: "), torch.no_grad():
-            network(ids, past_key_values=KvwarpCache(spec))
+            network(ids, past_key_values=cache)
+
+    refused("sliding_window", small("mistral"), KvwarpCache("f16,evict=streaming:0.5"))
     with torch.no_grad():
         small("mistral")(ids[:, :50], past_key_values=KvwarpCache("f16,evict=streaming:0.5"))
+    # As where another process has half of the heads, or of the layers.
+    half = small()
+    half.config.num_key_value_heads = 4
+    refused("refine", half, KvwarpCache("f16,evict=h2o:0.5,refine=kvcrush:0.5"))
+    refused("budget", half, KvwarpCache("f16,evict=h2o:0.5,budget=prefixkv"))
+    first, last, cache = small(), small(), KvwarpCache("f16,evict=h2o:0.5,budget=dynamickv")
+    first.config.num_hidden_layers = last.config.num_hidden_layers = 4
+    with torch.no_grad():
+        first(ids, past_key_values=cache)
+    refused("budget", first, cache)
+    for layer in last.model.layers:
+        layer.self_attn.layer_idx += 2
+    refused("budget", last, KvwarpCache("f16,evict=h2o:0.5,budget=dynamickv"))
 
 
 @pytest.mark.parametrize("argument, spec, why", [
@@ -160,7 +172,7 @@ def test_what_a_choice_does_not_go_with_is_refused():
     ("evict", "q2,evict=random:0.5:seed=1:seed=2", "once each"), ("refine", "q2,refine=kvcrush:0.5", "without evict"),
     ("refine", "q2,evict=h2o:0.5,refine=crush:0.5", "kvcrush:SHARE"), ("budget", "q2,budget=pyramid", "without evict"),
     ("budget", "q2,evict=lagkv:0.5,budget=pyramid", "lagkv-kvpress"), ("budget", "q2,evict=h2o:0.5,budget=half", "pyramid"),
-    ("budget", "q2,evict=h2o:0.5,budget=prefixkv", "when all have been read"), ("tsp", "q2,tsp=0.5", "later layers"),
+    ("budget", "q2,evict=h2o:0.5,budget=global", "as many tokens as each other"), ("tsp", "q2,tsp=0.5", "later layers"),
 ])  # fmt: skip
 def test_parts_that_choose_are_refused_with_a_reason(argument, spec, why):
     with pytest.raises(Error, match=f"^{argument}: .*{why}"):
