@@ -69,7 +69,9 @@ def test_f16_says_what_transformers_own_cache_says(smollm2):
     assert got == want
 
 
-@pytest.mark.parametrize("spec, tie", [("f16", 1e-3), ("q4", 0.02), ("q2", 0.3), ("q2,evict=lagkv:0.5:lag=32", 0.3)])
+@pytest.mark.parametrize("spec, tie", [
+    ("f16", 1e-3), ("q4", 0.02), ("q2", 0.3), ("q2,evict=lagkv:0.5:lag=32", 0.3), ("q4,evict=snapkv:0.3:window=16", 0.02),
+])  # fmt: skip
 def test_the_program_says_the_same(smollm2, spec, tie):
     # Sums and f16 roundings of queries differ, which moves codes where they are at the edge: tokens may fall otherwise at ties.
     tokenizer, network = smollm2
