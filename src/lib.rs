@@ -46,3 +46,8 @@ pub mod token_select;
 pub mod view;
 
 pub use error::{Error, Result};
+
+/// A page whose program is a doctest: it runs where there is a device.
+#[cfg(all(doctest, kvw_cuda, feature = "cudarc"))]
+#[doc = include_str!("../csrc/link/rust.md")]
+mod page {}

@@ -6,14 +6,16 @@ import math
 
 import torch
 
-from . import abi, ops, turn
+from . import abi, ops, scores, turn
+from .choose import Read, score
 from .errors import Error
 from .ops import APPEND, F16, FILL, TOKENS, Slabs
 
 
 class Layer:
     """Tokens of S sequences, which may differ in number: `held` of each, fewer than were read where some were dropped; the
-    first `packed` slabs are found through the table, and among the first `chosen` tokens is not chosen again.
+    first `packed` slabs are found through the table, and among the first `chosen` tokens is not chosen again. A sequence is
+    `fresh` until something of it has been read. What has been read and is not packed yet is `waiting`.
 
     `stores` is the format of each head's history where it is not that of the spec, `feedback` [H, D, D] f16 weights of
     rounding errors of keys: both come from a calibration.
@@ -30,7 +32,7 @@ class Layer:
         self.f16_bytes = self._bytes(F16)
         self.slabs = self._slabs(self._ring(abi.ring_slabs(spec.window)))
         self.held, self.packed, self.chosen = [0] * seqs, [0] * seqs, [0] * seqs
-        self.capacity = 0
+        self.fresh, self.waiting, self.capacity = [True] * seqs, None, 0
 
     def _bytes(self, format):
         return abi.slab_bytes(format, self.head_dim, self.spec.group, self.spec.meta)
@@ -83,7 +85,7 @@ class Layer:
         self.slabs.table, self.capacity = table, capacity
 
     def append(self, k, v, q, scale, sliding_window=0):
-        """One token a sequence, k and v [S, H, D], q [S, 1, q_heads, D]: its attention over what is held then."""
+        """One more token a sequence, k and v [S, H, D], q [S, 1, q_heads, D]: its attention over what is held then."""
         dtype, (k, v, q) = q.dtype, self._enter(k, v, q)
         self.held = [n + 1 for n in self.held]
         due, s = self._due(), self.slabs
@@ -94,17 +96,17 @@ class Layer:
             self.packed, s.packed = due, self._int(due)
         most = max((n + TOKENS - 1) // TOKENS for n in self.held)
         out = ops.paged_attn(q, most, scale, sliding_window, *s.tensors(), s.numbers())
-        ready = [i for i in range(self.shape[0]) if self._parts(i)]
-        if ready:
+        chosen = {i: self._lag(i, s) for i in range(self.shape[0]) if self._parts(i)}
+        if chosen:
             source = s.ring.clone()
-            for i in ready:
-                self._drop(i, s, source)
+            for i, slots in chosen.items():
+                self._gather(i, slots, source)
             s.lens, s.packed = self._int(self.held), self._int(self.packed)
         return self._leave(out, dtype)
 
-    def extend(self, k, v, q, counts, scale, sliding_window=0):
-        """`counts` tokens of each sequence, k and v [T, H, D], q [T, q_heads, D]: their attention. After it LagKV drops
-        tokens, and what has left the window is packed."""
+    def extend(self, k, v, q, counts, scale, sliding_window=0, place=(0, 1)):
+        """`counts` tokens of each sequence, k and v [T, H, D], q [T, q_heads, D]: their attention. After it tokens are dropped,
+        in layer `place[0]` of `place[1]`, and what has left the window is packed, but where budgets wait for `settle`."""
         dtype, (k, v, q) = q.dtype, self._enter(k, v, q)
         before, done = self.held, self.packed
         self.held = [n + c for n, c in zip(before, counts)]
@@ -115,27 +117,43 @@ class Layer:
         stage.packed = self._int(done)
         self._move(self.slabs.ring, stage.ring, before)
         starts = self._int([0, *itertools.accumulate(counts)])
-        most = max(counts)
+        most, rows = max(counts), self._rows(counts)
+        lse = torch.empty((self.shape[0], rows, q.shape[1]), device=self.device) if rows else None
         ops.kv_pack(FILL, k, v, starts, most, *stage.tensors(), stage.numbers())
-        out = ops.prefill_attn(q, starts, most, scale, sliding_window, *stage.tensors(), stage.numbers())
+        out = ops.prefill_attn(q, starts, most, scale, sliding_window, *stage.tensors(), stage.numbers(), lse)
+        scored = self._score(stage, counts, q, lse, scale, place)
+        self.waiting, self.fresh = (stage, done, {i: found for i, (found, _) in scored.items()}), [False] * self.shape[0]
+        if not (self.spec.waits and scored):
+            self.settle({i: (k, found.room) for i, (found, k) in scored.items()})
+        return self._leave(out, dtype)
+
+    def settle(self, budgets):
+        """Of sequences in `budgets` so many tokens of a head stay beside those that always do, of so many of its best; packs
+        what has left the window."""
+        (stage, done, scored), self.waiting = self.waiting, None
+        chosen = {i: self._lag(i, stage) for i in range(self.shape[0]) if self._parts(i)}
+        for i, (k, of) in budgets.items():
+            slots = scored[i].slots(k, of, self.spec.refine)
+            chosen[i], self.held[i] = slots[None].int().contiguous(), slots.shape[1]
+            self.chosen[i] = self.held[i]
         self.reserve(max(self._due()))
-        dropped = [self._parts(i) > 0 for i in range(self.shape[0])]
-        for i in (i for i, lost in enumerate(dropped) if lost):
-            self._drop(i, stage, stage.ring)
+        for i, slots in chosen.items():
+            self._gather(i, slots, stage.ring)
         due = self._due()
-        most = max(0 if lost else b - a for a, b, lost in zip(done, due, dropped))
+        most = max(0 if i in chosen else b - a for i, (a, b) in enumerate(zip(done, due)))
         stage.pools, stage.table, stage.lens = self.slabs.pools, self.slabs.table, self._int(self.held)
         if most:
             # Of those that have dropped tokens nothing is left to pack.
-            stage.packed, first = None, self._int([b if lost else a for a, b, lost in zip(done, due, dropped)])
+            stage.packed, first = None, self._int([b if i in chosen else a for i, (a, b) in enumerate(zip(done, due))])
             ops.kv_flush(first, most, *stage.tensors(), stage.numbers(), **self.rounding)
         self.packed = due
-        self._move(stage.ring, self.slabs.ring, self.held, skip=dropped)
+        self._move(stage.ring, self.slabs.ring, self.held, skip=chosen)
         self.slabs.lens, self.slabs.packed = stage.lens, self._int(due)
-        return self._leave(out, dtype)
 
     def _enter(self, k, v, q):
         """In 16 bits, turned where the spec says so."""
+        if self.waiting:
+            raise Error("budget", f"{self.spec.budget} asks for all layers of a model, the last of which has not been read")
         if self.spec.hadamard:
             of_keys, of_values = turn.keys(self.head_dim, self.device), turn.values(self.head_dim, self.device)
             k, v, q = k.float() @ of_keys, v.float() @ of_values, q.float() @ of_keys
@@ -148,10 +166,10 @@ class Layer:
             out = out.float() @ turn.values(self.head_dim, self.device)
         return out.to(dtype)
 
-    def _move(self, source, to, lens, skip=None):
+    def _move(self, source, to, lens, skip=()):
         """Slabs of each sequence that are not packed between rings of different sizes."""
         for s, (first, n) in enumerate(zip(self.packed, lens)):
-            if skip and skip[s]:
+            if s in skip:
                 continue
             for i in range(first, (n + TOKENS - 1) // TOKENS):
                 to[s, :, i % to.shape[2]] = source[s, :, i % source.shape[2]]
@@ -167,32 +185,63 @@ class Layer:
         return Slabs(slabs.ring[s : s + 1], table, lens, self.head_dim, slabs.pools, self._int([packed]), None,
                      *slabs.numbers()[1:])  # fmt: skip
 
-    def _drop(self, s, held, source):
-        """LagKV: of those partitions of sequence `s` the best tokens stay, and go from the ring `source`, that of `held` or
-        its copy, to the slabs where they are to be."""
+    def _rows(self, counts):
+        """Newest rows of a read whose attention tokens are chosen by."""
+        if not self.spec.selects or not any(self.fresh):
+            return 0
+        rows = self.spec.evict.rows
+        return max(counts) if rows is None else min(rows, max(counts))
+
+    def _score(self, stage, counts, q, lse, scale, place):
+        """What each sequence that has been read first and drops tokens by the spec's method is chosen by."""
+        scored, end = {}, 0
+        for i, n in enumerate(counts):
+            end += n
+            if not self.spec.selects or self.spec.lag or not self.fresh[i]:
+                continue
+            read = Read(self._alone(stage, i, 0), n, place, scale)
+            if lse is not None:
+                rows = min(n, lse.shape[1])
+                # Clones begin at addresses that ops take.
+                read.q, read.lse = q[None, end - rows : end].clone(), lse[i : i + 1, -rows:].clone()
+            found, self.chosen[i] = score(self.spec, read), n
+            if found is not None:
+                scored[i] = found
+        return scored
+
+    def _lag(self, s, held):
+        """LagKV: of those partitions of sequence `s` the best tokens stay. Their slots and all others from the first on that
+        is not packed."""
         evict, heads, n, parts = self.spec.evict, self.shape[1], self.held[s], self._parts(s)
         lag, keep, begin, first = evict.lag, evict.of(evict.lag), max(self.chosen[s], evict.sink), self.packed[s]
         alone = self._alone(held, s, first)
-        scores = ops.lag_scores(begin, lag, parts, *alone.tensors(), alone.numbers())
+        found = scores.lag_scores(begin, lag, parts, *alone.tensors(), alone.numbers())
         # Ties to the lower index, as everywhere: a stable sort.
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
+        best = found.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
         best = (best + begin + lag * torch.arange(parts, device=self.device)[:, None]).flatten(2)
         every = torch.arange(n, device=self.device).expand(1, heads, n)
         slots = [every[..., first * TOKENS : begin], best, every[..., begin + parts * lag :]]
         slots = torch.cat(slots, dim=-1).int().contiguous()
         self.held[s], self.chosen[s] = first * TOKENS + slots.shape[2], begin + parts * keep
+        return slots
+
+    def _gather(self, s, slots, source):
+        """Tokens of sequence `s` in `slots` of the ring `source`, which is not the cache's own, to where they are to be."""
+        first = self.packed[s]
         to = self._alone(self.slabs, s, self._due()[s])
-        most = max(1, (self.held[s] + TOKENS - 1) // TOKENS - first)
-        ops.kv_gather(source[s : s + 1], slots, most, *to.tensors(), to.numbers(), first=self._int([first]), **self.rounding)
+        most = (self.held[s] + TOKENS - 1) // TOKENS - first
+        if most:
+            ops.kv_gather(source[s : s + 1], slots, most, *to.tensors(), to.numbers(), first=self._int([first]), **self.rounding)
 
     def crop(self, n):
         """Forgets the newest `n` tokens of every sequence."""
         if self.spec.lag and n:
             raise Error("crop", "LagKV has chosen among these tokens")
         exact = max(self.packed) if self.spec.format == F16 else self.spec.sink_slabs
-        spare = min(held - (p * TOKENS if p > exact else 0) for held, p in zip(self.held, self.packed))
+        fixed = [max(c, p * TOKENS if p > exact else 0) for c, p in zip(self.chosen, self.packed)]
+        spare = min(held - n for held, n in zip(self.held, fixed))
         if n > spare:
-            raise Error("crop", f"{n} tokens, of which all but {spare} are quantised")
+            raise Error("crop", f"{n} tokens, of which all but {spare} are quantised or have been chosen")
         s = self.slabs
         self.held = [held - n for held in self.held]
         for i, held in enumerate(self.held):
@@ -207,7 +256,8 @@ class Layer:
         """Keeps the sequences `indices`, in that order, each as often as it is named: they are copied."""
         indices, s = [int(i) for i in indices], self.slabs
         pick, old = torch.tensor(indices, device=self.device), self.shape[0]
-        self.held, self.packed, self.chosen = ([x[i] for i in indices] for x in (self.held, self.packed, self.chosen))
+        for name in ("held", "packed", "chosen", "fresh"):
+            setattr(self, name, [getattr(self, name)[i] for i in indices])
         pools = {format: pool.view(old, -1, pool.shape[1])[pick].flatten(0, 1) for format, pool in s.pools.items()}
         ring, capacity, self.capacity = s.ring[pick], self.capacity, 0
         self.shape = (len(indices), self.shape[1])

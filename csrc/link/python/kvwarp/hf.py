@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
+from .budget import settle
 from .cache import Layer
 from .errors import Error
 from .ops import F16
@@ -23,11 +24,11 @@ class KvwarpLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, spec, plan=None):
+    def __init__(self, spec, plan=None, beside=()):
         super().__init__()
-        self.spec, self.plan, self.layer, self.length = spec, plan or {}, None, 0
-        # Of q2-small any token may be the last of a quantised slab.
-        self.is_croppable = not spec.lag and (spec.format == F16 or spec.window >= 64)
+        self.spec, self.plan, self.beside, self.layer, self.length = spec, plan or {}, beside, None, 0
+        # Of q2-small any token may be the last of a quantised slab; drafts are read with a prompt, and chosen among with it.
+        self.is_croppable = not spec.selects and (spec.format == F16 or spec.window >= 64)
 
     def lazy_initialization(self, key_states, value_states):
         batch, heads, _, head_dim = key_states.shape
@@ -43,6 +44,16 @@ class KvwarpLayer(CacheLayerMixin):
         key_states = key_states.view(key_states.shape)  # an object of our own to hang the layer on
         key_states.kvwarp_layer = self
         return key_states, value_states
+
+    def settle(self, layers):
+        """The last of `layers` has read: what each of them keeps of each sequence follows from the scores of all."""
+        all = [beside.layer for beside in self.beside]
+        if len(all) != layers or any(layer is None or layer.waiting is None for layer in all):
+            raise Error("budget", f"{self.spec.budget} asks for all {layers} layers of a model in one process")
+        scored = [layer.waiting[2] for layer in all]
+        budgets = {i: zip(*settle(self.spec.budget, [of[i] for of in scored])) for i in scored[0]}
+        for layer, of in zip(all, zip(*budgets.values())):
+            layer.settle(dict(zip(budgets, of)))
 
     def get_seq_length(self):
         return self.length
@@ -89,7 +100,7 @@ class KvwarpCache(Cache):
 
     def _next_layer(self):
         plan = self.calibration.plan(self.spec, len(self.layers)) if self.calibration else None
-        return KvwarpLayer(self.spec, plan)
+        return KvwarpLayer(self.spec, plan, self.layers)
 
     def bytes(self):
         """Of all layers: slabs and rings in use."""
@@ -110,9 +121,16 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     layer, (seqs, heads, count, head_dim) = held.layer, key.shape
     scale = head_dim**-0.5 if scaling is None else scaling
     window = sliding_window or 0
+    if window and layer.spec.selects and held.length > window:
+        raise Error("sliding_window", f"{window}, counted by position: no more tokens than that where evict drops some")
+    whole = getattr(module.config, "num_key_value_heads", heads)
+    if layer.spec.refine and (heads != whole or heads > 32):
+        raise Error("refine", f"compares all kv heads of a layer, up to 32; here are {heads} of {whole}")
+    if layer.spec.waits and heads != whole:
+        raise Error("budget", f"{layer.spec.budget} asks for all kv heads of a layer; here are {heads} of {whole}")
     real = _real(attention_mask, seqs, count)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [S, T, heads, D]
-    if count == 1 and (real is None or bool(real.all())):
+    if count == 1 and not any(layer.fresh) and (real is None or bool(real.all())):
         return layer.append(k[:, 0], v[:, 0], q, scale, window), None
     if real is None:
         counts, rows = [count] * seqs, slice(None)
@@ -121,7 +139,10 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if min(counts) == 0:
         raise Error("attention_mask", "a sequence without tokens")
     k, v, q = (x.flatten(0, 1)[rows] for x in (k, v, q))
-    some = layer.extend(k, v, q, counts, scale, window)
+    place = module.layer_idx, module.config.num_hidden_layers
+    some = layer.extend(k, v, q, counts, scale, window, place)
+    if layer.waiting and place[0] == place[1] - 1:
+        held.settle(place[1])
     out = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     out.flatten(0, 1)[rows] = some
     return out, None

@@ -5,7 +5,6 @@ with a fake implementation, so that graphs can be traced through it.
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -209,11 +208,12 @@ def paged_attn(q: Tensor, max_slabs: int, scale: float, sliding_window: int, rin
     return out
 
 
-@torch.library.custom_op("kvwarp::prefill_attn", mutates_args=())
+@torch.library.custom_op("kvwarp::prefill_attn", mutates_args=("lse",))
 def prefill_attn(q: Tensor, cu_tokens: Tensor, max_tokens: int, scale: float, sliding_window: int, ring: Tensor,
                  pools: list[Tensor], table: Tensor, lens: Tensor, packed: Optional[Tensor], indptr: Optional[Tensor],
-                 numbers: list[int]) -> Tensor:  # fmt: skip
-    """Causal attention of rows `cu_tokens` of q, [T, q_heads, D], over a cache whose ring holds their tokens."""
+                 numbers: list[int], lse: Optional[Tensor] = None) -> Tensor:  # fmt: skip
+    """Causal attention of rows `cu_tokens` of q, [T, q_heads, D], over a cache whose ring holds their tokens. `lse`, f32
+    [S, rows, q_heads], gets the log-sum-exps of the newest rows; of fewer its last."""
     cache = _cache(ring, pools, table, lens, packed, indptr, numbers)
     at = expect("q", q, _DTYPES, 3, ring.device)
     starts = expect("cu_tokens", cu_tokens, torch.int32, 1, ring.device)
@@ -222,21 +222,12 @@ def prefill_attn(q: Tensor, cu_tokens: Tensor, max_tokens: int, scale: float, sl
     out = torch.empty_like(q)
     args = abi.params("prefill_attn", cache=cache, q=at, out=out.data_ptr(), q_heads=q.shape[1], tokens=q.shape[0], scale=scale,
                       cu_tokens=starts, max_tokens=max_tokens, sliding_window=sliding_window, dtype=_DTYPES[q.dtype])  # fmt: skip
+    if lse is not None:
+        args.lse, args.lse_rows = expect("lse", lse, torch.float32, 3, ring.device), lse.shape[1]
+        if lse.shape[0] != cache.seqs or lse.shape[2] != q.shape[1]:
+            raise Error("lse", f"shape is {tuple(lse.shape)}; expected [{cache.seqs}, rows, {q.shape[1]}]")
     _call("prefill_attn", args, ring.device)
     return out
-
-
-@torch.library.custom_op("kvwarp::lag_scores", mutates_args=())
-def lag_scores(first: int, lag: int, partitions: int, ring: Tensor, pools: list[Tensor], table: Tensor, lens: Tensor,
-               packed: Optional[Tensor], indptr: Optional[Tensor], numbers: list[int]) -> Tensor:  # fmt: skip
-    """LagKV's scores of `partitions` partitions of `lag` tokens from slot `first` on, [S, H, partitions, lag]."""
-    cache = _cache(ring, pools, table, lens, packed, indptr, numbers)
-    scores = torch.full((cache.seqs, cache.kv_heads, partitions, lag), math.nan, device=ring.device)
-    start = torch.full_like(lens, first)
-    args = abi.params("sim_evict", op=abi.constants["KVW_EVICT_LAG"], cache=cache, scores=scores.data_ptr(), lag=lag,
-                      first=start.data_ptr(), partitions=partitions, v_weight=1.0)  # fmt: skip
-    _call("sim_evict", args, ring.device)
-    return scores
 
 
 @torch.library.custom_op("kvwarp::kv_gather", mutates_args=("ring", "pools"))
@@ -269,8 +260,3 @@ def _(q, *args):
 @prefill_attn.register_fake
 def _(q, *args):
     return torch.empty_like(q)
-
-
-@lag_scores.register_fake
-def _(first, lag, partitions, ring, *args):
-    return ring.new_empty((ring.shape[0], ring.shape[1], partitions, lag), dtype=torch.float32)

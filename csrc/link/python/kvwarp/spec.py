@@ -5,43 +5,10 @@ import re
 from dataclasses import dataclass, replace
 
 from .errors import Error
+from .evict import WHOLE, Evict, Refine, budget, check
 from .ops import F16, FP8, Q2, Q4, Q8, TOKENS
 
 _TOKENS_MOST = 1 << 20
-
-
-@dataclass(frozen=True)
-class Evict:
-    """LagKV: of each `lag` tokens that are followed by as many, the share `keep` / 10,000; the first `sink` stay."""
-
-    keep: int
-    lag: int = 128
-    sink: int = 16
-
-    def of(self, n):
-        """Tokens kept of `n`."""
-        return n * self.keep // 10_000
-
-    @classmethod
-    def parse(cls, text):
-        method, *words = text.split(":")
-        if method != "lagkv":
-            raise Error("evict", f"{method!r} needs the weights of attention or reads a prompt again; supported: lagkv")
-        if not words or not re.fullmatch(r"0(\.\d{0,4})?|1(\.0{0,4})?", words[0]):
-            raise Error("evict", f"{text!r}; supported: lagkv:SHARE, a share of 0 to 1 with at most four decimals")
-        whole, _, decimals = words[0].partition(".")
-        given = {}
-        for word in words[1:]:
-            name, _, value = word.partition("=")
-            if name not in ("lag", "sink") or name in given or not re.fullmatch(r"[0-9]+", value):
-                raise Error("evict", f"{word!r}; supported options, once each: lag=N, sink=N")
-            given[name] = int(value)
-        evict = cls(int(whole + decimals.ljust(4, "0")), **given)
-        if evict.lag % 16 or not 16 <= evict.lag <= 1024:
-            raise Error("evict", f"lag={evict.lag}; supported: multiples of 16 from 16 to 1024")
-        if evict.sink > 4096:
-            raise Error("evict", f"sink={evict.sink}; supported: 0 to 4096")
-        return evict
 
 
 @dataclass(frozen=True)
@@ -60,6 +27,8 @@ class Spec:
     range: int = 100
     keep: int = 0
     evict: Evict | None = None
+    refine: Refine | None = None
+    budget: str | None = None
 
     @classmethod
     def parse(cls, text):
@@ -75,16 +44,17 @@ class Spec:
             seen.add(part)
         if spec.meta and (spec.format == Q8 or spec.group == 128):
             raise Error("meta", "u8 is for q4 and q2 with a group of 32 or 64")
+        check(spec.evict, spec.refine, spec.budget)
         # LagKV looks at two partitions of f16 tokens at a time.
         return replace(spec, window=max(spec.window, 2 * spec.lag))
 
     def _with(self, part, value):
-        if part == "evict":
-            return replace(self, evict=Evict.parse(value))
+        if part in _CHOOSES:
+            return replace(self, **{part: _CHOOSES[part](value)})
         if part in _REFUSED:
             raise Error(part, _REFUSED[part])
         if part not in _PARTS:
-            raise Error(part, f"not a part of a spec; supported: evict, {', '.join(_PARTS)}")
+            raise Error(part, f"not a part of a spec; supported: {', '.join([*_CHOOSES, *_PARTS])}")
         if self.format == F16 or (self.format == FP8 and part not in ("window", "sinks")):
             raise Error(part, f"has no effect on {self.preset}")
         if self.format != Q2 and part in ("range", "keep"):
@@ -96,9 +66,19 @@ class Spec:
         return replace(self, **{part: found})
 
     @property
+    def selects(self):
+        """Whether tokens that are read are dropped."""
+        return self.evict is not None and self.evict.keep < WHOLE
+
+    @property
+    def waits(self):
+        """Whether all layers are to be read before any of them is packed."""
+        return self.selects and self.budget in ("dynamickv", "prefixkv")
+
+    @property
     def lag(self):
-        """Tokens of a partition among which are dropped; 0 where none are."""
-        return self.evict.lag if self.evict and self.evict.keep < 10_000 else 0
+        """LagKV's partition, where tokens are dropped also while decoding; 0 elsewhere."""
+        return self.evict.lag if self.selects and self.evict.method == "lagkv" else 0
 
     @property
     def sink_slabs(self):
@@ -118,10 +98,9 @@ _PARTS = {
     "range": ("50 to 100 percent", _number(50, 100)),
     "keep": ("0 to 100 percent", _number(0, 100)),
 }
+_CHOOSES = {"evict": Evict.parse, "refine": Refine.parse, "budget": budget}
 _REFUSED = {
     "kivi_exact": "KIVI's own boundaries are for parity tests; q2-kivi is its quantiser",
-    "refine": "goes with methods that score all tokens of a prompt, of which a KvwarpCache has none",
-    "budget": "goes with methods that score all tokens of a prompt, of which a KvwarpCache has none",
     "tsp": "changes which tokens later layers read, which a cache cannot",
 }
 

@@ -24,7 +24,8 @@ class Abi(unittest.TestCase):
             abi.slab_bytes(0, 80)
 
     def test_structs_are_those_of_the_library(self):
-        for op in ("paged_attn", "kv_pack", "prefill_attn", "kv_gather", "rms_norm", "rope_select", "sim_evict"):
+        for op in ("paged_attn", "kv_pack", "prefill_attn", "kv_gather", "rms_norm", "rope_select", "sim_evict", "token_score",
+                   "token_select"):
             with self.assertRaises(Error) as raised:
                 abi.call(op, abi.params(op))
             self.assertNotEqual(raised.exception.argument, "struct_size", op)

@@ -58,7 +58,10 @@ def test_architectures(name):
     assert cache.get_seq_length() == 161
 
 
-@pytest.mark.parametrize("name, spec", [("llama", "q4"), ("mistral", "f16"), ("qwen2", "q2,evict=lagkv:0.5:lag=16")])
+@pytest.mark.parametrize("name, spec", [
+    ("llama", "q4"), ("mistral", "f16"), ("qwen2", "q2,evict=lagkv:0.5:lag=16"), ("qwen2", "q4,evict=h2o:0.5"),
+    ("llama", "q2,evict=snapkv:0.5:window=16,refine=kvcrush:0.2"), ("llama", "q4,evict=fastkv:0.4,budget=dynamickv"),
+])  # fmt: skip
 def test_a_padded_batch_is_its_sequences(name, spec):
     network, batch = small(name), padded(90, 130, 7)
     got = greedy(network, batch, KvwarpCache(spec), 40)

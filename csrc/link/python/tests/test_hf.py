@@ -69,7 +69,9 @@ def test_f16_says_what_transformers_own_cache_says(smollm2):
     assert got == want
 
 
-@pytest.mark.parametrize("spec, tie", [("f16", 1e-3), ("q4", 0.02), ("q2", 0.3), ("q2,evict=lagkv:0.5:lag=32", 0.3)])
+@pytest.mark.parametrize("spec, tie", [
+    ("f16", 1e-3), ("q4", 0.02), ("q2", 0.3), ("q2,evict=lagkv:0.5:lag=32", 0.3), ("q4,evict=snapkv:0.3:window=16", 0.02),
+])  # fmt: skip
 def test_the_program_says_the_same(smollm2, spec, tie):
     # Sums and f16 roundings of queries differ, which moves codes where they are at the edge: tokens may fall otherwise at ties.
     tokenizer, network = smollm2
@@ -125,6 +127,17 @@ def test_fewer_bits_take_fewer_bytes(smollm2):
     assert cache.get_seq_length() > cache.layers[0].layer.held[0], "positions go on past what is held"
 
 
+def known_by(network):
+    """What the program knows a model by whose weights are as its files have them."""
+    config = network.config
+    numbers = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+               config.head_dim)  # fmt: skip
+    fingerprint = hashlib.sha256(b"".join(n.to_bytes(8, "little") for n in numbers))
+    for layer in network.model.layers:
+        fingerprint.update(layer.self_attn.q_proj.weight.detach().view(torch.uint8).numpy().tobytes()[:4096])
+    return fingerprint.hexdigest()
+
+
 def calibrated(network, ids, path):
     """A calibration as the program writes it, of the queries of `ids`; every third head loses most."""
     seen, extend = [], Layer.extend
@@ -139,14 +152,9 @@ def calibrated(network, ids, path):
         forward(network, ids, KvwarpCache("f16"))
     finally:
         Layer.extend = extend
-    config, moments = network.config, torch.stack(seen).float()
+    moments = torch.stack(seen).float()
     losses = torch.arange(moments.shape[0] * moments.shape[1]).float().view(moments.shape[:2]) % 3
-    numbers = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-               config.head_dim)  # fmt: skip
-    fingerprint = hashlib.sha256(b"".join(n.to_bytes(8, "little") for n in numbers))
-    for layer in network.model.layers:
-        fingerprint.update(layer.self_attn.q_proj.weight.detach().numpy().tobytes()[:4096])
-    metadata = {"kvwarp.calibration": "1", "model": fingerprint.hexdigest(), "text": "", "tokens": str(ids.shape[1])}
+    metadata = {"kvwarp.calibration": "1", "model": known_by(network), "text": "", "tokens": str(ids.shape[1])}
     save_file({"moments": moments, "losses": losses}, path, metadata)
 
 
@@ -163,10 +171,32 @@ def test_a_calibration_rounds_as_the_program_does(smollm2, tmp_path):
 
 
 def test_a_calibration_of_another_model_is_refused(tmp_path):
-    config = LlamaConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
-    network = AutoModelForCausalLM.from_config(config)
-    for version, heads in (("1", 1), ("2", 2)):
-        save_file({"moments": torch.zeros(1, heads, 64, 64), "losses": torch.zeros(1, heads)}, tmp_path / "kv",
-                  {"kvwarp.calibration": version})  # fmt: skip
-        with pytest.raises(Error, match="^calibration: "):
-            Calibration.open(tmp_path / "kv", network)
+    def saved(seed, name, **options):
+        torch.manual_seed(seed)
+        config = LlamaConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=20)
+        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / name, **options)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+
+    one, other = saved(0, "one"), saved(1, "other", max_shard_size="60KB")
+    assert (tmp_path / "other/model.safetensors.index.json").exists()
+
+    def written(heads=2, version="1", of=one):
+        metadata = {"kvwarp.calibration": version, "model": known_by(of)}
+        save_file({"moments": torch.zeros(2, heads, 64, 64), "losses": torch.zeros(2, heads)}, tmp_path / "kv", metadata)
+        return tmp_path / "kv"
+
+    for network in (one, other):
+        assert len(Calibration.open(written(of=network), network).losses) == 2
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.float32)
+    assert len(Calibration.open(written(), wide).losses) == 2, "files say what model it is, not what was made of them"
+    unsaved = AutoModelForCausalLM.from_config(one.config)
+    unsaved.config._name_or_path = unsaved.name_or_path = ""
+    assert len(Calibration.open(written(), unsaved, folder=tmp_path / "one").losses) == 2
+    for argument, options, network, why in (
+        ("calibration", {"version": "2"}, one, "version"),
+        ("calibration", {"heads": 1}, one, "moments are"),
+        ("calibration", {}, other, "of model .*kvwarp calibrate kv -m .*other"),
+        ("folder", {}, unsaved, "none: no safetensors"),
+    ):
+        with pytest.raises(Error, match=f"^{argument}: .*{why}"):
+            Calibration.open(written(**options), network)

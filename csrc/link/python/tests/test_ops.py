@@ -160,7 +160,7 @@ def test_refusals_of_gathering_name_the_argument(argument, changes):
 
 @pytest.mark.parametrize("argument, spec", [
     ("preset", "q3"), ("preset", "latent"), ("window", "q2,window=x"), ("window", "q2,window=64,window=64"),
-    ("window", "f16,window=64"), ("evict", "q2,evict=snapkv:0.5"), ("evict", "q2,evict=lagkv:2"),
+    ("window", "f16,window=64"), ("evict", "q2,evict=kvzip:0.5"), ("evict", "q2,evict=lagkv:2"),
     ("evict", "q2,evict=lagkv:0.5:lag=20"), ("evict", "q2,evict=lagkv:0.5:pool=3"), ("hadamard", "q2,hadamard=yes"),
     ("meta", "q8,meta=u8"), ("meta", "q2,group=128"), ("range", "q4,range=90"), ("keep", "q2,keep=101"),
     ("group", "fp8,group=32"), ("kivi_exact", "q2-kivi,kivi_exact"), ("budget", "q2,budget=uniform"),
