@@ -5,7 +5,8 @@ use super::card::{Card, Launch};
 use super::case::{Case, Ready, copies};
 use anyhow::Result;
 use kvwarp::ffi::{self, kvw_latent};
-use kvwarp::slab::TOKENS;
+use kvwarp::pages::Entry;
+use kvwarp::slab::{Format, TOKENS};
 use kvwarp::{head_linear, lowrank_kv};
 
 /// Query heads, kv heads, r, c; D is 128.
@@ -38,16 +39,33 @@ impl Heads {
         self.rank + 2 * self.pairs * self.kv
     }
 
-    /// As many copies of a cache as keep L2 cold, slabs of random numbers at random places.
-    fn caches(self, card: &Card, context: usize, batch: usize) -> Result<Vec<kvw_latent>> {
-        let (stride, bytes) = (context.div_ceil(TOKENS), 2 * TOKENS * self.width());
+    /// Bytes of a slab.
+    fn slab(self, format: Format) -> usize {
+        let [rank, pairs, kv] = [self.rank, self.pairs, self.kv].map(|n| n as i32);
+        // SAFETY: numbers alone.
+        unsafe { ffi::kvw_latent_slab_bytes(format as i32, rank, pairs, kv) }
+    }
+
+    /// As many copies of a cache as keep L2 cold, slabs of random numbers at random places, all of them of this format.
+    fn caches(
+        self,
+        card: &Card,
+        format: Format,
+        (context, batch): (usize, usize),
+    ) -> Result<Vec<kvw_latent>> {
+        let (stride, bytes) = (context.div_ceil(TOKENS), self.slab(format));
         let noise = Noise(3).halves(1 << 19, 0.5);
+        let places = Noise(4).shuffled(batch * stride);
+        let table: Vec<Entry> = places.iter().map(|&place| Entry::new(format, place)).collect();
         let one = |_| {
             let pool = card.take(batch * stride * bytes)?;
             card.fill(pool, bytemuck::cast_slice(&noise), batch * stride * bytes)?;
+            let packed = if format == Format::F16 { 0 } else { pool };
             Ok(kvw_latent {
                 pool: pool as _,
-                table: card.upload(&Noise(4).shuffled(batch * stride))? as _,
+                packed: packed as _,
+                format: format as i32,
+                table: card.upload(&table)? as _,
                 lens: card.upload(&vec![context as i32; batch])? as _,
                 seqs: batch as i32,
                 kv_heads: self.kv as i32,
@@ -61,9 +79,9 @@ impl Heads {
     }
 
     /// One step of a token a sequence.
-    fn attend(self, (context, batch): (usize, usize), ctas: i32) -> Case {
+    fn attend(self, format: Format, (context, batch): (usize, usize), ctas: i32) -> Case {
         let prepare = move |card: &Card| -> Result<Ready> {
-            let caches = self.caches(card, context, batch)?;
+            let caches = self.caches(card, format, (context, batch))?;
             let n = batch * self.q * self.rank;
             let out = card.zeros(n * 2)?;
             let mut args = lowrank_kv::Args {
@@ -87,6 +105,9 @@ impl Heads {
             // SAFETY: live params; nothing behind their pointers is read.
             let (need, bytes) =
                 unsafe { (ffi::kvw_lowrank_kv_workspace(&args), ffi::kvw_lowrank_kv_bytes(&args)) };
+            // The op counts slabs as f16: which are packed only the table says.
+            let saved = self.slab(Format::F16) - self.slab(format);
+            let bytes = bytes - batch * context.div_ceil(TOKENS) * saved;
             (args.workspace, args.workspace_bytes) = (card.zeros(need)? as _, need);
             let launch = |cache| -> Launch {
                 let args = lowrank_kv::Args { cache, ..args };
@@ -96,13 +117,47 @@ impl Heads {
             let launches = caches.into_iter().map(launch).collect();
             Ok(Ready { launches, bytes, operations: 0.0, output: Some((out, n)) })
         };
-        Case::new("lowrank_kv", "f16", &self.name(), Box::new(prepare)).at(context, batch, 1)
+        let name = format!("{format:?}").to_lowercase();
+        Case::new("lowrank_kv", &name, &self.name(), Box::new(prepare)).at(context, batch, 1)
+    }
+
+    /// The slabs of so many sequences that leave their windows, packed.
+    fn pack(self, format: Format, slabs: usize) -> Case {
+        let prepare = move |card: &Card| -> Result<Ready> {
+            let caches = self.caches(card, Format::F16, (4096, slabs.div_ceil(64)))?;
+            let to = card.take(slabs * self.slab(format))?;
+            let moves: Vec<_> = (0..slabs as u32)
+                .map(|i| [Entry::new(Format::F16, i), Entry::new(format, i)])
+                .collect();
+            let args = lowrank_kv::Args {
+                struct_size: size_of::<lowrank_kv::Args>() as u32,
+                op: ffi::KVW_LOWRANK_PACK,
+                moves: card.upload(&moves)? as _,
+                tokens: slabs as i32,
+                range: 1.0,
+                ..Default::default()
+            };
+            let packing = |cache| kvw_latent { packed: to as _, format: format as i32, ..cache };
+            let args = |cache| lowrank_kv::Args { cache: packing(cache), ..args };
+            // SAFETY: live params; nothing behind their pointers is read.
+            let bytes = unsafe { ffi::kvw_lowrank_kv_bytes(&args(caches[0])) };
+            let launch = |cache| -> Launch {
+                let args = args(cache);
+                // SAFETY: the arena keeps everything until the next case.
+                Box::new(move |stream| unsafe { lowrank_kv::run(&args, stream) })
+            };
+            let launches = caches.into_iter().map(launch).collect();
+            Ok(Ready { launches, bytes, operations: 0.0, output: None })
+        };
+        let name = format!("{format:?}").to_lowercase();
+        let case = Case::new("lowrank_kv", &name, &self.name(), Box::new(prepare));
+        case.at(64 * slabs, 1, 64).variant("pack".into())
     }
 
     /// Rows of one token a sequence, or of a prompt.
     fn append(self, batch: usize, tokens: usize) -> Case {
         let prepare = move |card: &Card| -> Result<Ready> {
-            let caches = self.caches(card, tokens.max(4096), batch)?;
+            let caches = self.caches(card, Format::F16, (tokens.max(4096), batch))?;
             let rows = (0..=batch).map(|s| (s * tokens) as i32).collect::<Vec<_>>();
             let (z, k) = (self.rank, self.width() - self.rank);
             let args = lowrank_kv::Args {
@@ -174,11 +229,17 @@ impl Heads {
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     for heads in MODELS {
-        all.extend(SIZES.map(|at| heads.attend(at, 0)));
+        all.extend(SIZES.map(|at| heads.attend(Format::F16, at, 0)));
     }
-    let [llama2, ..] = MODELS;
+    let [llama2, .., llama3] = MODELS;
     for ctas in [66, 264] {
-        all.push(llama2.attend((32768, 1), ctas).variant(format!("ctas={ctas}")));
+        all.push(llama2.attend(Format::F16, (32768, 1), ctas).variant(format!("ctas={ctas}")));
+    }
+    for format in [Format::Q4, Format::Q2] {
+        for heads in [llama2, llama3] {
+            all.extend([SIZES[0], SIZES[3]].map(|at| heads.attend(format, at, 0)));
+        }
+        all.extend([16, 512].map(|slabs| llama2.pack(format, slabs)));
     }
     all.extend([llama2.append(16, 1), llama2.append(1, 2048)]);
     for batch in [1, 16] {

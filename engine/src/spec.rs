@@ -113,7 +113,7 @@ const fn low_error(preset: &'static str, window: usize) -> CacheSpec {
 
 /// Latents in 4 or 2 bits, a scale and a minimum of an element's 64 tokens; slabs are packed whole.
 const fn latent(preset: &'static str, store: Format) -> CacheSpec {
-    CacheSpec { latent: true, group: 64, ..kivi(preset, store, KIVI_WINDOW) }
+    CacheSpec { latent: true, group: 64, sinks: 64, ..kivi(preset, store, 64) }
 }
 
 /// Every preset. The first is f16, the last is what a converted model has of its own.
@@ -126,7 +126,7 @@ pub const PRESETS: [CacheSpec; 10] = [
     low_error("q2-small", 0),
     kivi("q2-kivi", Format::Q2, KIVI_WINDOW),
     latent("latent-q4", Format::Q4),
-    CacheSpec { sinks: 64, range: 88, ..latent("latent-q2", Format::Q2) },
+    CacheSpec { range: 75, ..latent("latent-q2", Format::Q2) },
     CacheSpec { latent: true, ..kivi("latent", Format::F16, 0) },
 ];
 
@@ -195,9 +195,9 @@ impl CacheSpec {
     pub fn help() -> String {
         let mut text = String::from(
             "PRESET is f16, q8, fp8 (e4m3), q4, q2 (2 bits with little loss; see `kvwarp calibrate`), q2-small (its smallest), \
-             q2-kivi (KIVI's recipe) or latent (of a model that `kvwarp convert elitekv` has made, and what such a model has \
-             where no preset is named). Parts; those that choose tokens go with every preset but latent, the others neither \
-             with that nor with f16:\n",
+             q2-kivi (KIVI's recipe), latent (of a model that `kvwarp convert elitekv` has made, and what such a model has \
+             where no preset is named), latent-q4 or latent-q2 (latents in 4 or 2 bits behind the window). Parts; those \
+             that choose tokens go with every preset but these three, the others neither with f16 nor with latent:\n",
         );
         for part in &PARTS {
             let value = match part.accepts {

@@ -70,6 +70,7 @@ fn specs() -> impl Strategy<Value = CacheSpec> {
         match (preset.store, kivi_exact && !preset.hadamard) {
             (Format::F16, _) => preset,
             (Format::Fp8, _) => zones,
+            _ if preset.latent => CacheSpec { range, ..zones },
             (_, true) => {
                 CacheSpec { window: (window / group + 1) * group, group, kivi_exact, ..preset }
             }

@@ -10,7 +10,7 @@ use crate::cache::{Plan, Shape, full_bytes};
 use crate::config::{Config, Elite};
 use crate::policy;
 use crate::source::Source;
-use crate::spec::CacheSpec;
+use crate::spec::{CacheSpec, PRESETS};
 
 /// Arguments of `kvwarp info`.
 #[derive(clap::Args)]
@@ -22,15 +22,11 @@ pub struct Args {
     json: bool,
 }
 
-/// Caches whose cost is shown.
-const SPECS: [&str; 7] = ["f16", "q8", "fp8", "q4", "q2", "q2-small", "q2-kivi"];
-
 pub fn run(args: &Args) -> anyhow::Result<Outcome> {
     let source = open::source(&args.model)?;
-    let specs = SPECS.iter().map(|name| name.parse()).collect::<Result<Vec<_>, _>>()?;
     let own = CacheSpec::of(&source.config);
     let latent = own.latent && policy::check(&own, &source.config, source.config.context).is_ok();
-    let specs = specs.into_iter().chain(latent.then_some(own));
+    let specs = PRESETS.into_iter().filter(|preset| latent || !preset.latent);
     let costs = specs.map(|spec| cost(&source.config, spec)).collect::<Result<Vec<_>, _>>()?;
     if args.json {
         output::put_json(&json(&source, &costs))?;

@@ -26,7 +26,7 @@ pub(super) const PARTS: [Part; 12] = [
     Part {
         name: "window",
         accepts: "0 to 1048576 tokens",
-        help: "newest tokens that stay f16 (default 128; q2 64, q2-small 0)",
+        help: "newest tokens that stay f16 (default 128; q2 and latents 64, q2-small 0)",
         chooses: false,
         read: |spec, value| tokens(value).is_some_and(|n| set(&mut spec.window, n)),
         write: |spec| spec.window.to_string(),
@@ -34,7 +34,7 @@ pub(super) const PARTS: [Part; 12] = [
     Part {
         name: "sinks",
         accepts: "0 to 1048576 tokens",
-        help: "oldest tokens that stay f16, in slabs of 64 (default 0; q2 64)",
+        help: "oldest tokens that stay f16, in slabs of 64 (default 0; q2 and latents 64)",
         chooses: false,
         read: |spec, value| tokens(value).is_some_and(|n| set(&mut spec.sinks, n)),
         write: |spec| spec.sinks.to_string(),
@@ -76,7 +76,7 @@ pub(super) const PARTS: [Part; 12] = [
     Part {
         name: "range",
         accepts: "50 to 100 percent",
-        help: "share of a group's range that 2-bit codes span (default 100; q2 88)",
+        help: "share of a group's range that 2-bit codes span (default 100; q2 88, latent-q2 75)",
         chooses: false,
         read: |spec, value| {
             let percent = value.parse().ok().filter(|n| (50..=100).contains(n));

@@ -49,6 +49,27 @@ fn rows(record: &str) -> BTreeMap<(String, String), (Budget, Vec<f64>)> {
     rows
 }
 
+/// The README's table is the record, and refitting takes back most of what plain factors lose at half the cache.
+#[test]
+fn the_readme_says_what_the_record_has() {
+    let read = |name| fs::read_to_string(file(name)).unwrap();
+    let (record, readme) = (rows(&read("benches/record/elitekv.csv")), read("README.md"));
+    let of = |ratio: &str, method: &str| &record[&(ratio.to_owned(), method.to_owned())];
+    let columns = ["pairs", "plain", "whitened", "by layer", "refit", "by layer refit", "distil"];
+    for ratio in ["1", "0.5", "0.25"] {
+        let Budget { pairs, rank } = of(ratio, METHODS[0].0).0;
+        let nats = columns.map(|method| {
+            let nats = of(ratio, method).1.iter().map(|nats| format!("{nats:+.2}"));
+            nats.collect::<Vec<_>>().join(", ")
+        });
+        let row = format!("| {ratio} | {pairs}, {rank} | {} |", nats.join(" | "));
+        assert!(readme.contains(&row), "the README has no row `{row}`");
+    }
+    for (plain, refit) in of("0.5", "plain").1.iter().zip(&of("0.5", "refit").1) {
+        assert!(2.0 * refit < *plain, "{refit} after {plain}");
+    }
+}
+
 /// Rows that the record has are not measured again, and a conversion goes on where it was killed; remove the file to measure
 /// everything.
 #[test]

@@ -72,7 +72,7 @@ fn latents_are_packed_behind_the_window() {
         assert!(seen.apart < most && seen.other == 0, "{model:?} {spec}: {seen:?}");
         assert!(seen.slabs[0] < 2e-3 && seen.slabs[1] < 0.2, "{model:?} {spec}: {seen:?}");
         let store = usize::from(pair.gpu.spec().store as u8);
-        assert!(pair.gpu.used()[store] >= 3, "{spec}: {:?}", pair.gpu.used());
+        assert!(pair.gpu.used()[store] >= 2, "{spec}: {:?}", pair.gpu.used());
         (0..3).for_each(|_| pair.leave(0));
         assert_eq!((pair.gpu.used(), pair.gpu.free()), ([0; 5], free));
         drop(pair);

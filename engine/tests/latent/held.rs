@@ -110,7 +110,7 @@ fn frozen_sequences_go_on_as_often_as_one_likes() {
     for (spec_of, held, copied) in [
         ("latent", 192, 0),
         ("latent", 200, 1),
-        ("latent-q4", 192, 2),
+        ("latent-q4", 192, 1),
         ("latent-q4,window=64,sinks=70", 200, 2),
         ("latent-q2,window=0,sinks=0", 200, 1),
     ] {
