@@ -72,7 +72,6 @@ impl Heads {
                 pairs: self.pairs as i32,
                 rank: self.rank as i32,
                 table_stride: stride as i32,
-                ..Default::default()
             })
         };
         (0..copies(card, batch * stride * bytes)).map(one).collect()

@@ -70,7 +70,7 @@ impl Cache {
     pub fn is_loose(&self, row: Row, n: usize) -> bool {
         let packed = |len| packed_slabs(len, self.spec.window);
         // Latents that leave the window are packed after the step.
-        let waits = self.latents.is_some() && self.spec.store != Format::F16;
+        let waits = self.packs();
         let loose = |head: &Head| {
             packed(head.len + 1) == packed(head.len + 1 + n)
                 && (!waits || packed(head.len) == packed(head.len + n))
@@ -89,8 +89,12 @@ impl Cache {
 
     /// F16 slabs beside the limits: the rings of `rows` sequences, and latents of a block that is read before it is packed.
     pub fn beside(&self, rows: usize) -> usize {
-        let packs = self.latents.is_some() && self.spec.store != Format::F16;
-        rows * self.rings() + if packs { BLOCK / TOKENS } else { 0 }
+        rows * self.rings() + if self.packs() { BLOCK / TOKENS } else { 0 }
+    }
+
+    /// Whether latents are packed, of which no more than a block at once is read before it is.
+    pub fn packs(&self) -> bool {
+        self.latents.is_some() && self.spec.store != Format::F16
     }
 
     /// Bytes from a slab of `format` to the next.

@@ -80,6 +80,21 @@ fn latents_are_packed_behind_the_window() {
     }
 }
 
+/// A context that ends before anything leaves the window.
+#[test]
+fn short_contexts_pack_nothing() {
+    let (machine, source) = (machine(), staged(MODELS[1]));
+    let short = Options { context: 100, ..options(1) };
+    let exact = on_device(&source, "latent", None, &short, &machine);
+    let packing = on_device(&source, "latent-q2", None, &short, &machine);
+    let [a, b] = [exact, packing].map(|mut gpu| {
+        let row = gpu.open().unwrap();
+        watched(|w| gpu.read(row, &text(2, 90), w)).unwrap();
+        logits(&mut gpu, row, &text(8, 10))
+    });
+    assert_eq!(a, b);
+}
+
 #[test]
 fn keys_and_values_are_expanded() {
     for (model, spec, with, share) in [

@@ -38,10 +38,16 @@ impl Latents {
 impl Cache {
     /// The first `seqs` rows of a layer from `row` on to a kernel, lengths `[seqs]` at `lens`; where there are latents.
     pub fn latents(&self, layer: usize, row: Row, seqs: usize, lens: u64) -> Option<kvw_latent> {
-        let shape = self.latents.as_ref()?.0[layer];
+        let (shape, exact) =
+            (self.latents.as_ref()?.0[layer], self.latent_pool(layer, Format::F16));
+        // Where no sequence is long enough there is nothing packed, and no pool.
+        let packed = self.packs().map(|store| match self.latent_pool(layer, store) {
+            0 => exact,
+            packed => packed,
+        });
         Some(kvw_latent {
-            pool: at(self.latent_pool(layer, Format::F16)),
-            packed: at(self.packs().map_or(0, |store| self.latent_pool(layer, store))),
+            pool: at(exact),
+            packed: at(packed.unwrap_or(0)),
             format: self.spec.store as i32,
             table: at(self.table_at(layer, row)),
             lens: at(lens),
@@ -50,7 +56,6 @@ impl Cache {
             pairs: shape.pairs() as i32,
             rank: shape.rank() as i32,
             table_stride: self.stride as i32,
-            ..Default::default()
         })
     }
 
@@ -60,7 +65,7 @@ impl Cache {
     }
 
     /// What slabs of latents that have left the window are packed to.
-    pub(super) fn packs(&self) -> Option<Format> {
+    pub fn packs(&self) -> Option<Format> {
         let store = self.spec.store;
         (self.has_latents() && store != Format::F16).then_some(store)
     }
