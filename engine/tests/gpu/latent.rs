@@ -70,7 +70,9 @@ fn latents_are_packed_behind_the_window() {
         eprintln!("{model:?} {spec}: {seen:?}");
         let most = EXACT.max(share * seen.moved);
         assert!(seen.apart < most && seen.other == 0, "{model:?} {spec}: {seen:?}");
-        assert!(seen.slabs[0] < 2e-3 && seen.slabs[1] < 0.2, "{model:?} {spec}: {seen:?}");
+        // Later layers see what codes of earlier ones make of it.
+        let codes = (2.0 * seen.apart).max(0.05);
+        assert!(seen.slabs[0] < 2e-3 && seen.slabs[1] < codes, "{model:?} {spec}: {seen:?}");
         let store = usize::from(pair.gpu.spec().store as u8);
         assert!(pair.gpu.used()[store] >= 2, "{spec}: {:?}", pair.gpu.used());
         (0..3).for_each(|_| pair.leave(0));
