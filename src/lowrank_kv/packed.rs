@@ -2,6 +2,7 @@
 
 use super::{COLUMN, COLUMN_BYTES, Shape, TILE, check_len};
 use crate::error::{Error, Result};
+use crate::lanes::{Lanes, Row};
 use crate::slab::{Format, Rounding, TOKENS};
 use half::f16;
 
@@ -61,27 +62,49 @@ impl Shape {
         (0..self.width()).map(element).collect()
     }
 
-    /// Tile `tile` of a packed slab as it would be in f16.
-    pub(super) fn spread(self, format: Format, slab: &[u8], tile: usize, out: &mut [u8]) {
+    /// Tile `tile` of a packed slab as it would be in f16, two tokens of a column at a time.
+    #[inline(always)]
+    pub(super) fn spread<L: Lanes>(
+        self,
+        l: L,
+        (format, slab): (Format, &[u8]),
+        tile: usize,
+        out: &mut [u8],
+    ) {
         let bits = bits(format);
         let codes = &slab[tile * self.tile_bytes() / 16 * bits..];
-        let meta = &slab[self.slab_bytes() / 16 * bits..];
+        let meta = slab[self.slab_bytes() / 16 * bits..].as_chunks::<META>().0;
+        // Even channels lie in the lower half of a word, odd ones in the upper; where they lie there their scale takes back.
+        let shift = |i: usize| i % COLUMN / 2 * bits;
+        let mask = |odd: usize| {
+            let one = |i: usize| if i % 2 == odd { ((1 << bits) - 1) << shift(i) } else { 0 };
+            l.get_int(&Row(std::array::from_fn(one)))
+        };
+        let ([even, odd], mut down) = ([mask(0), mask(1)], [0.0; 16]);
+        for (i, down) in down.iter_mut().enumerate() {
+            *down = 1.0 / (1 << shift(i)) as f32;
+        }
         for (column, out) in out.chunks_exact_mut(COLUMN_BYTES).enumerate() {
-            let half = |i: usize| {
-                let at = column * META + 2 * i;
-                f16::from_le_bytes([meta[at], meta[at + 1]]).to_f32()
-            };
-            let scales: [f32; COLUMN] = std::array::from_fn(half);
-            let minima: [f32; COLUMN] = std::array::from_fn(|i| half(COLUMN + i));
+            let mut both = [0.0; 16];
+            l.put(&mut both, l.half(&meta[column]));
+            let [scales, minima] = [0, COLUMN].map(|at| {
+                let mut twice = [0.0; 16];
+                twice[..COLUMN].copy_from_slice(&both[at..at + COLUMN]);
+                twice[COLUMN..].copy_from_slice(&both[at..at + COLUMN]);
+                l.get(&twice)
+            });
+            let scales = l.mul(scales, l.get(&down));
             let codes = &codes[column * TILE * bits..][..TILE * bits];
-            for (codes, out) in codes.chunks_exact(bits).zip(out.as_chunks_mut::<16>().0) {
-                let word = codes.iter().rev().fold(0u32, |word, &byte| word << 8 | u32::from(byte));
-                let value = |i: usize| {
-                    let code = word >> (i % 2 * 4 * bits + i / 2 * bits) & ((1 << bits) - 1);
-                    (code as f32).mul_add(scales[i], minima[i])
-                };
-                let values: [f32; COLUMN] = std::array::from_fn(value);
-                let halves = values.map(f16::from_f32);
+            let word = |token: usize| {
+                let bytes = &codes[token * bits..][..bits];
+                let low = u32::from(u16::from_le_bytes([bytes[0], bytes[1]]));
+                let high = if bits == 4 { u16::from_le_bytes([bytes[2], bytes[3]]) } else { 0 };
+                l.int((low | u32::from(high) << 16) as i32)
+            };
+            for (pair, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+                let words = l.join_low(word(2 * pair), word(2 * pair + 1));
+                let codes = l.or(l.and(words, even), l.and(l.shr(words, 4 * bits), odd));
+                let halves = l.to_half(l.fused(l.float(codes), scales, minima));
                 out.copy_from_slice(bytemuck::cast_slice(&halves));
             }
         }

@@ -60,11 +60,8 @@ impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {
         values.fill(0.0);
         let (mut copy, mut spread) =
             (std::mem::take(&mut work.copy), std::mem::take(&mut work.spread));
-        let (mut tiles, mut n) = ([&[] as &[Pair]; TILES], 0);
-        let mut held = TILE;
-        for (tile, live) in task.tiles(&mut spread) {
-            (tiles[n], held, n) = (tile.as_chunks().0, live, n + 1);
-        }
+        let mut tiles = [&[] as &[Pair]; TILES];
+        let (n, held) = task.tiles(l, &mut spread, &mut tiles);
         if held < TILE {
             tiles[n - 1] = cleared(tiles[n - 1], held, rank, &mut copy);
         }
@@ -89,32 +86,35 @@ impl Kernel for (Task<'_>, &mut Work, &mut [f32]) {
 }
 
 impl<'a> Task<'a> {
-    /// Tiles of the run that hold tokens, packed ones in `spread`, and how many each holds.
-    fn tiles<'b>(&self, spread: &'b mut Vec<u8>) -> impl Iterator<Item = (&'b [u8], usize)>
+    /// Tiles of the run that hold tokens, packed ones in `spread`; how many, and how many tokens the last one holds.
+    #[inline(always)]
+    fn tiles<'b, L: Lanes>(
+        &self,
+        l: L,
+        spread: &'b mut Vec<u8>,
+        tiles: &mut [&'b [Pair]; TILES],
+    ) -> (usize, usize)
     where
         'a: 'b,
     {
         let (view, bytes) = (self.view, self.view.shape.tile_bytes());
-        let slabs = self.run * RUN..view.slabs().min((self.run + 1) * RUN);
         spread.resize(if view.packed.is_some() { TILES * bytes } else { 0 }, 0);
-        let mut room = spread.chunks_exact_mut(bytes.max(1));
-        slabs.filter_map(|i| Some((i, view.slab(i)?))).flat_map(move |(i, (format, slab))| {
-            let held = view.len - i * TOKENS;
-            let tiles = (0..TOKENS / TILE).map_while(|t| {
-                let live = held.saturating_sub(t * TILE).min(TILE);
-                let tile: &'b [u8] = match format {
-                    _ if live == 0 => return None,
-                    Format::F16 => &slab[t * bytes..][..bytes],
-                    _ => {
-                        let to = room.next()?;
-                        view.shape.spread(format, slab, t, to);
+        let (mut room, mut n, mut held) = (spread.chunks_exact_mut(bytes.max(1)), 0, TILE);
+        for i in self.run * RUN..view.slabs().min((self.run + 1) * RUN) {
+            let Some((format, slab)) = view.slab(i) else { continue };
+            for t in 0..(view.len - i * TOKENS).min(TOKENS).div_ceil(TILE) {
+                held = (view.len - i * TOKENS - t * TILE).min(TILE);
+                let tile = match (format, room.next()) {
+                    (Format::F16, _) | (_, None) => &slab[t * bytes..][..bytes],
+                    (_, Some(to)) => {
+                        view.shape.spread(l, (format, slab), t, to);
                         to
                     }
                 };
-                Some((tile, live))
-            });
-            tiles.collect::<Vec<_>>()
-        })
+                (tiles[n], n) = (tile.as_chunks().0, n + 1);
+            }
+        }
+        (n, held)
     }
 
     /// Base-2 scores of `N` heads from `first` of the task's on.
