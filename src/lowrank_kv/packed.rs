@@ -2,12 +2,25 @@
 
 use super::{COLUMN, COLUMN_BYTES, Shape, TILE, check_len};
 use crate::error::{Error, Result};
-use crate::lanes::{Lanes, Row};
+use crate::lanes::{self, Kernel, Lanes, Row};
+use crate::simd::Level;
 use crate::slab::{Format, Rounding, TOKENS};
 use half::f16;
 
 /// Bytes of a column's scales and minima.
 const META: usize = 4 * COLUMN;
+
+struct Unpack<'a>(Shape, (Format, &'a [u8]), &'a mut [u8]);
+
+impl Kernel for Unpack<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, l: L) {
+        let Self(shape, packed, out) = self;
+        for (tile, out) in out.chunks_exact_mut(shape.tile_bytes()).enumerate() {
+            shape.spread(l, packed, tile, out);
+        }
+    }
+}
 
 /// Bits of a code.
 const fn bits(format: Format) -> usize {
@@ -47,6 +60,17 @@ impl Shape {
                 out[byte] |= code << shift;
             }
         }
+        Ok(())
+    }
+
+    /// A packed slab as it would be in f16.
+    ///
+    /// # Errors
+    /// [`Error::Len`] where the sizes do not fit.
+    pub fn unpack(self, level: Level, packed: (Format, &[u8]), out: &mut [u8]) -> Result<()> {
+        check_len("slab", self.packed_bytes(packed.0), packed.1.len())?;
+        check_len("out", self.slab_bytes(), out.len())?;
+        lanes::dispatch(level, Unpack(self, packed, out));
         Ok(())
     }
 

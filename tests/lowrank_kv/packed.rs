@@ -156,6 +156,36 @@ fn the_cpu_reads_codes_too() {
     }
 }
 
+/// To the last bit what single rows of codes are.
+#[test]
+fn unpacked_slabs_are_their_rows() {
+    for (store, [kv_heads, pairs, rank]) in
+        STORES.into_iter().flat_map(|store| [[3, 12, 112], [1, 4, 16]].map(|shape| (store, shape)))
+    {
+        let shape = Shape::new(kv_heads, pairs, rank).unwrap();
+        let mut exact = vec![0; shape.slab_bytes()];
+        for token in 0..64 {
+            let x = |i: usize| ((token * 7 + i * 13) % 101) as f32 * 0.37 - 11.0;
+            let row: Vec<f32> = (0..shape.width()).map(x).collect();
+            let (z, k) = row.split_at(rank);
+            shape.write(&mut exact, token, z, k).unwrap();
+        }
+        let mut packed = vec![0; shape.packed_bytes(store)];
+        shape.pack(store, &exact, 0.9, &mut packed).unwrap();
+        for level in Level::available() {
+            let mut out = vec![0xFF; shape.slab_bytes()];
+            shape.unpack(level, (store, &packed), &mut out).unwrap();
+            for token in 0..64 {
+                let [want, got] = [(store, &packed), (Format::F16, &out)]
+                    .map(|(format, slab)| shape.read((format, slab), token));
+                assert_eq!(got, want, "{store:?} {level:?}, token {token}");
+            }
+            assert!(shape.unpack(level, (store, &packed[1..]), &mut out).is_err());
+            assert!(shape.unpack(level, (store, &packed), &mut out[1..]).is_err());
+        }
+    }
+}
+
 /// What codes cost the attention of latents whose channels are of like size.
 #[test]
 fn fewer_bits_are_near_what_they_stand_for() {

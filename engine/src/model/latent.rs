@@ -65,7 +65,7 @@ impl Model<'_> {
             let rows = ROWS.min(held - first);
             work.resize(self.config, rows);
             let Work { k, v, spare, clock, .. } = &mut *work;
-            [spare.z, spare.elite] = cache.rows(row, index, first..first + rows);
+            [spare.z, spare.elite] = cache.rows(row, index, first..first + rows)?;
             latent.up((&self.cpu(false), rows), [k, v], spare, clock)?;
             lay(cache, index, first, [k, v], rows);
         }
