@@ -33,7 +33,7 @@ use bytes::AlignedBytes;
 pub use error::CacheError;
 use head::Head;
 use latent::Latents;
-pub use latent::{newest, stride};
+pub use latent::{beside, newest, stride};
 pub use plan::{Plan, need};
 pub use share::formats;
 pub use stats::{CacheStats, full_bytes};
@@ -103,14 +103,13 @@ impl Cache {
         let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
         let (sequences, spare) = (Vec::new(), AlignedBytes::default());
         let staging = vec![AlignedBytes::default(); shape.layers];
-        let most = [0; 3];
-        let latents = plan.latents.as_deref().map(|shapes| Latents::new(spec, shapes));
+        let (spec, most) = (*spec, [0; 3]);
+        let latents = plan.latents.as_deref().map(|shapes| Latents::new(&spec, shapes));
         if spec.latent != latents.is_some() {
             let (op, field, got) = ("cache", "latent", "no rows of a converted model".into());
             let supported = "those of its layers";
             return Err(kvwarp::Error::Unsupported { op, field, got, supported }.into());
         }
-        let spec = *spec;
         let mut cache = Self { shape, spec, plan, pools, latents, sequences, staging, spare, most };
         cache.reserve(&plus(cache.need(0, shape.context), cache.begun(1, shape.context)));
         Ok(cache)

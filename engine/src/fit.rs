@@ -55,7 +55,7 @@ pub fn on_host(
     let plan = model.plan(spec);
     let full = |context| full_bytes(spec, Shape { context, ..shape }, &plan);
     let ring = match &plan.latents {
-        Some(shapes) => newest(spec) * (stride(shapes, Format::F16) + size_of::<Entry>()),
+        Some(shapes) => newest(spec) * (stride(shapes.iter(), Format::F16) + size_of::<Entry>()),
         None => full(1)?,
     };
     let sequence = full(tokens)? + ring;
@@ -63,7 +63,7 @@ pub fn on_host(
     let layer = Shape { layers: 1, ..shape };
     let exact = full_bytes(&CacheSpec::default(), layer, &Plan::default())?;
     // Latents of a block are packed when all layers have read it.
-    let read = match spec.latent && spec.store != Format::F16 {
+    let read = match spec.packs().is_some() {
         true => full_bytes(&CacheSpec::of(model.config()), model.shape(block), &plan)?,
         false => 0,
     };

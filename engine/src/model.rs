@@ -215,9 +215,7 @@ impl<'a> Model<'a> {
             let piece = Piece { x: &mut x, angles: &angles, first: 0, rows, of };
             self.layer(index, layer, piece, cache, work)?;
         }
-        for &(row, _) in &counts {
-            work.clock.time(|| Launch::of("kv_pack"), || cache.pack_latents(row, &self.team))?;
-        }
+        self.pack_latents(counts.iter().map(|&(row, _)| row), cache, work)?;
         self.logits(&x, true, work)
     }
 

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use kvwarp::pages::packed_slabs;
 use kvwarp::sim_evict;
 use kvwarp::slab::{Format, Meta};
 
@@ -75,15 +76,30 @@ pub struct SpecError {
 
 /// More tokens than any context has.
 const WHOLE: usize = 1 << 30;
+
 impl CacheSpec {
     /// What a model has where none is named: f16, or latents where it has been converted.
     pub fn of(config: &Config) -> Self {
         if config.elite.is_some() { PRESETS[PRESETS.len() - 1] } else { Self::default() }
     }
 
-    /// Whether slabs have this format once they are packed.
-    pub fn keeps(&self, format: Format) -> bool {
-        format == Format::F16 || format == self.store
+    /// What latents that have left the window are packed to, after the step or the block with which they did.
+    pub fn packs(&self) -> Option<Format> {
+        (self.latent && self.store != Format::F16).then_some(self.store)
+    }
+
+    /// Most tokens that a cache is given at once: of latents that are packed a block, which is f16 till then.
+    pub fn at_once(&self) -> usize {
+        self.packs().map_or(WHOLE, |_| BLOCK)
+    }
+
+    /// Whether a head of `len` tokens, of which the first are `chosen`, takes one and `n` more after it, none of which packs a
+    /// slab or has others dropped.
+    pub fn is_loose(&self, (len, chosen): (usize, usize), n: usize) -> bool {
+        let packed = |len| packed_slabs(len, self.window);
+        let alike = |len| packed(len) == packed(len + n);
+        let room = self.lag().is_none_or(|lag| len + 1 + n < chosen + 2 * lag);
+        alike(len + 1) && (self.packs().is_none() || alike(len)) && room
     }
 
     /// How many of `heads` kv heads stay at 4 bits where a calibration says which.

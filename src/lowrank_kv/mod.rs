@@ -140,7 +140,7 @@ pub struct View<'a> {
     pub shape: Shape,
     /// Slabs of `shape.slab_bytes()`.
     pub pool: &'a Pool,
-    /// Slabs of 4 or 2 bits, of `shape.packed_bytes()`.
+    /// Slabs of 4 or 2 bits, of `shape.bytes()` of the format.
     pub packed: Option<(Format, &'a Pool)>,
     /// An entry a slab, of [`Format::F16`] or that of `packed`; of another format: a hole.
     pub table: &'a [Entry],

@@ -28,8 +28,11 @@ const fn bits(format: Format) -> usize {
 }
 
 impl Shape {
-    /// Bytes of a packed slab: 36 an element of a row with 4 bits, 20 with 2.
-    pub const fn packed_bytes(self, format: Format) -> usize {
+    /// Bytes of a slab: 128 an element of a row in f16, 36 in q4, 20 in q2.
+    pub const fn bytes(self, format: Format) -> usize {
+        if matches!(format, Format::F16) {
+            return self.slab_bytes();
+        }
         self.slab_bytes() / 16 * bits(format) + self.width() / COLUMN * META
     }
 
@@ -43,7 +46,7 @@ impl Shape {
             return Err(Error::Unsupported { op: super::OP, field, got, supported });
         }
         check_len("slab", self.slab_bytes(), slab.len())?;
-        check_len("out", self.packed_bytes(format), out.len())?;
+        check_len("out", self.bytes(format), out.len())?;
         out.fill(0);
         let (rounding, max_code) = (Rounding { range, feedback: None }, (1 << bits(format)) - 1);
         let rows: Vec<_> = (0..TOKENS).map(|token| self.read((Format::F16, slab), token)).collect();
@@ -68,7 +71,7 @@ impl Shape {
     /// # Errors
     /// [`Error::Len`] where the sizes do not fit.
     pub fn unpack(self, level: Level, packed: (Format, &[u8]), out: &mut [u8]) -> Result<()> {
-        check_len("slab", self.packed_bytes(packed.0), packed.1.len())?;
+        check_len("slab", self.bytes(packed.0), packed.1.len())?;
         check_len("out", self.slab_bytes(), out.len())?;
         lanes::dispatch(level, Unpack(self, packed, out));
         Ok(())

@@ -84,7 +84,7 @@ impl Cache {
         let mut pool = Pool::of(shape.slab_bytes());
         let mut packed = Pool::of(match case.store {
             Format::F16 => 16,
-            store => shape.packed_bytes(store),
+            store => shape.bytes(store),
         });
         let mut free: Vec<u32> =
             (0..case.lens.len() * stride + 1).map(|_| pool.take().unwrap()).collect();

@@ -24,7 +24,7 @@ fn codes_and_scales_lie_where_the_layout_says() {
         (z[0], z[9]) = (token as f32, if token == 17 { 15.0 } else { 0.0 });
         shape.write(&mut slab, token, &z, &[0.0; 8]).unwrap();
     }
-    let mut packed = vec![0xFF; shape.packed_bytes(Format::Q4)];
+    let mut packed = vec![0xFF; shape.bytes(Format::Q4)];
     shape.pack(Format::Q4, &slab, 1.0, &mut packed).unwrap();
     let half = |at: usize| f16::from_le_bytes([packed[at], packed[at + 1]]).to_f32();
     // 4 tiles of 3 columns of 16 tokens of 4 bytes, then 32 bytes a column.
@@ -38,7 +38,7 @@ fn codes_and_scales_lie_where_the_layout_says() {
     assert_eq!(packed[3 * 3 * 64 + 15 * 4..][..4], [15, 0, 0, 0]);
     let row = shape.read((Format::Q4, &packed), 17);
     assert_eq!((row[9], row[10]), (15.0, 0.0));
-    let mut packed = vec![0xFF; shape.packed_bytes(Format::Q2)];
+    let mut packed = vec![0xFF; shape.bytes(Format::Q2)];
     shape.pack(Format::Q2, &slab, 1.0, &mut packed).unwrap();
     assert_eq!(packed[(3 + 1) * 32 + 2..][..2], [0, 3]);
     assert_eq!(shape.read((Format::Q2, &packed), 17)[9], 15.0);
@@ -49,7 +49,7 @@ fn codes_and_scales_lie_where_the_layout_says() {
 /// Packs three slabs of which one has NaN and one is nobody's; the pool of codes has another slab that must stay.
 fn packs(run: &Run, store: Format, range: f32) -> Result<(), String> {
     let cache = Cache::new(&Case { holes: 0, lens: vec![192], store, rank: 144, ..case() });
-    let (shape, bytes) = (cache.shape, cache.shape.packed_bytes(store));
+    let (shape, bytes) = (cache.shape, cache.shape.bytes(store));
     let mut noise = Noise(3);
     let mut slabs = vec![0; 3 * shape.slab_bytes()];
     for (i, slab) in slabs.chunks_exact_mut(shape.slab_bytes()).enumerate() {
@@ -170,7 +170,7 @@ fn unpacked_slabs_are_their_rows() {
             let (z, k) = row.split_at(rank);
             shape.write(&mut exact, token, z, k).unwrap();
         }
-        let mut packed = vec![0; shape.packed_bytes(store)];
+        let mut packed = vec![0; shape.bytes(store)];
         shape.pack(store, &exact, 0.9, &mut packed).unwrap();
         for level in Level::available() {
             let mut out = vec![0xFF; shape.slab_bytes()];

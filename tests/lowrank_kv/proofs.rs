@@ -29,8 +29,8 @@ fn a_row_is_its_elements_and_nothing_else() {
         assert_eq!(shape.slab_bytes(), TOKENS * (2 * r * h + c) * 2);
         assert_eq!(of_c(c, r, h), shape.slab_bytes());
         for (format, each) in [(Format::Q4, 36), (Format::Q2, 20)] {
-            assert_eq!(shape.packed_bytes(format), each * shape.width());
-            assert_eq!(of(format, c, r, h), shape.packed_bytes(format));
+            assert_eq!(shape.bytes(format), each * shape.width());
+            assert_eq!(of(format, c, r, h), shape.bytes(format));
         }
         // Rows written one after another are read back, so no two elements share a byte: all bytes are theirs.
         let (mut slab, mut noise) = (vec![0; shape.slab_bytes()], Noise(h as u64));

@@ -18,7 +18,7 @@ use kvwarp::threads::Team;
 use super::head::Rules;
 use super::{Cache, CacheError, Sequence, open_mut};
 use crate::runner::{Frozen, Held, Row};
-pub use pools::{Latents, newest, stride};
+pub use pools::{Latents, beside, in_window, newest, stride};
 use pools::{Layer, slot};
 
 impl Cache {
@@ -55,11 +55,11 @@ impl Cache {
     /// [`CacheError::Kernel`] when a pool is full.
     pub fn pack_latents(&mut self, row: Row, team: &Team) -> Result<(), CacheError> {
         let Some(latents) = &mut self.latents else { return Ok(()) };
-        let (rules, range) = (Rules::new(&self.spec, None), f32::from(self.spec.range) / 100.0);
+        let rules = Rules::new(&self.spec, None);
         let Sequence { table, packed, position, .. } = open_mut(&mut self.sequences, row);
         while *packed < packed_slabs(*position, rules.window) {
             if rules.format(*packed) != Format::F16 {
-                table[*packed] = latents.pack(table[*packed], range, team)?;
+                table[*packed] = latents.pack(table[*packed], rules.rounding.range, team)?;
             }
             *packed += 1;
         }
@@ -101,7 +101,7 @@ impl Cache {
         let Layer { shape, exact, packed } = &latents.layers[layer];
         let Sequence { heads, table, .. } = self.sequence(row);
         let len = heads[self.range(layer).start].len - later;
-        let packed = (latents.store != Format::F16).then_some((latents.store, packed));
+        let packed = self.spec.packs().map(|store| (store, packed));
         Some(View { shape: *shape, pool: exact, packed, table, len })
     }
 

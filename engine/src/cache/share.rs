@@ -3,13 +3,13 @@
 use std::borrow::Cow;
 
 use kvwarp::kv_pack;
-use kvwarp::pages::{Entry, Pools, packed_slabs, ring_slabs};
+use kvwarp::pages::{Entry, Pools, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
 
 use super::head::{Head, Rules, ring_slot, take};
-use super::latent::newest;
+use super::latent::{beside, in_window, newest};
 use super::{Cache, CacheError, Sequence, give, need, open_mut};
-use crate::runner::{BLOCK, Frozen, Held, Row, Slabs, plus};
+use crate::runner::{Frozen, Held, Row, Slabs, plus};
 use crate::spec::CacheSpec;
 
 impl Cache {
@@ -60,22 +60,14 @@ impl Cache {
     pub fn begun(&self, rows: usize, len: usize) -> Slabs {
         let mut slabs = Slabs::default();
         if self.latents.is_some() {
-            let newest = len.div_ceil(TOKENS) - packed_slabs(len, self.spec.window);
-            slabs[Format::F16 as usize] = rows * newest;
+            slabs[Format::F16 as usize] = rows * in_window(&self.spec, len);
         }
         slabs
     }
 
     /// Whether `row` takes a token and `n` more after it, none of which packs a slab or has others dropped.
     pub fn is_loose(&self, row: Row, n: usize) -> bool {
-        let packed = |len| packed_slabs(len, self.spec.window);
-        // Latents that leave the window are packed after the step.
-        let waits = self.packs();
-        let loose = |head: &Head| {
-            packed(head.len + 1) == packed(head.len + 1 + n)
-                && (!waits || packed(head.len) == packed(head.len + n))
-                && self.spec.lag().is_none_or(|lag| head.len + 1 + n < head.chosen + 2 * lag)
-        };
+        let loose = |head: &Head| self.spec.is_loose((head.len, head.chosen), n);
         !self.spec.kivi_exact && self.sequence(row).heads.iter().all(loose)
     }
 
@@ -89,17 +81,12 @@ impl Cache {
 
     /// F16 slabs beside the limits: the rings of `rows` sequences, and latents of a block that is read before it is packed.
     pub fn beside(&self, rows: usize) -> usize {
-        rows * self.rings() + if self.packs() { BLOCK / TOKENS } else { 0 }
-    }
-
-    /// Whether latents are packed, of which no more than a block at once is read before it is.
-    pub fn packs(&self) -> bool {
-        self.latents.is_some() && self.spec.store != Format::F16
+        if self.latents.is_some() { beside(&self.spec, rows) } else { rows * self.rings() }
     }
 
     /// Bytes from a slab of `format` to the next.
     pub fn slab_stride(&self, format: Format) -> usize {
-        if let Some(latents) = self.latents.as_ref().filter(|_| self.spec.keeps(format)) {
+        if let Some(latents) = &self.latents {
             return latents.stride(format);
         }
         self.pools.pool(format).slab_stride()
@@ -197,8 +184,8 @@ impl Cache {
 
     /// Bytes of [`Cache::slab`].
     pub fn slab_bytes_of(&self, format: Format) -> usize {
-        let own = self.latents.as_ref().filter(|_| self.spec.keeps(format));
-        own.map_or(self.pools.layout(format).slab_bytes(), |latents| latents.stride(format))
+        let own = self.latents.as_ref().map(|latents| latents.stride(format));
+        own.unwrap_or(self.pools.layout(format).slab_bytes())
     }
 
     /// A frozen sequence of `len` tokens whose `heads` hold `slabs` from elsewhere, in the order of [`Frozen::entries`] and

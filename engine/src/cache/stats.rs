@@ -1,11 +1,11 @@
 //! What a cache costs, counted where the memory is taken.
 
 use super::head::Rules;
-use super::latent::stride;
+use super::latent::{in_window, stride};
 use super::{AlignedBytes, Cache, CacheError, Latents, Plan, Sequence, Shape};
 use crate::runner::Row;
 use crate::spec::CacheSpec;
-use kvwarp::pages::{Entry, Pools, packed_slabs, ring_slabs};
+use kvwarp::pages::{Entry, Pools, ring_slabs};
 use kvwarp::slab::{Format, TOKENS};
 
 /// Memory of a sequence, in bytes from the allocator unless said otherwise.
@@ -93,10 +93,10 @@ impl Cache {
 pub fn full_bytes(spec: &CacheSpec, shape: Shape, plan: &Plan) -> Result<usize, CacheError> {
     if let Some(latents) = &plan.latents {
         let slabs = Rules::new(spec, None).slabs(shape.context);
-        let packed: usize = slabs.iter().map(|&(format, n)| n * stride(latents, format)).sum();
-        let newest = shape.context.div_ceil(TOKENS) - packed_slabs(shape.context, spec.window);
-        let entries = shape.context.div_ceil(TOKENS) * size_of::<Entry>();
-        return Ok(packed + newest * stride(latents, Format::F16) + entries);
+        let packed: usize =
+            slabs.iter().map(|&(format, n)| n * stride(latents.iter(), format)).sum();
+        let newest = in_window(spec, shape.context) * stride(latents.iter(), Format::F16);
+        return Ok(packed + newest + shape.context.div_ceil(TOKENS) * size_of::<Entry>());
     }
     let pools = Pools::with_meta(shape.head_dim, spec.group, spec.meta)?;
     let bytes = |format| pools.pool(format).slab_stride();

@@ -7,9 +7,7 @@ use crate::cache::{CacheError, CacheStats};
 use crate::config::Config;
 use crate::model::ModelError;
 use crate::profile::Profile;
-use crate::runner::{
-    BLOCK, Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check, need_of, plus,
-};
+use crate::runner::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check, need_of, plus};
 use crate::spec::CacheSpec;
 use crate::watch::Watch;
 
@@ -84,8 +82,8 @@ impl Runner for Gpu {
     fn read(&mut self, row: Row, tokens: &[u32], watch: &mut Watch<'_>) -> Result<(), RunError> {
         self.fits(row, tokens)?;
         check(&self.need(self.len(row), tokens.len()), &self.free())?;
-        let block = if self.cache.packs().is_some() { BLOCK } else { usize::MAX };
-        tokens.chunks(block).try_for_each(|tokens| self.read_block(row, tokens, watch))
+        let most = self.cache.spec().at_once();
+        tokens.chunks(most).try_for_each(|tokens| self.read_block(row, tokens, watch))
     }
 
     /// Turns of as many tokens run together.

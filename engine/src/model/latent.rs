@@ -52,6 +52,20 @@ impl Model<'_> {
         }
     }
 
+    /// Packs what has left the windows of `rows`, where latents are kept: between steps.
+    pub(super) fn pack_latents(
+        &self,
+        mut rows: impl Iterator<Item = Row>,
+        cache: &mut Cache,
+        work: &mut Work,
+    ) -> Result<(), ModelError> {
+        if !cache.spec().latent {
+            return Ok(());
+        }
+        let pack = || rows.try_for_each(|row| cache.pack_latents(row, &self.team));
+        Ok(work.clock.time(|| Launch::of("kv_pack"), pack)?)
+    }
+
     /// Expands what `row` holds of the staged layer `index`, for a prompt that goes on there.
     pub(super) fn unfold(
         &self,

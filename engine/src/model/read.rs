@@ -126,7 +126,7 @@ impl Model<'_> {
         if let Some(policy) = &mut policy {
             policy.finish((cache, row), &self.team)?;
         }
-        work.clock.time(|| Launch::of("kv_pack"), || cache.pack_latents(row, &self.team))?;
+        self.pack_latents(std::iter::once(row), cache, work)?;
         cache.unstage();
         Ok(stream.x)
     }

@@ -3,7 +3,7 @@
 use kvwarp::sample;
 use kvwarp::slab::Format;
 
-use super::{BLOCK, Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check, need_of, plus};
+use super::{Frozen, Row, RunError, Runner, Slabs, TURN, Turn, check, need_of, plus};
 use crate::cache::{Cache, CacheStats};
 use crate::config::Config;
 use crate::model::{Model, ModelError, Work};
@@ -140,10 +140,10 @@ impl Runner for CpuRunner<'_> {
 
     fn read(&mut self, row: Row, tokens: &[u32], watch: &mut Watch<'_>) -> Result<(), RunError> {
         check(&self.need(self.len(row), tokens.len()), &self.free())?;
-        let block = if self.cache.packs() { BLOCK } else { usize::MAX };
+        let most = self.cache.spec().at_once();
         let mut read =
             |tokens| self.model.read(tokens, (&mut self.cache, row), &mut self.work, watch);
-        let read = tokens.chunks(block).try_for_each(|tokens| read(tokens).map(drop));
+        let read = tokens.chunks(most).try_for_each(|tokens| read(tokens).map(drop));
         self.cache.unstage();
         Ok(read?)
     }

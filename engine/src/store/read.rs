@@ -75,7 +75,8 @@ impl Contents {
         }
         if let Some(latents) = &plan.latents {
             for format in [Format::F16, self.reader.spec.store] {
-                let ((slabs, got), size) = (&self.slabs[format as usize], stride(latents, format));
+                let ((slabs, got), size) =
+                    (&self.slabs[format as usize], stride(latents.iter(), format));
                 if *got != size && !slabs.is_empty() {
                     return Err(Fault::field(slabs_of(format), format!("{got} bytes"), size));
                 }

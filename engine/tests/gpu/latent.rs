@@ -19,7 +19,18 @@ pub fn staged((name, pairs, rank): (&str, usize, usize)) -> Source {
     converted(&source, &request(&tokens, pairs, rank)).staged
 }
 
-/// Prompts read at once and in blocks that begin within a tile, steps that fill slabs, and more said after them.
+/// Prompts of so many tokens read at once and in blocks that begin within a tile, steps that fill slabs, and more said after
+/// them.
+fn follow(pair: &mut Pair<'_>, [together, apart]: [usize; 2]) {
+    pair.join(&text(7, together), 512);
+    pair.join(&text(3, apart), 41);
+    (0..5).for_each(|_| pair.step());
+    pair.tell(1, &text(8, 77));
+    pair.join(&text(4, 2), 64);
+    (0..3).for_each(|_| pair.step());
+    (0..3).for_each(|i| pair.compare_latents(i));
+}
+
 #[test]
 fn latents_are_attended_to_as_they_are() {
     for model in MODELS {
@@ -27,13 +38,7 @@ fn latents_are_attended_to_as_they_are() {
         let host = on_host(&source, None);
         let small = Options { piece: 48, ..options(3) };
         let mut pair = Pair::new(on_device(&source, "latent", None, &small, &machine), &host);
-        pair.join(&text(7, 126), 512);
-        pair.join(&text(3, 90), 41);
-        (0..5).for_each(|_| pair.step());
-        pair.tell(1, &text(8, 77));
-        pair.join(&text(4, 2), 64);
-        (0..3).for_each(|_| pair.step());
-        (0..3).for_each(|i| pair.compare_latents(i));
+        follow(&mut pair, [126, 90]);
         eprintln!("{model:?}: {:?}", pair.seen);
         assert!(pair.seen.apart < EXACT && pair.seen.other == 0, "{model:?}: {:?}", pair.seen);
         assert!(pair.seen.slabs[0] < 2e-3 && pair.seen.slabs[1] < EXACT, "{:?}", pair.seen);
@@ -59,13 +64,7 @@ fn latents_are_packed_behind_the_window() {
         let small = Options { piece: 48, ..options(3) };
         let mut pair = Pair::new(on_device(&source, spec, None, &small, &machine), &host);
         let free = pair.gpu.free();
-        pair.join(&text(7, 190), 512);
-        pair.join(&text(3, 150), 41);
-        (0..5).for_each(|_| pair.step());
-        pair.tell(1, &text(8, 77));
-        pair.join(&text(4, 2), 64);
-        (0..3).for_each(|_| pair.step());
-        (0..3).for_each(|i| pair.compare_latents(i));
+        follow(&mut pair, [190, 150]);
         let seen = &pair.seen;
         eprintln!("{model:?} {spec}: {seen:?}");
         let most = EXACT.max(share * seen.moved);

@@ -206,10 +206,7 @@ impl<'m> Pair<'m> {
                 let expected = view.slab(slab).unwrap();
                 let format = entry.get().unwrap().0;
                 assert!(layer > 0 || slab >= frozen.heads[0].packed || format == expected.0);
-                let (own, others) = bytes.split_at(match format {
-                    Format::F16 => view.shape.slab_bytes(),
-                    _ => view.shape.packed_bytes(format),
-                });
+                let (own, others) = bytes.split_at(view.shape.bytes(format));
                 bytes = others;
                 let rows = 0..TOKENS.min(view.len - slab * TOKENS);
                 let read = |slab: (Format, &[u8])| -> Vec<f32> {

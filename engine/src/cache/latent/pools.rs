@@ -2,7 +2,7 @@
 
 use kvwarp::Error;
 use kvwarp::lowrank_kv;
-use kvwarp::pages::{Entry, Pool, Slots, ring_slabs};
+use kvwarp::pages::{Entry, Pool, Slots, packed_slabs, ring_slabs};
 use kvwarp::simd::Level;
 use kvwarp::slab::{Format, TOKENS};
 use kvwarp::threads::Team;
@@ -13,13 +13,10 @@ use crate::spec::CacheSpec;
 /// Slabs of latents.
 #[derive(Clone)]
 pub struct Latents {
-    /// Those of the spec's store, where it is not f16.
-    pub(super) store: Format,
+    spec: CacheSpec,
     pub(super) layers: Vec<Layer>,
     /// Slabs that have left the window and may be in use, of f16 and of the store.
     limits: [usize; 2],
-    /// F16 slabs beside the limit, of each open sequence.
-    newest: usize,
     /// Sequences.
     open: usize,
 }
@@ -52,36 +49,40 @@ impl Layer {
     }
 }
 
-/// Bytes of a slab of a layer.
-fn bytes(shape: lowrank_kv::Shape, format: Format) -> usize {
-    if format == Format::F16 { shape.slab_bytes() } else { shape.packed_bytes(format) }
-}
-
 /// Bytes of a slot: of its slabs in all layers.
-pub fn stride(shapes: &[lowrank_kv::Shape], format: Format) -> usize {
-    shapes.iter().map(|&shape| bytes(shape, format)).sum()
+pub fn stride<'a>(shapes: impl Iterator<Item = &'a lowrank_kv::Shape>, format: Format) -> usize {
+    shapes.map(|shape| shape.bytes(format)).sum()
 }
 
-/// F16 slabs of a sequence that a step has not packed yet.
+/// F16 slabs of a sequence of `len` tokens in its window.
+pub fn in_window(spec: &CacheSpec, len: usize) -> usize {
+    len.div_ceil(TOKENS) - packed_slabs(len, spec.window)
+}
+
+/// The most of them, and of those that a step has not packed yet.
 pub fn newest(spec: &CacheSpec) -> usize {
-    ring_slabs(if spec.store == Format::F16 { 0 } else { spec.window + TURN })
+    ring_slabs(spec.packs().map_or(0, |_| spec.window + TURN))
+}
+
+/// F16 slabs beside the limit: the newest of `rows` sequences, and a block that is read before it is packed.
+pub fn beside(spec: &CacheSpec, rows: usize) -> usize {
+    rows * newest(spec) + spec.packs().map_or(0, |_| BLOCK / TOKENS)
 }
 
 impl Latents {
     /// Empty pools for rows of `shapes`, one a layer.
     pub fn new(spec: &CacheSpec, shapes: &[lowrank_kv::Shape]) -> Self {
-        let store = spec.store;
         let layer = |&shape: &lowrank_kv::Shape| {
-            let pool = |format| Pool::of(bytes(shape, format));
-            Layer { shape, exact: pool(Format::F16), packed: pool(store) }
+            let pool = |format| Pool::of(shape.bytes(format));
+            Layer { shape, exact: pool(Format::F16), packed: pool(spec.store) }
         };
         let (layers, limits) = (shapes.iter().map(layer).collect(), [Slots::MOST; 2]);
-        Self { store, layers, limits, newest: newest(spec), open: 0 }
+        Self { spec: *spec, layers, limits, open: 0 }
     }
 
     /// Bytes of a slot of this format.
     pub fn stride(&self, format: Format) -> usize {
-        self.layers.iter().map(|layer| bytes(layer.shape, format)).sum()
+        stride(self.layers.iter().map(|layer| &layer.shape), format)
     }
 
     /// Bytes taken from the allocator.
@@ -115,8 +116,7 @@ impl Latents {
     /// Counts sequences that were opened and closed.
     pub fn count(&mut self, opened: usize, closed: usize) {
         self.open = self.open + opened - closed;
-        let block = if self.store == Format::F16 { 0 } else { BLOCK / TOKENS };
-        let exact = self.limits[0].saturating_add(self.open * self.newest + block);
+        let exact = self.limits[0].saturating_add(beside(&self.spec, self.open));
         for layer in &mut self.layers {
             layer.exact.slots_mut().set_limit(exact);
             layer.packed.slots_mut().set_limit(self.limits[1]);
@@ -154,19 +154,20 @@ impl Latents {
     }
 
     /// A slot with these bytes.
-    pub fn adopt(&mut self, format: Format, mut bytes_of: &[u8]) -> Result<Entry, Error> {
+    pub fn adopt(&mut self, format: Format, mut bytes: &[u8]) -> Result<Entry, Error> {
         let entry = self.take(format)?;
         for layer in &mut self.layers {
-            let (slab, rest) = bytes_of.split_at(bytes(layer.shape, format));
+            let (slab, rest) = bytes.split_at(layer.shape.bytes(format));
             layer.pool(format).slab_mut(slot(entry)).copy_from_slice(slab);
-            bytes_of = rest;
+            bytes = rest;
         }
         Ok(entry)
     }
 
     /// A slot of the store with what an f16 slot holds, which is given back; a layer a thread.
     pub(super) fn pack(&mut self, from: Entry, range: f32, team: &Team) -> Result<Entry, Error> {
-        let (to, store) = (self.take(self.store)?, self.store);
+        let store = self.spec.store;
+        let to = self.take(store)?;
         let mut done: Vec<_> = self.layers.iter_mut().map(|layer| (layer, Ok(()))).collect();
         team.each_chunk(&mut done, 1, |_, layer| {
             let (Layer { shape, exact, packed }, done) = &mut layer[0];

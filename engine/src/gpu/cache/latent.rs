@@ -16,10 +16,10 @@ use kvwarp::slab::{Format, TOKENS};
 
 use super::lines::Line;
 use super::{Cache, Edit};
-use crate::cache::{newest, stride};
+use crate::cache::{beside, stride};
 use crate::gpu::ops::at;
 use crate::gpu::platform::{Buffer, Result};
-use crate::runner::{BLOCK, Row, RunError};
+use crate::runner::{Row, RunError};
 
 /// Rows of each layer.
 pub struct Latents(Arc<[Shape]>);
@@ -31,7 +31,7 @@ impl Latents {
 
     /// Bytes of a slot: of its slabs in all layers.
     pub fn slot_bytes(&self, format: Format) -> usize {
-        stride(&self.0, format)
+        stride(self.0.iter(), format)
     }
 }
 
@@ -41,7 +41,7 @@ impl Cache {
         let (shape, exact) =
             (self.latents.as_ref()?.0[layer], self.latent_pool(layer, Format::F16));
         // Where no sequence is long enough there is nothing packed, and no pool.
-        let packed = self.packs().map(|store| match self.latent_pool(layer, store) {
+        let packed = self.spec.packs().map(|store| match self.latent_pool(layer, store) {
             0 => exact,
             packed => packed,
         });
@@ -64,19 +64,11 @@ impl Cache {
         self.latents.is_some()
     }
 
-    /// What slabs of latents that have left the window are packed to.
-    pub fn packs(&self) -> Option<Format> {
-        let store = self.spec.store;
-        (self.has_latents() && store != Format::F16).then_some(store)
-    }
-
     /// Slots beside those of a format that sequences share: of latents those in the windows of rows, and of a block that is
     /// read before it is packed.
     pub(super) fn beside(&self, format: usize) -> usize {
-        if !self.has_latents() || format != Format::F16 as usize {
-            return 0;
-        }
-        self.rows * newest(&self.spec) + self.packs().map_or(0, |_| BLOCK / TOKENS)
+        let exact = self.has_latents() && format == Format::F16 as usize;
+        if exact { beside(&self.spec, self.rows) } else { 0 }
     }
 
     /// The same that open sequences have not begun.
@@ -97,7 +89,7 @@ impl Cache {
             let Line { len, packed, .. } = *self.line(row, 0);
             let left = packed_slabs(len, self.spec.window).max(packed);
             for slab in packed.max(sinks)..left {
-                let Some(store) = self.packs() else { break };
+                let Some(store) = self.spec.packs() else { break };
                 let (from, to) = (self.line(row, 0).entries[slab], self.take(store)?);
                 moves.push([from.0, to.0]);
                 edits.push([self.table_index(row, 0, slab), to.0]);
@@ -119,7 +111,7 @@ impl Cache {
             return Vec::new();
         };
         let slab = |(layer, shape): (usize, &Shape)| {
-            let bytes = stride(&[*shape], format);
+            let bytes = shape.bytes(format);
             (self.latent_pool(layer, format) + (slot * bytes) as u64, bytes)
         };
         latents.0.iter().enumerate().map(slab).collect()
@@ -141,7 +133,7 @@ impl Cache {
         let (pool, latents) = (&self.pools[format as usize], self.latents.as_ref());
         let of = |(pool, latents): (&Buffer, &Latents)| {
             let slots = pool.bytes() / latents.slot_bytes(format);
-            pool.at() + (slots * stride(&latents.0[..layer], format)) as u64
+            pool.at() + (slots * stride(latents.0[..layer].iter(), format)) as u64
         };
         pool.as_ref().zip(latents).map_or(0, of)
     }

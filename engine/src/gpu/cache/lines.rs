@@ -97,14 +97,8 @@ impl Cache {
 
     /// Most of `room` tokens after the next that pack no slab and have none dropped.
     pub fn loose(&self, row: Row, room: usize) -> usize {
-        let packed = |len| packed_slabs(len, self.spec.window);
         let heads = self.all_held(row);
-        let loose = |&Held { len, chosen, .. }: &Held, n| {
-            packed(len + 1 + n) == packed(len + 1)
-                // Latents that leave the window are packed after the step.
-                && (self.packs().is_none() || packed(len + n) == packed(len))
-                && self.spec.lag().is_none_or(|lag| len + 1 + n < chosen + 2 * lag)
-        };
+        let loose = |held: &Held, n| self.spec.is_loose((held.len, held.chosen), n);
         (1..=room).take_while(|n| heads.iter().all(|held| loose(held, *n))).count()
     }
 
